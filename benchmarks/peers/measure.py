@@ -1,0 +1,52 @@
+"""What every peer's runner shares: its command line and the one JSON line it ends with. Standard library only:
+it runs before numpy and torch are imported, because they read the thread settings at import."""
+
+import argparse
+import json
+import os
+import resource
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+STARTED = time.perf_counter()
+
+
+def arguments(description: str, batch_size: int) -> argparse.Namespace:
+    """Parse `MODEL_DIR TOKENS OUT_DIR --setting --threads --batch-size` and limit this process's threads."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("model", help="directory of the unquantized model")
+    parser.add_argument("tokens", type=Path, help="safetensors file with `input_ids`, int64 (samples, length)")
+    parser.add_argument("out", type=Path, help="directory for the quantized checkpoint; must not exist")
+    parser.add_argument("--setting", choices=("default", "best"), default="default")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, default=batch_size)
+    chosen = parser.parse_args()
+    if chosen.out.exists():
+        parser.error(f"{chosen.out} exists")
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = str(chosen.threads)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    return chosen
+
+
+def report(peer: str, distribution: str, setting: str) -> None:
+    """Print the run's cost as one JSON object: the whole process, imports and saving included."""
+    wall = time.perf_counter() - STARTED
+    times = os.times()
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    sys.stdout.flush()
+    print(
+        json.dumps(
+            {
+                "peer": peer,
+                "version": version(distribution),
+                "setting": setting,
+                "wall_s": round(wall, 2),
+                "cpu_s": round(times.user + times.system + times.children_user + times.children_system, 2),
+                "peak_rss_mb": round(peak / 1024, 1),
+            }
+        ),
+        flush=True,
+    )

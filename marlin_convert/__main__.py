@@ -1,0 +1,3 @@
+from marlin_convert.cli import main
+
+main()

@@ -1,0 +1,162 @@
+"""Text to token ids, deterministically: what a model is calibrated on, and what it is tested on."""
+
+import hashlib
+import json
+import random
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from marlin_convert.errors import ConvertError, SourceError
+
+BUILTIN = "builtin"
+
+# Directories of the standard library that hold tests, tools or generated tables rather than prose and code.
+_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "lib2to3", "encodings", "pydoc_data", "__pycache__"}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Token ids (samples, length) int64, with the sha256 of those ids as their identity."""
+
+    ids: Tensor
+    source: str
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of the ids."""
+        return hashlib.sha256(self.ids.numpy().tobytes()).hexdigest()
+
+
+def calibrate(
+    tokenizer: PreTrainedTokenizerBase, source: str, *, samples: int, length: int, seed: int, held_out: bool = False
+) -> Calibration:
+    """`samples` windows of `length` tokens of a text; ConvertError with the counts if it is too short.
+
+    source: 'builtin', a .txt or .jsonl file, or 'hf:DATASET[:SPLIT]'. Documents are joined in an order drawn
+    by the seed until there are enough tokens; of a longer text the windows are drawn by the seed.
+    `held_out` takes the part of the builtin text that calibration never sees.
+    """
+    documents = list(_documents(source, held_out))
+    random.Random(seed).shuffle(documents)
+    ids: list[int] = []
+    for document in documents:
+        ids += _tokenize(tokenizer, document)
+        if len(ids) >= samples * length:
+            break
+    windows = len(ids) // length
+    if windows < samples:
+        raise ConvertError(
+            f"calibration text {_shown(source)} has {len(ids)} tokens; {samples} samples of {length} need "
+            f"{samples * length}.",
+            f"pass --samples {windows}, a smaller --sequence-length, or more text."
+            if windows
+            else "pass a smaller --sequence-length, or more text.",
+        )
+    chosen = sorted(random.Random(seed).sample(range(windows), samples))
+    rows = [ids[at * length : (at + 1) * length] for at in chosen]
+    return Calibration(torch.tensor(rows, dtype=torch.int64), _shown(source))
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, document: str | list[dict[str, Any]]) -> list[int]:
+    if isinstance(document, list):
+        document = str(tokenizer.apply_chat_template(document, tokenize=False))
+        return tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+    return tokenizer(document, verbose=False)["input_ids"]
+
+
+def _shown(source: str) -> str:
+    """How a source is named in output: never with a local path."""
+    return source if source == BUILTIN or source.startswith("hf:") else Path(source).name
+
+
+def _documents(source: str, held_out: bool) -> Iterator[str | list[dict[str, Any]]]:
+    if source == BUILTIN:
+        yield from _builtin(held_out)
+    elif source.startswith("hf:"):
+        yield from _from_hub(source)
+    else:
+        yield from _from_file(Path(source))
+
+
+def _builtin(held_out: bool) -> Iterator[str]:
+    """The language reference and library sources of this CPython; every fourth document is held out."""
+    import pydoc_data.topics
+
+    library = Path(sysconfig.get_path("stdlib"))
+    sources = sorted(
+        path.relative_to(library).as_posix()
+        for path in library.rglob("*.py")
+        if not _LEFT_OUT.intersection(path.relative_to(library).parts)
+    )
+    topics = sorted(pydoc_data.topics.topics)
+    for number, topic in enumerate(topics):
+        if (number % 4 == 3) == held_out:
+            yield pydoc_data.topics.topics[topic]
+    for number, name in enumerate(sources):
+        if (number % 4 == 3) == held_out:
+            yield (library / name).read_text("utf-8", errors="replace")
+
+
+def _from_file(path: Path) -> Iterator[str | list[dict[str, Any]]]:
+    if not path.is_file():
+        raise SourceError(
+            f"calibration text '{path}' does not exist.", "pass builtin, a .txt or .jsonl file, or hf:DATASET."
+        )
+    if path.suffix == ".txt":
+        yield path.read_text("utf-8", errors="replace")
+    elif path.suffix == ".jsonl":
+        for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+            if line.strip():
+                yield _json_document(line, f"{path.name}, line {number}")
+    elif path.suffix == ".parquet":
+        yield from _from_parquet(path)
+    else:
+        raise SourceError(f"calibration text '{path}' is neither .txt nor .jsonl.")
+
+
+def _json_document(line: str, where: str) -> str | list[dict[str, Any]]:
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise SourceError(f"{where}: not JSON ({error}).") from error
+    if isinstance(entry, dict):
+        for key in ("text", "messages"):
+            if key in entry and isinstance(entry[key], str | list):
+                return entry[key]
+    raise SourceError(f"{where}: no 'text' or 'messages'.")
+
+
+def _from_parquet(path: Path) -> Iterator[str]:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ConvertError("this dataset is stored as parquet.", "pip install pyarrow.") from error
+    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(columns=["text"]):
+        yield from batch.column("text").to_pylist()
+
+
+def _from_hub(source: str) -> Iterator[str | list[dict[str, Any]]]:
+    """The first data file of a dataset's split (train unless named), so that little is downloaded."""
+    from huggingface_hub import HfApi, hf_hub_download
+
+    from marlin_convert.hub import hub_errors
+
+    dataset, _, split = source.removeprefix("hf:").partition(":")
+    with hub_errors(dataset):
+        names = sorted(HfApi().list_repo_files(dataset, repo_type="dataset"))
+        data = [name for name in names if name.endswith((".jsonl", ".txt", ".parquet"))]
+        found = [name for name in data if (split or "train") in name]
+        if not found:
+            raise SourceError(
+                f"dataset {dataset!r} has no .jsonl, .txt or .parquet file of split {split or 'train'!r}.",
+                f"it has {', '.join(data[:5]) or 'none'}; name the split as hf:{dataset}:SPLIT.",
+            )
+        path = hf_hub_download(dataset, found[0], repo_type="dataset")
+    yield from _from_file(Path(path))

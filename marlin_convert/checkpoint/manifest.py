@@ -1,0 +1,72 @@
+"""marlin_convert.json, which says of every file of an output what it must be."""
+
+import hashlib
+import os
+from collections.abc import Collection
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from marlin_convert.checkpoint.reader import belongs, json_file
+from marlin_convert.errors import SourceError
+
+MANIFEST = "marlin_convert.json"
+
+# What git and the Hugging Face client add to a copy of a repository; no part of what we wrote.
+COPY_KEEPING = (".cache", ".git", ".gitattributes")
+
+
+def load(directory: Path) -> dict[str, Any] | None:
+    """Read the manifest of `directory`, None if it has none; raises SourceError if it is no manifest."""
+    path = directory / MANIFEST
+    if not os.path.lexists(path):
+        return None
+    manifest = json_file(directory, MANIFEST)
+    files = manifest.get("files")
+    if not isinstance(files, dict):
+        raise SourceError(f"'{path}' is not a manifest: it lists no files.")
+    for name, entry in files.items():
+        if (
+            not isinstance(entry, dict)
+            or type(entry.get("size")) is not int
+            or not isinstance(entry.get("sha256"), str)
+        ):
+            raise SourceError(f"'{path}' gives no size and sha256 for {name!r}.")
+    return manifest
+
+
+def check_files(directory: Path, manifest: dict[str, Any], ignore: Collection[str] = ()) -> list[str]:
+    """Compare every file with the manifest; what is wrong, a line each, without what is named in `ignore`."""
+    problems = []
+    present = _present(directory)
+    for name, entry in manifest["files"].items():
+        path = directory / name
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
+            problems.append(f"{name!r} leads out of the directory")
+        elif name not in present:
+            problems.append(f"{name!r} is missing")
+        elif not belongs(path, directory):
+            problems.append(f"{name!r} is a link leading out of the directory, or no regular file")
+        elif (size := path.stat().st_size) != entry["size"]:
+            problems.append(f"{name!r} has {size} bytes, not {entry['size']}")
+        elif (digest := sha256_file(path)) != entry["sha256"]:
+            problems.append(f"{name!r} has sha256 {digest}, not {entry['sha256']}")
+    extra = present - manifest["files"].keys() - {MANIFEST, *ignore}
+    return problems + [f"{name!r} is not in the manifest" for name in sorted(extra)]
+
+
+def sha256_file(path: Path) -> str:
+    """The sha256 of a file, in hex, in constant memory."""
+    with path.open("rb", buffering=0) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _present(directory: Path) -> set[str]:
+    """Names of everything but folders, links to folders among them, relative to `directory`."""
+    names: set[str] = set()
+    for folder, folders, files in os.walk(directory):
+        here = Path(folder)
+        links = [name for name in folders if (here / name).is_symlink()]
+        names.update((here / name).relative_to(directory).as_posix() for name in files + links)
+        if here == directory:
+            folders[:] = [name for name in folders if name not in COPY_KEEPING]
+    return names - set(COPY_KEEPING)

@@ -1,0 +1,384 @@
+"""Hugging Face model directories, opened from their headers only and trusted only once checked.
+
+Weights are safetensors (huggingface/safetensors): 8 bytes of header length, a JSON header, the tensor data.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import torch
+
+from marlin_convert.errors import SourceError
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+HEADER_LIMIT = 100_000_000  # the limit of the safetensors library
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+# Files an output needs to be used as its source was, matched without regard to case. README.md is not among
+# them: a converted model needs a card of its own.
+COMPANIONS = (
+    "tokenizer*.json",
+    "tokenizer.model*",
+    "*.tiktoken",
+    "tekken.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece*.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "chat_template*.json",
+    "chat_template*.jinja",
+    "additional_chat_templates/*.jinja",
+    "license*",
+    "notice*",
+    "use_policy*",
+)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says of one tensor; its bytes are `start` to `end` of `file`."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model directory whose headers have been checked; tensors are read one by one, from any thread."""
+
+    directory: Path
+    config: dict[str, Any]
+    quantization_config: dict[str, Any] | None
+    tensors: dict[str, TensorInfo]  # in the order of the files and of the bytes in them
+    weight_files: list[Path]
+    _fingerprint: str
+
+    @classmethod
+    def open(cls, directory: Path) -> "Checkpoint":
+        """Read and check config.json, the index and every safetensors header; raises SourceError."""
+        if not directory.is_dir():
+            raise SourceError(f"'{directory}' is not a directory.")
+        if not (directory / "config.json").exists():
+            raise SourceError(
+                f"'{directory}' has no config.json.",
+                "give the directory of a Hugging Face model, or a Hub id.",
+            )
+        config_bytes = _bytes(directory, "config.json")
+        config = _json_object(config_bytes, directory / "config.json")
+
+        promised = _promised(directory)
+        tensors: dict[str, TensorInfo] = {}
+        twice: list[str] = []
+        missing: list[str] = []
+        foreign: list[str] = []
+        digest = hashlib.sha256()
+        _frame(digest, config_bytes)
+        for file, names in promised.items():
+            path = directory / file
+            header, found = _header(path)
+            twice += [f"{name!r}" for name in found if name in tensors]
+            if names is not None:
+                missing += [f"{name!r}" for name in sorted(names - found.keys())]
+                foreign += [f"{name!r} in {file!r}" for name in found if name not in names]
+            tensors.update(found)
+            status = path.stat()
+            _frame(digest, f"{file}\0{status.st_size}\0{status.st_mtime_ns}".encode(errors="surrogateescape"))
+            _frame(digest, header)
+        for problem, names_at_fault in (
+            ("stored in two shards", twice),
+            ("listed in the index but not stored", missing),
+            ("stored but not in the index", foreign),
+        ):
+            if names_at_fault:
+                raise SourceError(
+                    f"'{directory}' has tensors {problem} ({len(names_at_fault)}): {_some(names_at_fault)}.",
+                    "fetch the model again; its index and shards are not of one save.",
+                )
+        return cls(
+            directory=directory,
+            config=config,
+            quantization_config=_quantization_config(directory, config),
+            tensors=tensors,
+            weight_files=[directory / file for file in promised],
+            _fingerprint=digest.hexdigest(),
+        )
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read one tensor into memory of its own; raises SourceError if the file shrank or cannot be read."""
+        info = self.tensors[name]
+        # Not a memory map: its pages would count as ours for as long as the system cares to keep them.
+        raw = torch.empty(info.end - info.start, dtype=torch.uint8)
+        view = raw.numpy().data
+        try:
+            with info.file.open("rb", buffering=0) as file:
+                file.seek(info.start)
+                while view:
+                    count = file.readinto(view)
+                    if not count:
+                        raise SourceError(
+                            f"'{info.file}' ends {len(view)} bytes early in tensor {name!r}.",
+                            "it changed since it was opened; start again.",
+                        )
+                    view = view[count:]
+        except OSError as error:
+            raise SourceError(f"cannot read '{info.file}': {error.strerror}.") from error
+        return raw.view(info.dtype).reshape(info.shape)
+
+    def companions(self) -> list[str]:
+        """Name the files to carry over unchanged: tokenizer, generation, chat template and license files.
+
+        Names are relative, with '/' for the one folder there may be (additional_chat_templates).
+        """
+        paths = [*self.directory.glob("*"), *self.directory.glob("additional_chat_templates/*.jinja")]
+        names = {path.relative_to(self.directory).as_posix(): path for path in paths}
+        return sorted(
+            name
+            for name, path in names.items()
+            if any(fnmatchcase(name.lower(), pattern) for pattern in COMPANIONS)
+            and not path.name.startswith(".")
+            and path.suffix.lower() not in (".py", ".safetensors", *PICKLES)
+            and belongs(path, self.directory)
+        )
+
+    def fingerprint(self) -> str:
+        """Tell this source from any other, to refuse a resume with another: a sha256, in hex.
+
+        It covers config.json and each weight file's name, size, time of change and header.
+        """
+        return self._fingerprint
+
+
+def belongs(path: Path, directory: Path) -> bool:
+    """Say whether `path` is a regular file of `directory`, symlinks followed.
+
+    A link may lead to another file of the directory or, if the directory is a snapshot in a Hugging Face
+    cache (models--org--name/snapshots/<commit>), to the blobs of that model.
+    """
+    if not path.is_file():
+        return False
+    target, home = path.resolve(), directory.resolve()
+    roots = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    return any(target.is_relative_to(root) for root in roots)
+
+
+def json_file(directory: Path, name: str, strict: bool = False) -> dict[str, Any]:
+    """Read a JSON object, without duplicate keys if `strict`; raises SourceError."""
+    return _json_object(_bytes(directory, name), directory / name, strict)
+
+
+def _promised(directory: Path) -> dict[str, set[str] | None]:
+    """The weight files and, if there is an index, the tensors it promises in each."""
+    names = sorted(path.name for path in directory.iterdir() if not path.name.startswith("."))
+    indexes = [name for name in names if name.endswith(".safetensors.index.json")]
+    singles = [name for name in names if name.endswith(".safetensors")]
+    if INDEX in indexes:
+        promised = _read_index(directory, INDEX, singles)
+        if SINGLE in singles and SINGLE not in promised:
+            raise SourceError(
+                f"'{directory}' has both {SINGLE} and an index of other files.",
+                "remove the one that is stale.",
+            )
+        return promised
+    if SINGLE in singles:
+        return {SINGLE: None}
+    # AutoGPTQ names its files after the quantization: gptq_model-4bit-128g.safetensors
+    if len(indexes) == 1:
+        return _read_index(directory, indexes[0], singles)
+    if len(singles) == 1:
+        return {singles[0]: None}
+    if singles:
+        raise SourceError(
+            f"'{directory}' has {len(singles)} safetensors files and no {INDEX}: {_some(singles)}.",
+            "fetch the model again, with its index.",
+        )
+    pickles = [name for name in names if name.endswith(PICKLES)]
+    if pickles:
+        raise SourceError(
+            f"'{directory}' has its weights in pickle files only ({_some(pickles)}); "
+            "loading those can run code, so they are not read.",
+            "convert them to safetensors: where you trust them, load them with transformers and save.",
+        )
+    raise SourceError(f"'{directory}' has no weights (*.safetensors).")
+
+
+def _read_index(directory: Path, name: str, present: list[str]) -> dict[str, set[str] | None]:
+    path = directory / name
+    weight_map = json_file(directory, name, strict=True).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise SourceError(f"'{path}' has no weight_map.")
+    promised: dict[str, set[str]] = {}
+    for tensor, file in weight_map.items():
+        # The index comes with the model: a path in it could name any file of this machine.
+        if (
+            not isinstance(file, str)
+            or Path(file).name != file
+            or "\\" in file
+            or not file.endswith(".safetensors")
+        ):
+            raise SourceError(f"'{path}' puts tensor {tensor!r} in {file!r}, which is not a plain file name.")
+        promised.setdefault(file, set()).add(tensor)
+    missing = [f"{file!r}" for file in sorted(promised) if file not in present]
+    if missing:
+        raise SourceError(
+            f"'{directory}' lacks {len(missing)} of {len(promised)} shards: {_some(missing)}.",
+            "fetch them again.",
+        )
+    return {file: promised[file] for file in sorted(promised)}
+
+
+def _quantization_config(directory: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+    """As vLLM and AutoGPTQ look for it: in config.json, else in a file of its own."""
+    found = config.get("quantization_config")
+    if found is None:
+        for name in ("quantize_config.json", "quant_config.json"):
+            if (directory / name).exists():
+                return json_file(directory, name)
+    if found is not None and not isinstance(found, dict):
+        raise SourceError(f"'{directory / 'config.json'}' has a quantization_config that is not an object.")
+    return found
+
+
+def _header(path: Path) -> tuple[bytes, dict[str, TensorInfo]]:
+    """Read and check one safetensors header: its bytes, and its tensors in the order of their offsets."""
+    if not belongs(path, path.parent):
+        raise SourceError(
+            f"'{path}' is not a file of this directory (a link leading out, or not a regular file)."
+        )
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(0)
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, HEADER_LIMIT):
+                raise SourceError(
+                    f"'{path}' is truncated or not safetensors: {size} bytes, header of {length}.",
+                    "fetch it again.",
+                )
+            header = file.read(length)
+    except OSError as error:
+        raise SourceError(f"cannot read '{path}': {error.strerror}.") from error
+    if not header.startswith(b"{"):
+        raise SourceError(f"'{path}' is not safetensors: its header is not JSON.")
+    entries = _json_object(header, path, strict=True)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise SourceError(f"'{path}' has a __metadata__ that does not map text to text.")
+
+    data = 8 + length
+    infos = [_tensor(name, entry, path, data) for name, entry in entries.items()]
+    infos.sort(key=lambda info: (info.start, info.end))
+    position = data
+    for info in infos:
+        if info.start != position:
+            raise SourceError(
+                f"'{path}' has {'a hole' if info.start > position else 'overlapping bytes'} before tensor "
+                f"{info.name!r}: it begins at {info.start}, the one before ends at {position}."
+            )
+        position = info.end
+    if position != size:
+        raise SourceError(
+            f"'{path}' is {'truncated' if size < position else 'too long'}: "
+            f"its header describes {position} bytes, it has {size}.",
+            "fetch it again.",
+        )
+    return header, {info.name: info for info in infos}
+
+
+def _tensor(name: str, entry: Any, path: Path, data: int) -> TensorInfo:
+    where = f"'{path}', tensor {name!r}"
+    if not isinstance(entry, dict):
+        raise SourceError(f"{where}: not described by an object.")
+    code, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    dtype = DTYPES.get(code) if isinstance(code, str) else None
+    if dtype is None:
+        raise SourceError(f"{where}: unknown dtype {code!r}.")
+    # torch needs strides, also those of an empty tensor, to fit 64 bits
+    if not _counts(shape) or len(shape) > 64 or math.prod(size or 1 for size in shape) >= 2**60:
+        raise SourceError(f"{where}: shape {shape!r} is not a list of sizes.")
+    if not _counts(offsets) or len(offsets) != 2:
+        raise SourceError(f"{where}: data_offsets {offsets!r} are not two offsets.")
+    needed = math.prod(shape) * dtype.itemsize
+    if offsets[1] - offsets[0] != needed:
+        raise SourceError(f"{where}: {code} {shape} takes {needed} bytes, its offsets {offsets} do not.")
+    return TensorInfo(name, dtype, tuple(shape), path, data + offsets[0], data + offsets[1])
+
+
+def _counts(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(count) is int and 0 <= count < 2**60 for count in value)
+
+
+def _bytes(directory: Path, name: str) -> bytes:
+    path = directory / name
+    if not belongs(path, directory):
+        raise SourceError(
+            f"'{path}' is not a file of this directory (a link leading out, or not a regular file)."
+        )
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise SourceError(f"cannot read '{path}': {error.strerror}.") from error
+
+
+def _json_object(text: bytes, path: Path, strict: bool = False) -> dict[str, Any]:
+    try:
+        value = json.loads(text, object_pairs_hook=_without_duplicates if strict else None)
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"'{path}' holds invalid JSON: {error}.", "fetch it again.") from error
+    if not isinstance(value, dict):
+        raise SourceError(f"'{path}' holds JSON that is not an object.")
+    return value
+
+
+def _without_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"{key!r} is there twice")
+        result[key] = value
+    return result
+
+
+def _frame(digest: Any, data: bytes) -> None:
+    digest.update(len(data).to_bytes(8, "little") + data)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,329 @@
+"""Checkpoints written append-only, so that an interrupted run can go on; published by one rename.
+
+What is written depends on the tensors alone: no time, no host, no path goes in.
+"""
+
+import ctypes
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from marlin_convert.checkpoint.reader import DTYPES, INDEX, SINGLE
+from marlin_convert.errors import ConvertError, SourceError
+
+DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+# Tensors waiting for the disk: enough to keep it busy, few enough not to count as memory.
+QUEUE = 4
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor to come."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+@dataclass(frozen=True)
+class _Shard:
+    file: str
+    first: int  # place of its first tensor in the writing order
+    header: bytes
+    ends: tuple[int, ...]  # where in the file each of its tensors ends
+
+
+class ShardWriter:
+    """The safetensors shards of one checkpoint, whose layout is fixed before any tensor exists.
+
+    Tensors come one at a time in `order`; hashing and writing happen on a thread of their own. Use it as a
+    context manager: leaving it stops that thread, whatever happened, and keeps what was written for `resume`.
+    """
+
+    def __init__(self, directory: Path, specs: Sequence[TensorSpec], max_shard_size: int):
+        """Lay out `specs` in shards of at most `max_shard_size` bytes; a larger tensor has its own."""
+        # Each tensor begins where the one before ends. With sizes divisible by 8 first (nearly all, in the
+        # order given), then by 4, then by 2, every one of them is aligned to its dtype.
+        self._specs = sorted(specs, key=lambda spec: -min(spec.nbytes & -spec.nbytes or 8, 8))
+        if not specs or len({spec.name for spec in specs}) != len(specs):
+            raise RuntimeError("tensor names must be unique, and there must be some")
+        self.directory = directory
+        self._shards = _layout(self._specs, max_shard_size)
+        self._next = 0  # tensors handed in
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="shard-writer")
+        self._pending: deque[Future[None]] = deque()
+        # From here on: the writing thread's, or ours while nothing is pending.
+        self._failure: Exception | None = None
+        self._at = 0  # shard being written
+        self._file: BinaryIO | None = None
+        self._digest = hashlib.sha256()
+        self._digests: dict[str, str] = {}
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        if self._file is not None:
+            self._file.close()
+
+    @property
+    def order(self) -> list[str]:
+        """The names in the order in which they must be written."""
+        return [spec.name for spec in self._specs]
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Take the next tensor of `order`, on any device; it must not change before the next `sync`.
+
+        Raises the OSError of an earlier write when the disk failed.
+        """
+        spec = self._specs[self._next] if self._next < len(self._specs) else None
+        if spec != TensorSpec(name, tensor.dtype, tuple(tensor.shape)):
+            raise RuntimeError(f"expected {spec}, got {name} {tensor.dtype} {tuple(tensor.shape)}")
+        self._settle(QUEUE - 1)
+        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+        self._pending.append(self._pool.submit(self._append, self._next, data))
+        self._next += 1
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor that is on disk already, for a run that goes on with what an earlier one has found."""
+        place = next(place for place, spec in enumerate(self._specs) if spec.name == name)
+        shard = next(shard for shard in reversed(self._shards) if shard.first <= place)
+        spec, end = self._specs[place], shard.ends[place - shard.first]
+        with (self.directory / shard.file).open("rb") as file:
+            file.seek(end - spec.nbytes)
+            data = bytearray(file.read(spec.nbytes))
+        return torch.frombuffer(data, dtype=spec.dtype).view(spec.shape)
+
+    def sync(self) -> int:
+        """Wait until everything taken is safely on disk; how many tensors that is, to give to `resume`."""
+        self._settle(0)
+        try:
+            if self._file is not None:
+                os.fsync(self._file.fileno())
+            _fsync(self.directory)
+        except OSError as error:
+            # A second fsync may succeed though the bytes the first one lost are gone: a failure is for good.
+            self._failure = error
+            raise
+        return self._next
+
+    def resume(self, count: int) -> None:
+        """Go on after the first `count` tensors, which an earlier writer of the same layout has left on disk.
+
+        What is there beyond them is removed. Raises SourceError if they are not there.
+        """
+        if self._next:
+            raise RuntimeError("resume comes before the first write")
+        if not 0 <= count <= len(self._specs):
+            raise SourceError(
+                f"cannot resume '{self.directory}': {count} tensors of {len(self._specs)} promised."
+            )
+        for shard in self._shards:
+            path = self.directory / shard.file
+            kept = min(max(count - shard.first, 0), len(shard.ends))
+            if kept:
+                self._reopen(path, shard, shard.ends[kept - 1])
+                if kept == len(shard.ends):
+                    self._finish()
+            else:
+                path.unlink(missing_ok=True)
+        self._next = count
+
+    def close(self) -> dict[str, str]:
+        """Write the index, make all of it durable; the sha256 of every file written."""
+        if self._next != len(self._specs):
+            raise RuntimeError(f"{len(self._specs) - self._next} tensors were never written")
+        self._settle(0)
+        self._pool.shutdown()
+        files = dict(self._digests)
+        if len(self._shards) > 1:
+            index = {
+                "metadata": {"total_size": sum(spec.nbytes for spec in self._specs)},
+                "weight_map": dict(
+                    sorted(
+                        (spec.name, shard.file)
+                        for shard in self._shards
+                        for spec in self._specs[shard.first : shard.first + len(shard.ends)]
+                    )
+                ),
+            }
+            write_json(self.directory / INDEX, index)
+            files[INDEX] = hashlib.sha256((self.directory / INDEX).read_bytes()).hexdigest()
+        _fsync(self.directory)
+        return files
+
+    def _settle(self, depth: int) -> None:
+        while len(self._pending) > depth:
+            self._pending.popleft().result()
+        if self._failure is not None:
+            raise self._failure
+
+    def _append(self, place: int, data: memoryview) -> None:
+        """On the writing thread: one tensor; before a shard's first its header, after the last its end."""
+        if self._failure is not None:
+            return
+        try:
+            shard = self._shards[self._at]
+            if place == shard.first:
+                self._file = (self.directory / shard.file).open("wb", buffering=0)
+                self._digest = hashlib.sha256()
+                self._put(memoryview(shard.header))
+            self._put(data)
+            if place == shard.first + len(shard.ends) - 1:
+                self._finish()
+        except Exception as error:
+            self._failure = error
+            raise
+
+    def _put(self, data: memoryview) -> None:
+        assert self._file is not None
+        self._digest.update(data)
+        while data:
+            data = data[self._file.write(data) :]
+
+    def _finish(self) -> None:
+        assert self._file is not None
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._file = None
+        self._digests[self._shards[self._at].file] = self._digest.hexdigest()
+        self._at += 1
+
+    def _reopen(self, path: Path, shard: _Shard, end: int) -> None:
+        size = path.stat().st_size if path.exists() else 0
+        if size < end:
+            raise SourceError(
+                f"cannot resume: '{path}' has {size} bytes, {end} were written.", "start again."
+            )
+        self._file = path.open("r+b", buffering=0)
+        if self._file.read(len(shard.header)) != shard.header:
+            raise SourceError(f"cannot resume: '{path}' was begun with other tensors.", "start again.")
+        self._file.truncate(end)
+        self._file.seek(0)
+        # Leaves the file at its end, where the next tensor goes.
+        self._digest = hashlib.file_digest(self._file, "sha256")
+
+
+def write_json(path: Path, obj: Any) -> None:
+    """Put `obj` at `path` whole or not at all, as JSON indented by 2, in the order it has."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(json.dumps(obj, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    _fsync(path.parent)
+
+
+def publish(partial: Path, output: Path, overwrite: bool) -> None:
+    """Make the finished directory `partial` durable and move it to `output` by one rename.
+
+    With `overwrite` what `output` names (a directory, or a link, which is not followed) is replaced, and
+    removed once the new one is in place. Without it a non-empty `output` raises ConvertError.
+    """
+    for folder, _, files in os.walk(partial):
+        for name in files:
+            _fsync(Path(folder, name))
+        _fsync(Path(folder))
+    if not overwrite or not os.path.lexists(output):
+        try:
+            partial.rename(output)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                raise
+            raise ConvertError(
+                f"'{output}' already exists and is not empty.",
+                "choose another directory, or pass --overwrite.",
+            ) from error
+        _fsync(output.parent)
+        return
+
+    exchanged = _exchange(partial, output)
+    # Removing a tree takes time and may fail half way; under a name of its own neither does harm.
+    aside = Path(tempfile.mkdtemp(prefix=f"{output.name}.replaced-", dir=output.parent))
+    if exchanged:
+        partial.rename(aside / output.name)
+    else:
+        output.rename(aside / output.name)
+        try:
+            partial.rename(output)
+        except OSError:
+            (aside / output.name).rename(output)
+            aside.rmdir()
+            raise
+    _fsync(output.parent)
+    shutil.rmtree(aside)
+
+
+def _layout(specs: list[TensorSpec], max_shard_size: int) -> list[_Shard]:
+    groups: list[list[TensorSpec]] = []
+    room = 0
+    for spec in specs:
+        if not groups or spec.nbytes > room:
+            groups.append([])
+            room = max_shard_size
+        groups[-1].append(spec)
+        room -= spec.nbytes
+
+    shards: list[_Shard] = []
+    first = 0
+    for number, group in enumerate(groups, 1):
+        file = SINGLE if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}.safetensors"
+        # "format" is what transformers asks for; what there is to say of the run is said in other files
+        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        ends = []
+        end = 0
+        for spec in group:
+            start, end = end, end + spec.nbytes
+            ends.append(end)
+            entries[spec.name] = {
+                "dtype": DTYPE_CODES[spec.dtype],
+                "shape": list(spec.shape),
+                "data_offsets": [start, end],
+            }
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        header = len(text).to_bytes(8, "little") + text
+        shards.append(_Shard(file, first, header, tuple(len(header) + end for end in ends)))
+        first += len(group)
+    return shards
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names at once, where system and file system can (Linux renameat2); say whether it was done."""
+    at_cwd, rename_exchange = -100, 2
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:
+        return False
+    if renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), rename_exchange) == 0:
+        return True
+    if (code := ctypes.get_errno()) in (errno.ENOSYS, errno.EINVAL):
+        return False
+    raise OSError(code, os.strerror(code), str(one), None, str(other))
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

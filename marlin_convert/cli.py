@@ -1,0 +1,194 @@
+"""The command line: parse, call one function, print. Heavy packages are imported inside the commands."""
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from marlin_convert import __version__
+from marlin_convert.errors import ConvertError
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger("marlin_convert")
+
+CONTEXT = {"help_option_names": ["-h", "--help"]}
+
+
+class Commands(click.Group):
+    """A group that prints ConvertError as a sentence and a hint, and exits 130 on Ctrl-C."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a command line; the exit codes are in every command's help."""
+        try:
+            return super().main(*args, **{**kwargs, "standalone_mode": False})
+        except ConvertError as error:
+            click.echo(f"Error: {error}", err=True)
+            if error.hint:
+                click.echo(f"Hint: {error.hint}", err=True)
+            sys.exit(1)
+        except click.ClickException as error:
+            error.show()
+            sys.exit(error.exit_code)
+        except (click.Abort, KeyboardInterrupt):
+            click.echo("Interrupted.", err=True)
+            sys.exit(130)
+
+
+@click.group(cls=Commands, context_settings=CONTEXT)
+@click.version_option(__version__, prog_name="marlin-convert")
+def main() -> None:
+    """Quantize Hugging Face language models to 4 bits, write them in the MARLIN layout, and check the result.
+
+    \b
+    Example:
+      marlin-convert quantize Qwen/Qwen3-0.6B -o qwen3-marlin
+      marlin-convert verify qwen3-marlin --source Qwen/Qwen3-0.6B
+
+    Exit status: 0 done, 1 it could not be done, 2 wrong usage, 3 verify found a difference, 130 interrupted.
+    """
+
+
+def output_options(command: Callable) -> Callable:
+    """--json, -q and -v, the same on every command."""
+    for option in (
+        click.option("-v", "--verbose", count=True, help="More lines on stderr, one per linear."),
+        click.option("-q", "--quiet", is_flag=True, help="Only warnings and errors on stderr."),
+        click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout."),
+    ):
+        command = option(command)
+    return command
+
+
+def set_up_logging(quiet: bool, verbose: int) -> None:
+    """Plain lines on stderr."""
+    level = logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO
+    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING, force=True)
+    log.setLevel(level)
+
+
+def block_progress(quiet: bool) -> Callable[[range, int], Iterable[int]]:
+    """A bar over the blocks on a terminal, else one plain line per block."""
+
+    def progress(blocks: range, total: int) -> Iterable[int]:
+        from tqdm import tqdm
+
+        bar = tqdm(blocks, initial=blocks.start, total=total, unit="block", disable=True if quiet else None)
+        for number in bar:
+            yield number
+            if bar.disable:
+                log.info("block %d of %d done", number + 1, total)
+
+    return progress
+
+
+def pick_device(name: str) -> "torch.device":
+    """The torch device of --device; auto is the first GPU, else the CPU with a notice."""
+    import torch
+
+    if name == "auto":
+        name = "cuda:0" if torch.cuda.is_available() else "cpu"
+        if name == "cpu":
+            log.info("no CUDA GPU found, working on the CPU")
+    try:
+        device = torch.device("cuda:0" if name == "cuda" else name)
+    except RuntimeError as error:
+        raise click.BadParameter(f"{name!r} is not auto, cpu, cuda or cuda:N.", param_hint="--device") from error
+    if device.type not in ("cpu", "cuda"):
+        raise click.BadParameter(f"{name!r} is not auto, cpu, cuda or cuda:N.", param_hint="--device")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ConvertError(f"there is no device {name!r}: {count} CUDA GPUs found.", "pass --device cpu.")
+    return device
+
+
+def parse_size(context: click.Context, parameter: click.Parameter, value: str) -> int:
+    """Bytes of a size like 5GB or 200MB."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "": 1}
+    number = value.upper().rstrip("KMGB")
+    unit = value.upper()[len(number) :]
+    if unit not in units or not number.isdigit() or int(number) == 0:
+        raise click.BadParameter(f"{value!r} is not a size like 5GB or 500MB.")
+    return int(number) * units[unit]
+
+
+@main.command(context_settings=CONTEXT)
+@click.argument("model")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Where to write. Must not exist.")
+@click.option("--recipe", default="w4a16-g128", show_default=True, metavar="NAME|FILE", help="Settings to start from.")
+@click.option("--format", type=click.Choice(["marlin", "gptq", "compressed-tensors"]), help="On-disk layout.  [default: marlin]")
+@click.option("--group-size", type=click.Choice(["128", "64", "32", "-1"]), help="Weights that share a scale; -1 is one per column.")
+@click.option("--skip", multiple=True, metavar="PATTERN", help="Leave matching linears dense; repeatable.")
+@click.option("--calibration", metavar="builtin|FILE|hf:DATASET[:SPLIT]", help="Text to calibrate on: .txt or .jsonl.")
+@click.option("--samples", type=click.IntRange(1), help="Calibration sequences.  [default: 256]")
+@click.option("--sequence-length", type=click.IntRange(1), help="Tokens per sequence.  [default: 2048]")
+@click.option("--seed", type=int, help="Draws the calibration windows.  [default: 0]")
+@click.option("--dtype", type=click.Choice(["auto", "float16", "bfloat16"]), help="Type of the tensors left dense.")
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute.")
+@click.option("--revision", help="Branch, tag or commit of a Hub MODEL.")
+@click.option("--max-shard-size", default="5GB", show_default=True, callback=parse_size, help="Largest file.")
+@click.option("--requantize", is_flag=True, help="Solve again from the dequantized weights of a quantized MODEL.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted run.")
+@click.option("--overwrite", is_flag=True, help="Replace the output once the new one is complete.")
+@click.option("--trust-remote-code", is_flag=True, help="Allow code from the model repository to run.")
+@click.option("--report", type=click.Path(path_type=Path, dir_okay=False), help="Write an HTML page with the error of every linear.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@output_options
+def quantize(
+    model: str,
+    output: Path,
+    recipe: str,
+    device: str,
+    revision: str | None,
+    max_shard_size: int,
+    requantize: bool,
+    resume: bool,
+    overwrite: bool,
+    trust_remote_code: bool,
+    report: Path | None,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: int,
+    **settings: Any,
+) -> None:
+    """Quantize MODEL (a Hub id or a local directory) and write a 4-bit checkpoint.
+
+    A MODEL that is already quantized (GPTQ, MARLIN, AWQ, compressed-tensors) is repacked: its codes are kept
+    and nothing is calibrated. What cannot be done is said before anything is written.
+    """
+    set_up_logging(quiet, verbose)
+    from marlin_convert import quantize as story
+    from marlin_convert import recipe as recipes
+    from marlin_convert import report as reports
+    from marlin_convert.hub import resolve
+
+    settings["group_size"] = int(settings["group_size"]) if settings["group_size"] else None
+    settings["skip"] = settings["skip"] or None
+    job = story.Job(
+        source=resolve(model, revision, code=trust_remote_code),
+        output=output,
+        recipe=recipes.load(recipe).changed(settings),
+        device=pick_device(device),
+        max_shard_size=max_shard_size,
+        requantize=requantize,
+        resume=resume,
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+    )
+    if dry_run:
+        _, plan = story.plan_job(job)
+        click.echo(json.dumps(reports.plan_json(plan), indent=2) if as_json else reports.plan_text(plan, job))
+        return
+    done = story.quantize(job, block_progress(quiet))
+    if report:
+        report.write_text(reports.html(done.manifest), "utf-8")
+    if as_json:
+        click.echo(json.dumps(reports.summary(done), indent=2))
+    elif not quiet:
+        click.echo(reports.summary_text(done, job))

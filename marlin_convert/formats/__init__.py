@@ -1,0 +1,50 @@
+"""On-disk layouts of quantized linear layers: one module each, pack and unpack side by side."""
+
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+from marlin_convert.errors import FormatError
+from marlin_convert.formats import awq, compressed_tensors, gptq, marlin
+from marlin_convert.formats.scheme import Scheme
+
+__all__ = ["FORMATS", "Scheme", "detect"]
+
+FORMATS: dict[str, ModuleType] = {
+    "marlin": marlin,
+    "gptq": gptq,
+    "compressed-tensors": compressed_tensors,
+    "awq": awq,
+}
+
+
+def detect(quantization_config: Mapping[str, Any]) -> Scheme:
+    """The scheme that a quantization_config describes. FormatError naming what is unknown or refused."""
+    config = quantization_config
+    method = config.get("quant_method") or config.get("method") or _implied_method(config)
+    if method == "compressed-tensors":
+        return compressed_tensors.read_config(config)
+    if method == "awq":
+        if awq.awq_version(config) == "marlin":
+            return marlin.read_config(config, names=("qweight", "scales"))
+        return awq.read_config(config)
+    if method == "gptq" and gptq.checkpoint_format(config) != "marlin":
+        return gptq.read_config(config)
+    if method == "gptq" or (method == "marlin" and config.get("checkpoint_format", "marlin") == "marlin"):
+        return marlin.read_config(config)
+    raise FormatError(
+        f"quantization_config: quant_method {method!r} is not supported",
+        hint="supported: " + ", ".join(FORMATS),
+    )
+
+
+def _implied_method(config: Mapping[str, Any]) -> str | None:
+    """The method of native files that name none: AutoAWQ's quant_config.json, old quantize_config.json."""
+    if "w_bit" in config:
+        return "awq"
+    return "gptq" if "bits" in config and "desc_act" in config else None
+
+
+def suffixes(scheme: Scheme) -> tuple[str, ...]:
+    """The tensor suffixes that a packed linear may have in a checkpoint of this scheme, its codes first."""
+    return scheme.names or FORMATS[scheme.format].SUFFIXES

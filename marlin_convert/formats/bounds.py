@@ -1,0 +1,49 @@
+"""What every layout asks of codes, zero points and scales before it writes them: lossless, or refused."""
+
+import torch
+from torch import Tensor
+
+from marlin_convert.errors import FormatError
+from marlin_convert.quantized import QuantizedLinear
+
+
+def check_codes(layer: QuantizedLinear) -> None:
+    """Raise FormatError when a code or a zero code of the layer does not fit its bits."""
+    if layer.bits == 8 or layer.codes.numel() == 0:
+        return
+    limit = (1 << layer.bits) - 1
+    if int(layer.codes.amax()) > limit:
+        _refuse(layer.codes > limit, "codes", f"do not fit {layer.bits} bits", layer.codes)
+    if layer.zeros is not None:
+        _refuse(layer.zeros > limit, "zero points", f"do not fit {layer.bits} bits", layer.zeros)
+
+
+def float16_scales(scales: Tensor) -> Tensor:
+    """The scales (groups, n) in float16, of exactly the same values.
+
+    FormatError when one is zero, NaN, infinite, or no float16 number: bfloat16 and float32 reach further.
+    """
+    _refuse(scales == 0, "scales", "are zero", scales)
+    _refuse(~torch.isfinite(scales), "scales", "are not finite", scales)
+    narrow = scales.to(torch.float16)
+    inexact = narrow.to(torch.float32) != scales.to(torch.float32)
+    _refuse(inexact, "scales", "cannot be represented exactly in float16", scales)
+    return narrow.contiguous()
+
+
+def check_zeros_above(zeros: Tensor, least: int, reason: str) -> None:
+    """Raise FormatError when a zero code (groups, n) lies below least, for the reason given."""
+    _refuse(zeros < least, "zero points", reason, zeros)
+
+
+def check_zeros_below(zeros: Tensor, limit: int, reason: str) -> None:
+    """Raise FormatError when a zero code (groups, n) reaches the limit, for the reason given."""
+    _refuse(zeros >= limit, "zero points", reason, zeros)
+
+
+def _refuse(wrong: Tensor, what: str, why: str, values: Tensor) -> None:
+    count = int(wrong.sum())
+    if count:
+        row, column = wrong.nonzero()[0].tolist()
+        first = f"the first at [{row}, {column}] is {values[row, column].item():g}"
+        raise FormatError(f"{count} of {wrong.numel()} {what} {why}; {first}")

@@ -1,0 +1,207 @@
+"""compressed-tensors `pack-quantized`: the layout vLLM, SGLang and transformers prefer today.
+
+    weight_packed      (n, ceil(k * bits / 32)) int32       unsigned codes, a bit stream along k
+    weight_scale       (n, groups) float16
+    weight_shape       (2,) int64                           n, k
+    weight_zero_point  (ceil(n * bits / 32), groups) int32  unsigned zero codes, a bit stream along n
+    weight_g_idx       (k,) int32                           in old files; -1 everywhere: none
+
+A symmetric layer has no weight_zero_point. weight_packed, weight_scale and weight_zero_point are GPTQ's qweight,
+scales and version 2 qzeros transposed.
+
+Source: the compressed-tensors package, PackedQuantizationCompressor.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from marlin_convert.errors import FormatError
+from marlin_convert.formats import bounds, words
+from marlin_convert.formats.scheme import (
+    SCALE_DTYPES,
+    Scheme,
+    bits_of,
+    expect_shape,
+    group_size_of,
+    mapping_of,
+    names_of,
+    tensor,
+)
+from marlin_convert.quantized import QuantizedLinear
+
+SUFFIXES = ("weight_packed", "weight_scale", "weight_shape")
+
+
+def refusal(
+    k: int, n: int, *, bits: int, group_size: int, symmetric: bool = True, act_order: bool = False
+) -> str | None:
+    """Why this layout cannot hold such a layer; None if it can."""
+    if bits not in (4, 8):
+        return f"holds 4 or 8 bits, not {bits}"
+    if act_order:
+        return "has no group order since 0.19, and the groups of the layer follow activation order"
+    if group_size != -1 and k % group_size:
+        return f"needs inputs divisible by the group size {group_size}, has {k}"
+    return None
+
+
+def tensors(k: int, n: int, *, bits: int, group_size: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtype and shape of every tensor pack writes of a symmetric layer."""
+    groups = 1 if group_size == -1 else k // group_size
+    return {
+        "weight_packed": (torch.int32, (n, -(-k * bits // 32))),
+        "weight_scale": (torch.float16, (n, groups)),
+        "weight_shape": (torch.int64, (2,)),
+    }
+
+
+def pack(layer: QuantizedLinear) -> dict[str, Tensor]:
+    """The tensors of a layer, by suffix: weight_zero_point only if it has zeros.
+
+    FormatError when the layer is refused, a code or zero code does not fit the bits, or a scale is zero, not
+    finite or not a float16 number.
+    """
+    reason = refusal(
+        layer.k,
+        layer.n,
+        bits=layer.bits,
+        group_size=layer.group_size,
+        act_order=layer.group_of_row is not None,
+    )
+    if reason:
+        raise FormatError(f"compressed-tensors {reason}")
+    bounds.check_codes(layer)
+    packed = {
+        "weight_packed": words.pack_rows(layer.codes, layer.bits).t().contiguous(),
+        "weight_scale": bounds.float16_scales(layer.scales).t().contiguous(),
+        "weight_shape": torch.tensor([layer.n, layer.k], dtype=torch.int64, device=layer.codes.device),
+    }
+    if layer.zeros is not None:
+        packed["weight_zero_point"] = words.pack_rows(layer.zeros.t(), layer.bits)
+    return packed
+
+
+def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedLinear:
+    """The layer in weight_packed, weight_scale, weight_shape and what else there is of it.
+
+    FormatError when they do not fit together.
+    """
+    packed = tensor(tensors, "weight_packed", (torch.int32,))
+    scales = tensor(tensors, "weight_scale", SCALE_DTYPES)
+    shape = tensor(tensors, "weight_shape", (torch.int64, torch.int32), dimensions=1)
+    expect_shape("weight_shape", shape, (2,), "any layer")
+    n, k = shape.tolist()
+    expect_shape("weight_packed", packed, (n, -(-k * scheme.bits // 32)), f"weight_shape {n, k}")
+    expect_shape("weight_scale", scales, (n, scales.shape[1]), f"weight_shape {n, k}")
+    group_size = scheme.group_rows(k, scales.shape[1])
+    zeros = None
+    if "weight_zero_point" in tensors or not scheme.symmetric:
+        stored = tensor(tensors, "weight_zero_point", (torch.int32,))
+        rows = -(-n * scheme.bits // 32)
+        expect_shape(
+            "weight_zero_point", stored, (rows, scales.shape[1]), f"weight_scale {tuple(scales.shape)}"
+        )
+        zeros = words.unpack_rows(stored, scheme.bits, n).t().contiguous()
+    return QuantizedLinear.normalized(
+        codes=words.unpack_rows(packed.t().contiguous(), scheme.bits, k),
+        scales=scales.t().contiguous(),
+        group_size=group_size,
+        bits=scheme.bits,
+        zeros=zeros,
+        group_of_row=_group_of_row(tensors, scheme, k, scales.shape[1]),
+    )
+
+
+def _group_of_row(tensors: Mapping[str, Tensor], scheme: Scheme, k: int, groups: int) -> Tensor | None:
+    """The group of each row (k,) int32 as weight_g_idx says; None when there is none."""
+    if "weight_g_idx" not in tensors:
+        if scheme.act_order and groups > 1:
+            raise FormatError(
+                "actorder is group and there is no weight_g_idx: the group of each row is unknown"
+            )
+        return None
+    g_idx = tensor(tensors, "weight_g_idx", (torch.int32, torch.int64), dimensions=1)
+    expect_shape("weight_g_idx", g_idx, (k,), f"weight_shape of {k} inputs")
+    if bool((g_idx == -1).all()):
+        return None
+    low, high = int(g_idx.min()), int(g_idx.max())
+    if low < 0 or high >= groups:
+        raise FormatError(f"weight_g_idx runs from {low} to {high}, there are {groups} groups")
+    return g_idx
+
+
+def quantization_config(*, bits: int, group_size: int, skipped: Sequence[str]) -> dict[str, Any]:
+    """The quantization_config of config.json, lm_head always ignored; vLLM refuses any sparsity_config."""
+    weights = {
+        "num_bits": bits,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "channel" if group_size == -1 else "group",
+        "group_size": None if group_size == -1 else group_size,
+        "dynamic": False,
+        "actorder": None,
+        "block_structure": None,
+        "observer": "minmax",
+        "observer_kwargs": {},
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "kv_cache_scheme": None,
+        "ignore": ["lm_head", *(name for name in skipped if name != "lm_head")],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": weights,
+                "input_activations": None,
+                "output_activations": None,
+                "format": "pack-quantized",
+            }
+        },
+    }
+
+
+def read_config(config: Mapping[str, Any]) -> Scheme:
+    """The scheme of a compressed-tensors config. FormatError for all but pack-quantized integers."""
+    groups = mapping_of(config, "config_groups")
+    if len(groups) != 1:
+        raise FormatError(f"quantization_config: one config group is supported, there are {len(groups)}")
+    group = mapping_of(groups, next(iter(groups)))
+    stored = group.get("format") or config.get("format")
+    if stored != "pack-quantized":
+        raise FormatError(f"quantization_config: compressed-tensors format {stored!r} is not supported")
+    _refuse_keys(config, group)
+    weights = mapping_of(group, "weights")
+    if weights.get("type", "int") != "int" or weights.get("dynamic", False):
+        raise FormatError("quantization_config: only static integer weights are supported")
+    strategy = weights.get("strategy")
+    if strategy not in ("group", "channel"):
+        raise FormatError(f"quantization_config: strategy {strategy!r} is not supported")
+    return Scheme(
+        "compressed-tensors",
+        bits=bits_of(weights, "num_bits"),
+        group_size=-1 if strategy == "channel" else group_size_of(weights, "group_size"),
+        symmetric=bool(weights.get("symmetric", True)),
+        skipped=names_of(config, "ignore"),
+        act_order=weights.get("actorder") not in (None, False, "weight", "static"),
+    )
+
+
+def _refuse_keys(config: Mapping[str, Any], group: Mapping[str, Any]) -> None:
+    """Raise FormatError for what else a config may ask of a model that integer weights alone do not give."""
+    status = config.get("quantization_status", "compressed")
+    if status != "compressed":
+        raise FormatError(f"quantization_config: quantization_status {status!r}: the weights are not packed")
+    if mapping_of(config, "sparsity_config").get("format", "dense") != "dense":
+        raise FormatError("quantization_config: sparsity_config: the weights are compressed a second time")
+    for key in ("kv_cache_scheme", "transform_config"):
+        if config.get(key):
+            raise FormatError(f"quantization_config: {key} is not supported")
+    for key in ("input_activations", "output_activations"):
+        if group.get(key):
+            raise FormatError(f"quantization_config: {key}: quantized activations are not supported")

@@ -1,0 +1,116 @@
+"""What a quantization_config says of the layers, in one form for all formats, and reading its keys."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from marlin_convert.errors import FormatError
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How the packed layers of a checkpoint are stored, as its config says.
+
+    format      "marlin", "gptq", "compressed-tensors" or "awq"
+    bits        4 or 8
+    group_size  rows sharing a scale; -1: all rows
+    symmetric   zero points all in the middle; a claim that the zero tensors may contradict
+    version     GPTQ zeros: 1 stored minus one, 2 as they are
+    names       suffixes on disk in the order of the format's SUFFIXES; empty: those themselves
+    skipped     modules or patterns left dense, informational
+    act_order   groups follow activation order; a claim that a g_idx tensor may contradict
+    """
+
+    format: str
+    bits: int
+    group_size: int
+    symmetric: bool = True
+    version: int = 1
+    names: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+    act_order: bool = False
+
+    def group_rows(self, k: int, groups: int) -> int:
+        """Rows of a group, 1 .. k, of a layer with k inputs and scales for groups.
+
+        FormatError when the config's group_size makes another number of groups.
+        """
+        rows = k if self.group_size == -1 else min(self.group_size, k)
+        if groups != -(-k // rows):
+            raise FormatError(
+                f"{k} inputs in groups of {self.group_size} make {-(-k // rows)} groups, scales have {groups}"
+            )
+        return rows
+
+
+def integer(config: Mapping[str, Any], *keys: str) -> int:
+    """The first of the keys that the config has, which must be an integer. FormatError otherwise."""
+    for key in keys:
+        value = config.get(key)
+        if value is not None:
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise FormatError(f"quantization_config: {key} must be an integer, is {value!r}")
+            return value
+    raise FormatError(f"quantization_config: {keys[0]} is missing")
+
+
+def bits_of(config: Mapping[str, Any], *keys: str, allowed: Sequence[int] = (4, 8)) -> int:
+    """The bits of a code, one of those allowed. FormatError otherwise."""
+    bits = integer(config, *keys)
+    if bits not in allowed:
+        raise FormatError(
+            f"quantization_config: {keys[0]} is {bits}, must be {' or '.join(map(str, allowed))}"
+        )
+    return bits
+
+
+def group_size_of(config: Mapping[str, Any], *keys: str) -> int:
+    """The rows of a group, positive, or -1 for all. FormatError otherwise."""
+    size = integer(config, *keys)
+    if size != -1 and size < 1:
+        raise FormatError(f"quantization_config: {keys[0]} is {size}, must be -1 or positive")
+    return size
+
+
+def names_of(config: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    """A list of module names or patterns, empty when there is none. FormatError when it is something else."""
+    names = config.get(key) or ()
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise FormatError(f"quantization_config: {key} must be a list of names, is {names!r}")
+    return tuple(names)
+
+
+def mapping_of(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """The object under the key, empty when the config has none. FormatError when it is something else."""
+    found = config.get(key) or {}
+    if not isinstance(found, Mapping):
+        raise FormatError(f"quantization_config: {key} must be an object, is {found!r}")
+    return found
+
+
+def tensor(
+    tensors: Mapping[str, Tensor], suffix: str, dtypes: Sequence[torch.dtype], dimensions: int = 2
+) -> Tensor:
+    """The tensor of that suffix, of one of the dtypes. FormatError when it is absent or anything else."""
+    found = tensors.get(suffix)
+    if found is None:
+        raise FormatError(f"no tensor {suffix}; there are {', '.join(sorted(tensors)) or 'none'}")
+    if found.dtype not in dtypes or found.dim() != dimensions or not found.numel():
+        kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise FormatError(
+            f"{suffix} must be {kinds} with {dimensions} dimensions, is "
+            f"{str(found.dtype).removeprefix('torch.')} {tuple(found.shape)}"
+        )
+    return found
+
+
+def expect_shape(suffix: str, found: Tensor, shape: tuple[int, ...], of: str) -> None:
+    """Raise FormatError when the tensor has not the shape that another tensor, named in `of`, asks for."""
+    if tuple(found.shape) != shape:
+        raise FormatError(f"{suffix} must be {shape} beside {of}, is {tuple(found.shape)}")
+
+
+SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)

@@ -1,0 +1,72 @@
+"""A model by name: a local directory, or a repository of the Hugging Face Hub and the commit it came from."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from marlin_convert.errors import SourceError
+
+_REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+# What a conversion reads: never pickles, and code only if it was asked for.
+_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*", "USE_POLICY*"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A resolved model: where its files are, what it is called, and its commit (None for a directory)."""
+
+    directory: Path
+    name: str
+    commit: str | None
+
+
+def resolve(model: str, revision: str | None = None, *, code: bool = False) -> Source:
+    """The directory of MODEL, downloading it if it is a Hub id; SourceError says why it cannot be had.
+
+    A path that exists wins over a Hub id. `code` also fetches the Python files of the repository.
+    """
+    path = Path(model)
+    if path.is_dir():
+        if revision is not None:
+            raise SourceError(f"'{model}' is a directory; --revision is for models on the Hub.")
+        return Source(path, path.resolve().name, None)
+    if path.exists() or not _REPOSITORY.fullmatch(model):
+        raise SourceError(f"'{model}' is neither a directory nor a Hub id.", "a Hub id looks like 'org/name'.")
+    from huggingface_hub import snapshot_download
+
+    with hub_errors(model):
+        patterns = _FILES + (["*.py"] if code else [])
+        directory = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    return Source(directory, model, directory.name)
+
+
+@contextmanager
+def hub_errors(repository: str) -> Iterator[None]:
+    """Turn what goes wrong with the Hub into a SourceError with a sentence and a hint."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise SourceError(
+            f"{repository!r} is gated and this token has no access.",
+            "request access on its page, then run 'hf auth login'.",
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise SourceError(
+            f"there is no directory and no Hub repository {repository!r} that you can see.",
+            "check the spelling; for a private one run 'hf auth login' or set HF_TOKEN.",
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise SourceError(f"{repository!r} has no such revision.") from error
+    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
+        raise SourceError(
+            f"{repository!r} is not in the local cache and the Hub cannot be reached.",
+            "check the network and HF_HUB_OFFLINE.",
+        ) from error
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else "no answer"
+        raise SourceError(f"the Hub answered {status} for {repository!r}.") from error

@@ -1,0 +1,182 @@
+"""A model taken apart: everything outside its decoder blocks in memory, its blocks loaded one at a time."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from marlin_convert.checkpoint.linears import Weights
+from marlin_convert.errors import SourceError
+from marlin_convert.models.architectures import Architecture, architecture_of
+
+
+def compute_dtype(source: torch.dtype, device: torch.device) -> torch.dtype:
+    """The type a model computes in: its own, but float32 on a CPU that has no units for its 16-bit type."""
+    if device.type == "cpu" and not (source == torch.bfloat16 and bf16_units()):
+        return torch.float32
+    return source
+
+
+def bf16_units() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX)."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def module_tree(config: dict, directory: Any, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a config.json as transformers builds it, with every tensor on the meta device."""
+    settings = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    if hasattr(settings, "quantization_config"):
+        del settings.quantization_config
+    with torch.device("meta"), _quiet_transformers():
+        return AutoModelForCausalLM.from_config(
+            settings, attn_implementation="sdpa", trust_remote_code=trust_remote_code
+        ).eval()
+
+
+def block_linears(model: PreTrainedModel, architecture: Architecture) -> dict[str, nn.Linear]:
+    """Every nn.Linear inside the decoder blocks, by full name, in model order."""
+    return {
+        f"{architecture.blocks}.{name}": module
+        for name, module in model.get_submodule(architecture.blocks).named_modules()
+        if isinstance(module, nn.Linear)
+    }
+
+
+class BlockModel:
+    """A causal language model run one decoder block at a time.
+
+    `weights` gives the parameters as floats whatever they are stored as. Outside the blocks (embedding, last
+    norm, output projection) they stay on `device` in `dtype`; of the blocks, only the one loaded is there.
+    """
+
+    def __init__(
+        self, weights: Weights, device: torch.device, dtype: torch.dtype, *, trust_remote_code: bool = False
+    ):
+        checkpoint = weights.checkpoint
+        self.weights = weights
+        self.device = device
+        self.dtype = dtype
+        self.architecture = architecture_of(checkpoint.config)
+        self.model = module_tree(
+            checkpoint.config, checkpoint.directory, trust_remote_code=trust_remote_code
+        )
+        self.blocks = self.model.get_submodule(self.architecture.blocks)
+        self._load_outside()
+
+    def __len__(self) -> int:
+        return len(self.blocks)  # type: ignore[arg-type]
+
+    def name(self, i: int) -> str:
+        """The module path of block i."""
+        return f"{self.architecture.blocks}.{i}"
+
+    def _load_outside(self) -> None:
+        inside = self.architecture.blocks + "."
+        tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
+        for path, module in self.model.named_modules():
+            if path == self.architecture.blocks or path.startswith(inside):
+                continue
+            prefix = f"{path}." if path else ""
+            for name in list(module._parameters):
+                if module._parameters[name] is not None and not (
+                    prefix + name in tied and prefix + name not in self.weights
+                ):
+                    self._assign(module, name, prefix + name)
+        self.model.tie_weights()
+        for path, module in self.model.named_modules():
+            if not path.startswith(inside):
+                self._compute_buffers(module)
+
+    def _assign(self, module: nn.Module, name: str, full_name: str) -> None:
+        expected = module._parameters[name]
+        assert expected is not None
+        value = self.weights.read(full_name)
+        if not value.isfinite().all():
+            raise SourceError(f"{full_name} holds NaN or Inf.", "the source is damaged; fetch it again.")
+        if value.shape != expected.shape:
+            raise SourceError(
+                f"{full_name} has shape {tuple(value.shape)}, its config.json means {tuple(expected.shape)}."
+            )
+        parameter = nn.Parameter(value.to(self.device, self.dtype), requires_grad=False)
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # _init_weights leaves it alone
+        module._parameters[name] = parameter
+
+    def _compute_buffers(self, module: nn.Module) -> None:
+        """Give a module the buffers no checkpoint holds (rotary frequencies, embedding scales)."""
+        absent = [name for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
+        for name in absent:
+            module._buffers[name] = torch.empty_like(module._buffers[name], device=self.device)
+        if absent:
+            self.model._init_weights(module)
+
+    def load(self, i: int) -> nn.Module:
+        """Block i with its weights on the device, for as long as the caller keeps it loaded."""
+        block = self.blocks[i]  # type: ignore[index]
+        for path, module in block.named_modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    full_name = ".".join(part for part in (self.name(i), path, name) if part)
+                    self._assign(module, name, full_name)
+            self._compute_buffers(module)
+        return block
+
+    def replace(self, linear: str, weight: Tensor) -> None:
+        """Give a linear of the loaded block another weight (n, k)."""
+        module = self.model.get_submodule(linear)
+        module.weight = nn.Parameter(weight.to(self.device, self.dtype), requires_grad=False)
+
+    def unload(self, i: int) -> None:
+        """Free the weights of block i."""
+        self.blocks[i].to("meta")  # type: ignore[index, operator]
+
+    @torch.no_grad()
+    def embed(self, ids: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+        """What enters block 0 for ids (batch, length), and the keyword arguments of every block's call.
+
+        The keyword arguments (masks, rotary embeddings) depend on the shape of `ids` only.
+        """
+        calls: list[dict[str, Any]] = []
+        entering: list[Tensor] = []
+
+        def record(i: int, hidden: Tensor, **kwargs: Any) -> Tensor:
+            if i == 0:
+                entering.append(hidden)
+            calls.append(kwargs)
+            return hidden
+
+        with self._blocks_replaced(record):
+            self.model.get_decoder()(input_ids=ids.to(self.device), use_cache=False)
+        return entering[0], calls
+
+    @torch.no_grad()
+    def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """Logits (batch, length, vocabulary) from what left the last block for the same ids."""
+        with self._blocks_replaced(lambda i, _, **kwargs: hidden):
+            return self.model(input_ids=ids.to(self.device), use_cache=False).logits
+
+    @contextmanager
+    def _blocks_replaced(self, call: Any) -> Iterator[None]:
+        def replacement(i: int) -> Any:
+            return lambda hidden, *args, **kwargs: call(i, hidden, **kwargs)
+
+        for i, block in enumerate(self.blocks):  # type: ignore[arg-type]
+            block.forward = replacement(i)
+        try:
+            yield
+        finally:
+            for block in self.blocks:  # type: ignore[union-attr]
+                del block.forward
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)

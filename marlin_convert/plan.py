@@ -1,0 +1,320 @@
+"""The plan: what becomes of every linear and every tensor, known from headers before a weight is read."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from marlin_convert import formats
+from marlin_convert.checkpoint.linears import Weights
+from marlin_convert.checkpoint.writer import TensorSpec
+from marlin_convert.errors import ConvertError, FormatError, SourceError
+from marlin_convert.models.architectures import Architecture, Stage, architecture_of
+from marlin_convert.models.blocks import block_linears, module_tree
+from marlin_convert.quantized import QuantizedLinear
+from marlin_convert.recipe import Recipe
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+# Old checkpoints carry these buffers; every model computes them.
+_COMPUTED = ("rotary_emb.inv_freq",)
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What becomes of one linear of shape (k, n): packed, or left dense for a reason."""
+
+    linear: str
+    k: int
+    n: int
+    reason: str | None = None
+
+    @property
+    def packed(self) -> bool:
+        """Whether the linear is written as integer codes."""
+        return self.reason is None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a conversion will do.
+
+    `repack` says that the codes of the source are kept; `specs` are the tensors to be written, `owner` maps
+    those that belong to a packed linear to (linear, suffix); `left_out` are source tensors not written.
+    """
+
+    architecture: Architecture
+    blocks: int
+    recipe: Recipe
+    bits: int
+    repack: bool
+    fates: tuple[Fate, ...]
+    specs: tuple[TensorSpec, ...]
+    owner: dict[str, tuple[str, str]]
+    left_out: tuple[str, ...]
+    notes: tuple[str, ...]
+    source_bytes: int
+    vocabulary: int
+    quantization_config: dict[str, Any]
+
+    @property
+    def packed(self) -> list[Fate]:
+        """The linears that are written as integer codes."""
+        return [fate for fate in self.fates if fate.packed]
+
+    @property
+    def dense(self) -> list[Fate]:
+        """The linears of the blocks that are left dense."""
+        return [fate for fate in self.fates if not fate.packed]
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """The suffixes of the tensors a packed linear is written as."""
+        first = self.packed[0].linear if self.packed else None
+        return tuple(suffix for linear, suffix in self.owner.values() if linear == first)
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """The type every tensor is written as."""
+        return {spec.name: spec.dtype for spec in self.specs}
+
+    def packed_in(self, block: int) -> list[Fate]:
+        """The packed linears of one block."""
+        prefix = f"{self.architecture.blocks}.{block}."
+        return [fate for fate in self.packed if fate.linear.startswith(prefix)]
+
+    def pack(self, layer: QuantizedLinear) -> dict[str, Tensor]:
+        """The tensors of a linear in the plan's format, by suffix."""
+        return formats.FORMATS[self.recipe.format].pack(layer)
+
+    def unpack(self, tensors: Mapping[str, Tensor]) -> QuantizedLinear:
+        """A linear from its tensors in the plan's format."""
+        scheme = formats.detect(self.quantization_config)
+        return formats.FORMATS[scheme.format].unpack(tensors, scheme)
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of all tensors to be written."""
+        return sum(spec.nbytes for spec in self.specs)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits on disk for one weight of the packed linears, scales included."""
+        stored = sum(spec.nbytes for spec in self.specs if spec.name in self.owner)
+        return 8 * stored / max(sum(fate.k * fate.n for fate in self.packed), 1)
+
+    def stages(self, block: str) -> list[Stage]:
+        """The stages of a block (by module path) that are packed, in their order."""
+        packed = {fate.linear for fate in self.packed}
+        return [
+            stage for stage in self.architecture.stages if all(f"{block}.{name}" in packed for name in stage)
+        ]
+
+
+def make_plan(
+    weights: Weights, recipe: Recipe, *, requantize: bool = False, trust_remote_code: bool = False
+) -> Plan:
+    """Plan a conversion of `weights` by `recipe`.
+
+    Raises SourceError for a model that is not what its config says, FormatError naming every linear that the
+    format cannot hold and the --skip that leaves it dense.
+    """
+    checkpoint = weights.checkpoint
+    architecture = architecture_of(checkpoint.config)
+    model = module_tree(checkpoint.config, checkpoint.directory, trust_remote_code=trust_remote_code)
+    repack = weights.scheme is not None and not requantize
+    bits, group_size = 4, recipe.group_size
+    notes = []
+    if repack:
+        assert weights.scheme is not None
+        bits, group_size = weights.scheme.bits, weights.scheme.group_size
+        recipe = recipe.changed({"group_size": group_size})
+        notes.append(f"the source is already {weights.scheme.format}: its codes are kept, nothing is calibrated")
+
+    left_out = _check_names(weights, model)
+    linears = block_linears(model, architecture)
+    fates = tuple(_fates(linears, architecture, recipe, weights if repack else None))
+    _check_skips(recipe, linears)
+    _check_stages(fates, architecture)
+    if repack:
+        _check_codes(fates, weights, recipe.format)
+    else:
+        _check_shapes(fates, recipe)
+    if recipe.format == "marlin":
+        odd = sum(fate.packed and bool(fate.n % 256) for fate in fates)
+        if odd:
+            notes.append(f"{odd} linears have outputs not divisible by 256: for our own kernel and plugins only")
+        if group_size in (32, 64):
+            notes.append(f"group size {group_size} in marlin files: for our own kernel and plugins only")
+
+    owner: dict[str, tuple[str, str]] = {}
+    specs = tuple(_specs(weights, architecture, fates, recipe, bits, group_size, owner, left_out))
+    return Plan(
+        architecture=architecture,
+        blocks=len(model.get_submodule(architecture.blocks)),  # type: ignore[arg-type]
+        recipe=recipe,
+        bits=bits,
+        repack=repack,
+        fates=fates,
+        specs=specs,
+        owner=owner,
+        left_out=tuple(left_out),
+        notes=tuple(notes),
+        source_bytes=sum(info.end - info.start for info in checkpoint.tensors.values()),
+        vocabulary=model.get_input_embeddings().weight.shape[0],  # type: ignore[operator]
+        quantization_config=formats.FORMATS[recipe.format].quantization_config(
+            bits=bits, group_size=group_size, skipped=[fate.linear for fate in fates if not fate.packed]
+        ),
+    )
+
+
+def _check_names(weights: Weights, model: torch.nn.Module) -> list[str]:
+    """Compare the tensors with the architecture's; returns those that are known to be left out."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    expected = set(model.state_dict())
+    missing = sorted(name for name in expected - tied if name not in weights)
+    if missing:
+        raise SourceError(f"{_some(missing)} of the architecture not in {weights.checkpoint.directory.name}.")
+    foreign = sorted(weights.checkpoint.tensors.keys() - expected - weights.packed_names())
+    left_out = [name for name in foreign if name.endswith(_COMPUTED)]
+    if len(foreign) > len(left_out):
+        strangers = [name for name in foreign if name not in left_out]
+        raise SourceError(
+            f"{_some(strangers)} in {weights.checkpoint.directory.name} not of the architecture.",
+            "the config.json may be of another model.",
+        )
+    return left_out
+
+
+def _fates(
+    linears: dict[str, torch.nn.Linear], architecture: Architecture, recipe: Recipe, repacked: Weights | None
+) -> list[Fate]:
+    fates = []
+    for name, linear in linears.items():
+        path = name.removeprefix(architecture.blocks + ".").partition(".")[2]
+        pattern = next((pattern for pattern in recipe.skip if fnmatchcase(name, pattern)), None)
+        reason = None
+        if repacked is not None:
+            reason = None if repacked.is_packed(name) else "dense in the source"
+            if pattern and reason is None:
+                raise ConvertError(
+                    f"--skip {pattern!r} matches {name}, which is quantized in the source.",
+                    "a repack keeps what is quantized; start from the original model to leave it dense.",
+                )
+        elif pattern:
+            reason = f"skipped by {pattern!r}"
+        elif architecture.stage_of(path) is None:
+            reason = "not in the table of this architecture"
+        fates.append(Fate(name, linear.in_features, linear.out_features, reason))
+    return fates
+
+
+def _check_skips(recipe: Recipe, linears: dict[str, torch.nn.Linear]) -> None:
+    for pattern in recipe.skip:
+        if not any(fnmatchcase(name, pattern) for name in linears):
+            raise ConvertError(
+                f"--skip {pattern!r} matches no linear of the blocks.",
+                f"their names are like {next(iter(linears))!r}.",
+            )
+
+
+def _check_stages(fates: Sequence[Fate], architecture: Architecture) -> None:
+    """Engines fuse the linears of a stage: all are packed or none."""
+    reasons = {fate.linear: fate.reason for fate in fates}
+    for linear, reason in reasons.items():
+        path = linear.removeprefix(architecture.blocks + ".").partition(".")[2]
+        stage = architecture.stage_of(path)
+        if reason is None or stage is None:
+            continue
+        block = linear.removesuffix("." + path)
+        packed = [f"{block}.{name}" for name in stage if reasons[f"{block}.{name}"] is None]
+        if packed:
+            raise ConvertError(
+                f"{linear} is left dense, but {' and '.join(packed)} beside it not; engines load them as one.",
+                "add " + " ".join(f"--skip '{name}'" for name in packed),
+            )
+
+
+def _check_shapes(fates: Sequence[Fate], recipe: Recipe) -> None:
+    layout = formats.FORMATS[recipe.format]
+    _refuse(
+        fates, recipe.format, lambda fate: layout.refusal(fate.k, fate.n, bits=4, group_size=recipe.group_size)
+    )
+
+
+def _check_codes(fates: Sequence[Fate], weights: Weights, format: str) -> None:
+    """What only the stored zero points and group orders tell: whether the format can hold the codes."""
+    scheme = weights.scheme
+    assert scheme is not None
+    layout = formats.FORMATS[format]
+
+    def refusal(fate: Fate) -> str | None:
+        symmetric, act_order = weights.peculiarities(fate.linear)
+        return layout.refusal(
+            fate.k, fate.n, bits=scheme.bits, group_size=scheme.group_size, symmetric=symmetric, act_order=act_order
+        )
+
+    _refuse(fates, format, refusal, "--requantize solves again from the dequantized weights.")
+
+
+def _refuse(
+    fates: Sequence[Fate], format: str, refusal: Callable[[Fate], str | None], hint: str | None = None
+) -> None:
+    refused = [(fate, why) for fate in fates if fate.packed and (why := refusal(fate))]
+    if refused:
+        fate, why = refused[0]
+        more = f" (and {len(refused) - 1} more linears)" if len(refused) > 1 else ""
+        skips = sorted({"*." + fate.linear.rpartition(".")[2] if more else fate.linear for fate, _ in refused})
+        raise FormatError(
+            f"{fate.linear} has {fate.k} inputs and {fate.n} outputs; {format} {why}{more}.",
+            hint or "leave dense what does not fit: " + " ".join(f"--skip '{name}'" for name in skips),
+        )
+
+
+def _specs(
+    weights: Weights,
+    architecture: Architecture,
+    fates: Sequence[Fate],
+    recipe: Recipe,
+    bits: int,
+    group_size: int,
+    owner: dict[str, tuple[str, str]],
+    left_out: Sequence[str],
+) -> list[TensorSpec]:
+    """The tensors to write, block by block and then the rest; fills `owner`."""
+    layout = formats.FORMATS[recipe.format]
+    packed = {fate.linear: fate for fate in fates if fate.packed}
+    written: set[str] = set()
+    specs = []
+    for name, info in weights.checkpoint.tensors.items():
+        linear = name.rpartition(".")[0]
+        if name in left_out or linear in written and not name.endswith(".bias"):
+            continue
+        if linear in packed and not name.endswith(".bias"):
+            written.add(linear)
+            fate = packed[linear]
+            for suffix, (dtype, shape) in layout.tensors(fate.k, fate.n, bits=bits, group_size=group_size).items():
+                owner[f"{linear}.{suffix}"] = (linear, suffix)
+                specs.append(TensorSpec(f"{linear}.{suffix}", dtype, shape))
+        else:
+            dtype = info.dtype
+            if info.dtype.is_floating_point and recipe.dtype != "auto":
+                dtype = DTYPES[recipe.dtype]
+            specs.append(TensorSpec(name, dtype, info.shape))
+    blocks = architecture.blocks + "."
+
+    def block(spec: TensorSpec) -> float:
+        number = spec.name.removeprefix(blocks).partition(".")[0]
+        return int(number) if spec.name.startswith(blocks) else math.inf
+
+    return sorted(specs, key=block)
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first few of many names, and how many there are."""
+    shown = ", ".join(names[:3])
+    return f"{len(names)} tensors ({shown}, ...)" if len(names) > 3 else shown

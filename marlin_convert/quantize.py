@@ -1,0 +1,449 @@
+"""The story of `quantize`: plan, calibrate, solve block by block, pack, write, publish.
+
+A source that is already quantized is repacked: its codes take the place of calibrating and solving.
+"""
+
+import errno
+import logging
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from marlin_convert import __version__, formats
+from marlin_convert.calibration import Calibration, calibrate
+from marlin_convert.checkpoint.linears import Weights
+from marlin_convert.checkpoint.manifest import MANIFEST, sha256_file
+from marlin_convert.checkpoint.reader import Checkpoint, json_file
+from marlin_convert.checkpoint.writer import ShardWriter, publish, write_json
+from marlin_convert.errors import ConvertError, FormatError, SourceError
+from marlin_convert.hub import Source
+from marlin_convert.models.architectures import Stage
+from marlin_convert.models.blocks import BlockModel, compute_dtype
+from marlin_convert.models.hidden import HiddenStates, memory_for_activations
+from marlin_convert.models.stages import walk
+from marlin_convert.plan import DTYPES, Plan, make_plan
+from marlin_convert.quantized import QuantizedLinear
+from marlin_convert.recipe import Recipe
+from marlin_convert.solvers.gptq import Solution, solve
+from marlin_convert.solvers.hessian import Hessian
+
+log = logging.getLogger("marlin_convert")
+
+PROGRESS = "progress.json"
+RECIPE = "recipe.yaml"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked of one conversion."""
+
+    source: Source
+    output: Path
+    recipe: Recipe
+    device: torch.device
+    max_shard_size: int = 5_000_000_000
+    requantize: bool = False
+    resume: bool = False
+    overwrite: bool = False
+    trust_remote_code: bool = False
+
+    @property
+    def partial(self) -> Path:
+        """Where an unfinished run is kept."""
+        return self.output.with_name(self.output.name + ".partial")
+
+    @property
+    def staging(self) -> Path:
+        """What becomes `output` by one rename at the end."""
+        return self.partial / "checkpoint"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did: the manifest as written, and what only this run knows."""
+
+    manifest: dict[str, Any]
+    plan: Plan
+    seconds: float
+    forwards: int  # block forwards run while solving, over all blocks and micro-batches
+
+
+class Codes(Protocol):
+    """Where the codes of a block come from: solved, or unpacked from a quantized source."""
+
+    forwards: int
+
+    def block(self, number: int) -> Iterator[tuple[str, QuantizedLinear, dict[str, Any]]]:
+        """(linear, its codes, what the manifest says of it) for every packed linear of a block."""
+        ...
+
+
+def plan_job(job: Job) -> tuple[Weights, Plan]:
+    """Open the source and plan the conversion from headers alone; ConvertError for bad input."""
+    weights = Weights(Checkpoint.open(job.source.directory))
+    plan = make_plan(weights, job.recipe, requantize=job.requantize, trust_remote_code=job.trust_remote_code)
+    _check_output(job, plan)
+    return weights, plan
+
+
+def quantize(
+    job: Job, progress: Callable[[range, int], Iterable[int]] = lambda blocks, total: blocks
+) -> Report:
+    """Convert the job's source into its output directory; ConvertError for what cannot be done.
+
+    Whatever stops it, the source and an earlier output stay as they are, and what is finished can be resumed.
+    """
+    started = time.monotonic()
+    weights, plan = plan_job(job)
+    calibration = None if plan.repack else _calibration(job, plan)
+    settings = _settings(job, plan, weights, calibration)
+    done = _earlier_run(job, settings)
+    try:
+        _begin(job, settings, done)
+        files, rows, forwards = _convert(job, plan, weights, calibration, settings, done, progress)
+        manifest = _assemble(job, plan, weights, settings, rows, files)
+        publish(job.staging, job.output, job.overwrite)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise ConvertError(
+            f"no space left for '{job.output}' ({error.strerror}).", "free some and continue with --resume."
+        ) from error
+    finally:
+        if not _finished_blocks(job):
+            shutil.rmtree(job.partial, ignore_errors=True)
+    shutil.rmtree(job.partial)
+    return Report(manifest, plan, time.monotonic() - started, forwards)
+
+
+def _convert(
+    job: Job,
+    plan: Plan,
+    weights: Weights,
+    calibration: Calibration | None,
+    settings: dict[str, Any],
+    done: dict[str, Any],
+    progress: Callable[[range, int], Iterable[int]],
+) -> tuple[dict[str, str], list[dict[str, Any]], int]:
+    """Write the shards; returns their sha256, the manifest's row of every linear, and the forwards run."""
+    rows: list[dict[str, Any]] = done["linears"]
+    with ShardWriter(job.staging, plan.specs, job.max_shard_size) as writer:
+        writer.resume(done["tensors"])
+        codes: Codes = Repack(plan, weights)
+        if calibration is not None and done["blocks"] < plan.blocks:
+            codes = Solve(job, plan, weights, calibration, writer, done["blocks"])
+        names = iter(writer.order[done["tensors"] :])
+        name = next(names, None)
+        for number in progress(range(done["blocks"], plan.blocks), plan.blocks):
+            packed: dict[str, Tensor] = {}
+            for linear, layer, row in codes.block(number):
+                packed |= _pack(linear, layer, plan)
+                rows.append(row)
+            while name in packed or (name is not None and name not in plan.owner):
+                writer.write(name, packed[name] if name in packed else _dense(weights, plan, name))
+                name = next(names, None)
+            written = {"blocks": number + 1, "tensors": writer.sync(), "linears": rows}
+            write_json(job.partial / PROGRESS, {"settings": settings, "done": written})
+        while name is not None:
+            writer.write(name, _dense(weights, plan, name))
+            name = next(names, None)
+        return writer.close(), rows, codes.forwards
+
+
+class Repack:
+    """The codes of a source that is already quantized, untouched."""
+
+    forwards = 0
+
+    def __init__(self, plan: Plan, weights: Weights):
+        self._plan = plan
+        self._weights = weights
+
+    def block(self, number: int) -> Iterator[tuple[str, QuantizedLinear, dict[str, Any]]]:
+        """The block's linears as the source holds them."""
+        for fate in self._plan.packed_in(number):
+            yield fate.linear, self._weights.quantized(fate.linear), {"name": fate.linear, "k": fate.k, "n": fate.n}
+
+
+class Solve:
+    """The codes that the solver finds for a dense source, one block after another."""
+
+    def __init__(
+        self, job: Job, plan: Plan, weights: Weights, calibration: Calibration, writer: ShardWriter, done: int
+    ):
+        """Embed the calibration text and take it through the blocks that an earlier run has finished."""
+        self._plan = plan
+        self._recipe = plan.recipe
+        self._device = job.device
+        source = weights.dtype(plan.fates[0].linear + ".weight")
+        dtype = compute_dtype(source, job.device)
+        self._model = BlockModel(weights, job.device, dtype, trust_remote_code=job.trust_remote_code)
+        self._hidden = HiddenStates(self._model, calibration.ids, job.partial)
+        self.forwards = 0
+        for number in range(done):
+            log.debug("block %d was finished before, running the text through it", number)
+            block = self._model.load(number)
+            for fate in plan.packed_in(number):
+                stored = {suffix: writer.read(f"{fate.linear}.{suffix}") for suffix in plan.suffixes}
+                self._model.replace(fate.linear, plan.unpack(stored).dequantize(dtype))
+            self._hidden.advance(block, number)
+            self._model.unload(number)
+
+    def block(self, number: int) -> Iterator[tuple[str, QuantizedLinear, dict[str, Any]]]:
+        """Solve the block stage by stage, with the inputs that the stages before leave it."""
+        model, hidden = self._model, self._hidden
+        path = model.name(number)
+        stages = self._plan.stages(path)
+        block = model.load(number)
+        hessians: dict[Stage, Hessian] = {}
+        solved: list[tuple[str, QuantizedLinear, dict[str, Any]]] = []
+
+        def observe(stage: Stage, x: Tensor) -> None:
+            if stage not in hessians:
+                hessians[stage] = Hessian(x.shape[-1], x.device)
+            hessians[stage].add(x)
+
+        def solve_stage(stage: Stage) -> None:
+            for found in self._solve([f"{path}.{name}" for name in stage], hessians.pop(stage).mean()):
+                solved.append(found)
+
+        self.forwards += walk(
+            [lambda i=i: hidden.forward(i, block, number) for i in range(len(hidden))],  # type: ignore[misc]
+            block,
+            stages,
+            observe,
+            solve_stage,
+            hidden.put,
+            keep_bytes=memory_for_activations(self._device),
+            device=self._device,
+        )
+        model.unload(number)
+        yield from solved
+
+    def _solve(self, linears: list[str], hessian: Tensor) -> Iterator[tuple[str, QuantizedLinear, dict[str, Any]]]:
+        """Solve the linears of a stage as one matrix and put the dequantized weights into the model."""
+        if not hessian.isfinite().all():
+            raise SourceError(f"the inputs of {linears[0]} are not finite; the model overflows on this text.")
+        model = self._model
+        weights = [model.model.get_submodule(linear).weight for linear in linears]
+        k = hessian.shape[0]
+        group_size = k if self._recipe.group_size == -1 else self._recipe.group_size
+        found = solve(
+            torch.cat(weights), hessian, bits=self._plan.bits, group_size=group_size,
+            damping=self._recipe.damping, sweeps=self._recipe.sweeps,
+        )  # fmt: skip
+        start = 0
+        for linear, weight in zip(linears, weights, strict=True):
+            columns = slice(start, start + len(weight))
+            start += len(weight)
+            layer = QuantizedLinear(
+                found.codes[:, columns].contiguous(), found.scales[:, columns].contiguous(), group_size
+            )
+            model.replace(linear, layer.dequantize(model.dtype))
+            row = _row(linear, layer, found, columns)
+            log.debug("%s: relative output error %.4f", linear, row["error"])
+            yield linear, layer, row
+
+
+def _row(linear: str, layer: QuantizedLinear, found: Solution, columns: slice) -> dict[str, Any]:
+    """What the manifest says of a solved linear; `error` is ||x(W - W_q)|| / ||xW|| on the calibration text."""
+    energy = found.energy[columns].sum().item()
+    error = (max(found.error[columns].sum().item(), 0.0) / energy) ** 0.5 if energy > 0 else 0.0
+    row = {"name": linear, "k": layer.k, "n": layer.n, "error": float(f"{error:.6g}"), "damping": found.damping}
+    if found.damping is None:
+        row["rounded_to_nearest"] = True
+        log.warning("%s: its Hessian could not be factorised; weights are rounded to nearest", linear)
+    return row
+
+
+def _pack(linear: str, layer: QuantizedLinear, plan: Plan) -> dict[str, Tensor]:
+    """The tensors of a packed linear by full name; what was packed is unpacked again and compared."""
+    try:
+        packed = plan.pack(layer)
+    except FormatError as error:
+        raise FormatError(f"{linear}: {error}", error.hint) from error
+    again = plan.unpack(packed)
+    if not (torch.equal(again.codes, layer.codes) and torch.equal(again.scales.float(), layer.scales.float())):
+        raise RuntimeError(f"{linear} does not survive {plan.recipe.format}; this is a bug, nothing was published")
+    return {f"{linear}.{suffix}": tensor for suffix, tensor in packed.items()}
+
+
+def _dense(weights: Weights, plan: Plan, name: str) -> Tensor:
+    """A tensor that is copied from the source, in the type it is written as."""
+    tensor = weights.read(name)
+    if not tensor.is_floating_point():
+        return tensor
+    if not tensor.isfinite().all():
+        raise SourceError(f"{name} holds NaN or Inf.", "the source is damaged; fetch it again.")
+    written = tensor.to(plan.dtypes[name])
+    if not written.isfinite().all():
+        raise FormatError(f"{name} does not fit {plan.recipe.dtype}: its largest value is {tensor.abs().max()}.")
+    return written
+
+
+def _calibration(job: Job, plan: Plan) -> Calibration:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            job.source.directory, trust_remote_code=job.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise SourceError(
+            f"{job.source.name} has no tokenizer that can be read.", "calibration needs one beside the weights."
+        ) from error
+    recipe = plan.recipe
+    calibration = calibrate(
+        tokenizer, recipe.calibration, samples=recipe.samples, length=recipe.sequence_length, seed=recipe.seed
+    )
+    if calibration.ids.max() >= plan.vocabulary:
+        raise SourceError(
+            f"the tokenizer gives id {int(calibration.ids.max())}, the model has {plan.vocabulary} embeddings."
+        )
+    return calibration
+
+
+def _settings(job: Job, plan: Plan, weights: Weights, calibration: Calibration | None) -> dict[str, Any]:
+    """Everything that decides the bytes of the output; a resumed run must agree in all of it."""
+    device = str(job.device.type)
+    if job.device.type == "cuda":
+        device = torch.cuda.get_device_name(job.device)
+    return {
+        "tool": f"marlin-convert {__version__}",
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "source": {
+            "name": job.source.name,
+            "commit": job.source.commit,
+            "quantization": weights.scheme.format if weights.scheme else None,
+            "fingerprint": weights.checkpoint.fingerprint(),
+        },
+        "recipe": plan.recipe.to_dict(),
+        "requantized": weights.scheme is not None and job.requantize,
+        "calibration": None
+        if calibration is None
+        else {
+            "text": calibration.source,
+            "samples": len(calibration.ids),
+            "sequence_length": calibration.ids.shape[1],
+            "sha256": calibration.digest,
+        },
+        "device": device,
+        "max_shard_size": job.max_shard_size,
+    }
+
+
+def _check_output(job: Job, plan: Plan) -> None:
+    output, source = job.output.resolve(), job.source.directory.resolve()
+    if output == source or source in output.parents or output in source.parents:
+        raise ConvertError(f"'{job.output}' overlaps the source.", "choose another directory.")
+    if job.output.exists() and not (job.overwrite and job.output.is_dir()):
+        if not job.output.is_dir() or any(job.output.iterdir()):
+            raise ConvertError(
+                f"'{job.output}' already exists and is not empty.", "choose another directory, or pass --overwrite."
+            )
+    place = next(parent for parent in output.parents if parent.exists())
+    free = shutil.disk_usage(place).free
+    present = sum(path.stat().st_size for path in job.staging.glob("*")) if job.staging.is_dir() else 0
+    if plan.output_bytes > free + present:
+        raise ConvertError(
+            f"no space left: the output takes {plan.output_bytes:,} bytes, {free:,} are free.",
+            "free some, or choose a directory on another disk.",
+        )
+
+
+def _earlier_run(job: Job, settings: dict[str, Any]) -> dict[str, Any]:
+    """What an interrupted run has finished; nothing without --resume, ConvertError if it differs."""
+    nothing: dict[str, Any] = {"blocks": 0, "tensors": 0, "linears": []}
+    if not _finished_blocks(job):
+        return nothing
+    earlier = json_file(job.partial, PROGRESS)
+    done = earlier["done"]
+    if not job.resume:
+        if not job.overwrite:
+            raise ConvertError(
+                f"'{job.partial}' holds an interrupted run that has finished {done['blocks']} blocks.",
+                "continue it with --resume, or remove the directory.",
+            )
+        return nothing
+    for name, then, now in _differences(earlier["settings"], settings):
+        raise ConvertError(
+            f"cannot resume '{job.partial}': it was started with {name} {then!r}, not {now!r}.",
+            "use the settings it was started with, or remove the directory.",
+        )
+    log.info("resuming at block %d", done["blocks"])
+    return done
+
+
+def _differences(then: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(then, dict) and isinstance(now, dict):
+        for key in then.keys() | now.keys():
+            yield from _differences(then.get(key), now.get(key), f"{name}.{key}".removeprefix("."))
+    elif then != now:
+        yield name, then, now
+
+
+def _finished_blocks(job: Job) -> int:
+    """How many blocks an unfinished run has safely on disk."""
+    if not (job.partial / PROGRESS).exists():
+        return 0
+    return json_file(job.partial, PROGRESS)["done"]["blocks"]
+
+
+def _begin(job: Job, settings: dict[str, Any], done: dict[str, Any]) -> None:
+    """Make the directory everything is written to; what an abandoned run left there goes."""
+    if not done["blocks"] and job.partial.exists():
+        shutil.rmtree(job.partial)
+    job.staging.mkdir(parents=True, exist_ok=True)
+    write_json(job.partial / PROGRESS, {"settings": settings, "done": done})
+
+
+def _assemble(
+    job: Job,
+    plan: Plan,
+    weights: Weights,
+    settings: dict[str, Any],
+    rows: list[dict[str, Any]],
+    files: dict[str, str],
+) -> dict[str, Any]:
+    """Put everything but the weights into the output: config, tokenizer, licences, recipe, manifest."""
+    staging = job.staging
+    config = {key: value for key, value in weights.checkpoint.config.items() if key != "quantization_config"}
+    if plan.recipe.dtype != "auto":
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = plan.recipe.dtype
+    config["quantization_config"] = plan.quantization_config
+    write_json(staging / "config.json", config)
+    if plan.recipe.format == "gptq":
+        write_json(staging / "quantize_config.json", plan.quantization_config)
+    (staging / RECIPE).write_text(plan.recipe.dump(), "utf-8")
+    for name in weights.checkpoint.companions():
+        (staging / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(weights.checkpoint.directory / name, staging / name)
+    for path in staging.rglob("*"):
+        name = path.relative_to(staging).as_posix()
+        if path.is_file() and name not in files and name != MANIFEST:
+            files[name] = sha256_file(path)
+    source = {key: value for key, value in settings["source"].items() if key != "fingerprint"}
+    manifest = {
+        **settings,
+        "source": source,
+        "bits_per_weight": round(plan.bits_per_weight, 4),
+        "linears": rows,
+        "dense": {fate.linear: fate.reason for fate in plan.dense},
+        "left_out": list(plan.left_out),
+        "files": {
+            name: {"sha256": files[name], "size": (staging / name).stat().st_size} for name in sorted(files)
+        },
+    }
+    write_json(staging / MANIFEST, manifest)
+    return manifest

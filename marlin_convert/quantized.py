@@ -1,0 +1,110 @@
+"""The hinge between solvers and formats: integer codes and scales of one linear layer, in natural order."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedLinear:
+    """One quantized linear layer: weight[n, k] = (codes[k, n] - zero) * scale, both of the group of row k.
+
+    codes         (k, n) uint8, unsigned, 0 .. 2**bits - 1
+    scales        (groups, n) float16, bfloat16 or float32; may be negative
+    group_size    rows sharing a scale, 1 .. k (k: one scale per column)
+    bits          4 or 8
+    zeros         (groups, n) uint8 zero codes; None: symmetric, all of them 2**(bits - 1)
+    group_of_row  (k,) int32, only when it is not row // group_size (activation order)
+    bias          (n,), or None
+
+    ValueError when the shapes or dtypes do not fit together: a bug of the caller, never of the model.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    group_size: int
+    bits: int = 4
+    zeros: Tensor | None = None
+    group_of_row: Tensor | None = None
+    bias: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.codes.dtype != torch.uint8 or self.codes.dim() != 2:
+            raise ValueError(f"codes must be (k, n) uint8, are {tuple(self.codes.shape)} {self.codes.dtype}")
+        k, n = self.codes.shape
+        if self.bits not in (4, 8) or not 1 <= self.group_size <= k:
+            raise ValueError(f"bits {self.bits}, group_size {self.group_size} for k = {k}")
+        shape = (-(-k // self.group_size), n)
+        if self.scales.shape != shape:
+            raise ValueError(f"scales must be {shape}, are {tuple(self.scales.shape)}")
+        if self.zeros is not None and (self.zeros.shape != shape or self.zeros.dtype != torch.uint8):
+            raise ValueError(f"zeros must be {shape} uint8, are {tuple(self.zeros.shape)} {self.zeros.dtype}")
+        order = self.group_of_row
+        if order is not None and (order.shape != (k,) or order.dtype != torch.int32):
+            raise ValueError(f"group_of_row must be ({k},) int32, is {tuple(order.shape)} {order.dtype}")
+
+    @classmethod
+    def normalized(
+        cls,
+        codes: Tensor,
+        scales: Tensor,
+        group_size: int,
+        bits: int = 4,
+        zeros: Tensor | None = None,
+        group_of_row: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> "QuantizedLinear":
+        """The layer, zeros None if all are the middle code, group_of_row None if it is row // group_size."""
+        if zeros is not None and bool((zeros == 1 << (bits - 1)).all()):
+            zeros = None
+        if group_of_row is not None:
+            group_of_row = group_of_row.to(torch.int32)
+            if torch.equal(group_of_row, contiguous_groups(codes.shape[0], group_size, codes.device)):
+                group_of_row = None
+        return cls(codes, scales, group_size, bits, zeros, group_of_row, bias)
+
+    @property
+    def k(self) -> int:
+        """Inputs of the layer."""
+        return self.codes.shape[0]
+
+    @property
+    def n(self) -> int:
+        """Outputs of the layer."""
+        return self.codes.shape[1]
+
+    @property
+    def groups(self) -> int:
+        """Groups of rows: one scale each per output."""
+        return self.scales.shape[0]
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight as nn.Linear holds it: (n, k), computed in float32 and then cast to dtype."""
+        row_group = self.group_of_row
+        if row_group is None:
+            row_group = contiguous_groups(self.k, self.group_size, self.codes.device)
+        weight = torch.empty(self.n, self.k, dtype=dtype, device=self.codes.device)
+        # in slabs of rows: the float32 temporaries stay small beside the weight
+        step = max(1, (1 << 20) // self.n)
+        for start in range(0, self.k, step):
+            groups = row_group[start : start + step]
+            values = self.codes[start : start + step].to(torch.float32)
+            values -= 1 << (self.bits - 1) if self.zeros is None else self.zeros[groups]
+            values *= self.scales[groups]
+            weight[:, start : start + step] = values.t()
+        return weight
+
+
+def contiguous_groups(k: int, group_size: int, device: torch.device | str = "cpu") -> Tensor:
+    """The group of each of k rows when groups are runs of group_size rows: (k,) int32."""
+    return torch.arange(k, dtype=torch.int32, device=device) // group_size
+
+
+def same_codes(a: Tensor, b: Tensor) -> bool:
+    """torch.equal of two uint8 tensors, eight bytes at a time where their memory allows it."""
+    if a.shape == b.shape and a.numel() % 8 == 0 and a.is_contiguous() and b.is_contiguous():
+        a, b = a.view(-1), b.view(-1)
+        if a.storage_offset() % 8 == 0 and b.storage_offset() % 8 == 0:
+            a, b = a.view(torch.int64), b.view(torch.int64)
+    return torch.equal(a, b)

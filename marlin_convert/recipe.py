@@ -1,0 +1,98 @@
+"""A recipe: every choice that decides what a conversion writes. Loaded from YAML, changed by flags."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from marlin_convert.errors import ConvertError
+
+DEFAULT = "w4a16-g128"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The settings of one conversion; recipes/*.yaml say what each of them means."""
+
+    format: str = "marlin"
+    group_size: int = 128
+    skip: tuple[str, ...] = ()
+    dtype: str = "auto"
+    calibration: str = "builtin"
+    samples: int = 256
+    sequence_length: int = 2048
+    seed: int = 0
+    damping: float = 0.05
+    sweeps: int = 2
+
+    def __post_init__(self) -> None:
+        checks: dict[str, tuple[bool, str]] = {
+            "format": (self.format in ("marlin", "gptq", "compressed-tensors"), "unknown"),
+            "group_size": (self.group_size in (-1, 32, 64, 128), "must be 128, 64, 32 or -1"),
+            "dtype": (self.dtype in ("auto", "float16", "bfloat16"), "must be auto, float16 or bfloat16"),
+            "samples": (self.samples >= 1, "must be at least 1"),
+            "sequence_length": (self.sequence_length >= 1, "must be at least 1"),
+            "damping": (0 < self.damping <= 1, "must be above 0, at most 1"),
+            "sweeps": (self.sweeps >= 0, "must not be negative"),
+        }
+        for name, (holds, rule) in checks.items():
+            if not holds:
+                raise ConvertError(f"recipe: {name} = {getattr(self, name)!r} {rule}.")
+
+    def changed(self, settings: Mapping[str, Any]) -> "Recipe":
+        """This recipe with some settings replaced; those that are None stay."""
+        return replace(self, **{name: value for name, value in settings.items() if value is not None})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON and YAML can hold them."""
+        return asdict(self) | {"skip": list(self.skip)}
+
+    def dump(self) -> str:
+        """The recipe as YAML that `load` reads back."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+def named_recipes() -> list[str]:
+    """The names of the recipes that come with the package."""
+    folder = files("marlin_convert").joinpath("recipes")
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load(name_or_file: str) -> Recipe:
+    """A recipe by name, or from a YAML file; ConvertError says which key or value is wrong."""
+    path = Path(name_or_file)
+    if name_or_file in named_recipes():
+        text = files("marlin_convert").joinpath("recipes", f"{name_or_file}.yaml").read_text("utf-8")
+    elif path.is_file():
+        text = path.read_text("utf-8")
+    else:
+        raise ConvertError(
+            f"there is no recipe {name_or_file!r}.",
+            f"use one of {', '.join(named_recipes())}, or the path of a YAML file.",
+        )
+    try:
+        settings = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConvertError(f"recipe {name_or_file!r} is not YAML: {error}") from error
+    return _from_settings(settings, name_or_file)
+
+
+def _from_settings(settings: Any, source: str) -> Recipe:
+    if not isinstance(settings, dict):
+        raise ConvertError(f"recipe {source!r} is not a mapping of settings.")
+    defaults = {field.name: field.default for field in fields(Recipe)}
+    for name, value in settings.items():
+        if name not in defaults:
+            known = ", ".join(defaults)
+            raise ConvertError(f"recipe {source!r} has an unknown setting {name!r}.", f"known are {known}.")
+        expected = type(defaults[name])
+        if expected is tuple:
+            if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+                raise ConvertError(f"recipe {source!r}: {name} must be a list of patterns, not {value!r}.")
+            settings[name] = tuple(value)
+        elif isinstance(value, bool) or not isinstance(value, (int, float) if expected is float else expected):
+            raise ConvertError(f"recipe {source!r}: {name} must be {expected.__name__}, not {value!r}.")
+    return Recipe(**settings)

@@ -1,0 +1,176 @@
+"""What a conversion says of itself: the plan before, the table after, the page with a picture."""
+
+import html as markup
+import shlex
+from typing import TYPE_CHECKING, Any
+
+from marlin_convert.plan import Plan
+
+if TYPE_CHECKING:
+    from marlin_convert.quantize import Job, Report
+
+WORST = 5
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """The plan as data."""
+    return {
+        "format": plan.recipe.format,
+        "repack": plan.repack,
+        "recipe": plan.recipe.to_dict(),
+        "linears": [
+            {"name": fate.linear, "k": fate.k, "n": fate.n, "dense": fate.reason} for fate in plan.fates
+        ],
+        "left_out": list(plan.left_out),
+        "notes": list(plan.notes),
+        "bits_per_weight": round(plan.bits_per_weight, 4),
+        "source_bytes": plan.source_bytes,
+        "output_bytes": plan.output_bytes,
+    }
+
+
+def plan_text(plan: Plan, job: "Job") -> str:
+    """The plan for a reader, with what it will take."""
+    from marlin_convert.estimate import estimate
+
+    recipe = plan.recipe
+    lines = [
+        f"{'Repack' if plan.repack else 'Quantize'} {job.source.name} to {recipe.format}, "
+        f"group size {recipe.group_size}",
+        f"  {len(plan.packed)} linears in {plan.blocks} blocks packed at {plan.bits_per_weight:.3f} bits per weight",
+        f"  {len(plan.dense)} linears of the blocks left dense",
+        *(f"    {fate.linear}: {fate.reason}" for fate in plan.dense),
+        f"  tensors {_size(plan.source_bytes)} -> {_size(plan.output_bytes)}",
+    ]
+    if not plan.repack:
+        lines.append(
+            f"  calibration: {recipe.calibration}, {recipe.samples} x {recipe.sequence_length} tokens, seed {recipe.seed}"
+        )
+    needs = estimate(plan, job.device)
+    lines.append(f"  on {job.device}: about {_time(needs.seconds)}, {_size(needs.memory)} of memory")
+    lines += [f"  left out: {name}" for name in plan.left_out]
+    lines += [f"  note: {note}" for note in plan.notes]
+    return "\n".join(lines)
+
+
+def summary(done: "Report") -> dict[str, Any]:
+    """What was done, as data: the manifest and this run's figures."""
+    return {
+        "manifest": done.manifest,
+        "seconds": round(done.seconds, 2),
+        "source_bytes": done.plan.source_bytes,
+        "output_bytes": done.plan.output_bytes,
+        "block_forwards": done.forwards,
+    }
+
+
+def summary_text(done: "Report", job: "Job") -> str:
+    """The table at the end of a run: worst linears, sizes, seconds, and the next command to type."""
+    plan, rows = done.plan, done.manifest["linears"]
+    lines = []
+    errors = sorted((row for row in rows if "error" in row), key=lambda row: -row["error"])
+    if errors:
+        mean = sum(row["error"] for row in errors) / len(errors)
+        lines.append(f"{'linear':48} {'inputs':>7} {'outputs':>7} {'error':>8}")
+        lines += [f"{row['name']:48} {row['k']:7} {row['n']:7} {row['error']:8.4f}" for row in errors[:WORST]]
+        lines.append(f"{f'mean of {len(errors)} linears':48} {'':7} {'':7} {mean:8.4f}")
+    lines += [
+        f"rounded to nearest: {row['name']}" for row in rows if row.get("rounded_to_nearest")
+    ]
+    lines += [f"left dense: {fate.linear} ({fate.reason})" for fate in plan.dense]
+    lines += [f"left out: {name}" for name in plan.left_out]
+    lines += [f"note: {note}" for note in plan.notes]
+    lines.append(
+        f"{len(plan.packed)} linears at {plan.bits_per_weight:.3f} bits per weight, "
+        f"{_size(plan.source_bytes)} -> {_size(plan.output_bytes)}, {done.seconds:.1f} s"
+    )
+    if not plan.repack:
+        lines.append(f"{done.forwards} block forwards for {plan.blocks} blocks")
+    source = job.source.name if job.source.commit else job.source.directory
+    lines.append(
+        f"Next: marlin-convert verify {shlex.quote(str(job.output))} --source {shlex.quote(str(source))}"
+    )
+    return "\n".join(lines)
+
+
+def html(manifest: dict[str, Any]) -> str:
+    """One self-contained page: the error of every linear as a plot, by kind over the blocks, and a table."""
+    rows = [row for row in manifest["linears"] if "error" in row]
+    source, recipe = manifest["source"], manifest["recipe"]
+    table = "".join(
+        f"<tr><td>{markup.escape(row['name'])}<td>{row['k']}<td>{row['n']}"
+        f"<td>{row['error']:.4f}<td>{'rounded to nearest' if row.get('rounded_to_nearest') else ''}"
+        for row in rows
+    )
+    dense = "".join(
+        f"<li>{markup.escape(name)}: {markup.escape(reason)}" for name, reason in manifest["dense"].items()
+    )
+    title = markup.escape(f"{source['name']} in {recipe['format']}, group size {recipe['group_size']}")
+    return (
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{_STYLE}</style>"
+        f"<h1>{title}</h1><p>{markup.escape(manifest['tool'])}, {manifest['bits_per_weight']} bits per weight. "
+        f"Error: ||x(W - W<sub>q</sub>)|| / ||xW|| on the calibration text.</p>{_plot(rows)}"
+        f"<p>Left dense: {'' if dense else 'nothing'}</p><ul>{dense}</ul>"
+        f"<table><tr><th>linear<th>inputs<th>outputs<th>error<th>{table}</table></html>\n"
+    )
+
+
+_STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}"
+    "table{border-collapse:collapse;font-variant-numeric:tabular-nums}"
+    "td,th{text-align:right;padding:.1rem .8rem;border-bottom:1px solid #ddd}td:first-child{text-align:left}"
+    "svg{width:100%;height:auto}"
+)
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999933")
+
+
+def _plot(rows: list[dict[str, Any]]) -> str:
+    """An SVG of error over block number, a line for every kind of linear."""
+    if not rows:
+        return "<p>The codes are the source's own: there is no error to plot.</p>"
+    width, height, left, bottom = 900, 320, 60, 40
+    kinds: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        block = next(int(part) for part in row["name"].split(".") if part.isdigit())
+        kinds.setdefault(row["name"].rpartition(".")[2], []).append((block, row["error"]))
+    last = max(block for points in kinds.values() for block, _ in points) or 1
+    top = max(row["error"] for row in rows) * 1.05 or 1.0
+
+    def at(block: int, error: float) -> str:
+        x = left + (width - left - 150) * block / last
+        y = (height - bottom) * (1 - error / top) + 5
+        return f"{x:.1f},{y:.1f}"
+
+    parts = []
+    for step in range(5):
+        error = top * step / 4
+        y = at(0, error).split(",")[1]
+        parts.append(
+            f'<line x1="{left}" x2="{width - 150}" y1="{y}" y2="{y}" stroke="#ddd"/>'
+            f'<text x="{left - 6}" y="{y}" text-anchor="end" dominant-baseline="middle">{error:.3f}</text>'
+        )
+    for number, (kind, points) in enumerate(kinds.items()):
+        colour = _COLOURS[number % len(_COLOURS)]
+        line = " ".join(at(*point) for point in points)
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        parts += [
+            f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>'
+            for x, y in (at(*point).split(",") for point in points)
+        ]
+        parts.append(f'<text x="{width - 140}" y="{20 + 20 * number}" fill="{colour}">{markup.escape(kind)}</text>')
+    parts.append(f'<text x="{(left + width - 150) / 2}" y="{height - 8}" text-anchor="middle">block (0 to {last})</text>')
+    return f'<svg viewBox="0 0 {width} {height}" font-size="13" role="img">{"".join(parts)}</svg>'
+
+
+def _size(nbytes: float) -> str:
+    """Bytes for a reader."""
+    for unit in ("B", "kB", "MB"):
+        if nbytes < 1000:
+            return f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} GB"
+
+
+def _time(seconds: float) -> str:
+    """Seconds for a reader."""
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

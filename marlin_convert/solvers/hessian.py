@@ -1,0 +1,42 @@
+"""The Hessian of a linear layer's squared output error: the mean of x^T x over its calibration inputs."""
+
+import torch
+from torch import Tensor
+
+
+class Hessian:
+    """Sums x^T x, (k, k) float32, over all inputs x of a layer (GPTQ, arXiv 2210.17323, section 3).
+
+    Products of 16-bit inputs are exact in the float32 sums, on tensor cores as on a CPU's bfloat16 units.
+    """
+
+    def __init__(self, k: int, device: torch.device):
+        self.sum = torch.zeros(k, k, dtype=torch.float32, device=device)
+        self.tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        """Add the inputs x (..., k)."""
+        x = x.reshape(-1, x.shape[-1])
+        self.tokens += x.shape[0]
+        if x.dtype == torch.float32:
+            self.sum.addmm_(x.T, x)
+        elif x.is_cuda:
+            self.sum += torch.mm(x.T, x, out_dtype=torch.float32)
+        else:
+            self._add_on_cpu(x)
+
+    def _add_on_cpu(self, x: Tensor) -> None:
+        # a CPU has no product of 16-bit tensors with a float32 result, but oneDNN can multiply float32
+        # tensors in bfloat16, which loses nothing where they came from bfloat16
+        precision = "bf16" if x.dtype == torch.bfloat16 else "ieee"
+        before = torch.backends.mkldnn.matmul.fp32_precision
+        torch.backends.mkldnn.matmul.fp32_precision = precision
+        try:
+            x = x.float()
+            self.sum.addmm_(x.T, x)
+        finally:
+            torch.backends.mkldnn.matmul.fp32_precision = before
+
+    def mean(self) -> Tensor:
+        """The mean over all tokens, (k, k) float32; the sum is given up."""
+        return self.sum.div_(max(self.tokens, 1))

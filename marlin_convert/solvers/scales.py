@@ -1,0 +1,37 @@
+"""The search for one scale per group of weights, before their codes are chosen."""
+
+import torch
+from torch import Tensor
+
+# Candidates as fractions of the scale that maps a group's extreme weight to the lowest code, and the norm
+# of the error: both chosen by measurement, see benchmarks/RESULTS.md.
+FRACTIONS = tuple(1.10 - 0.03 * step for step in range(14))
+NORM = 2.4
+
+
+def search_scales(weight: Tensor, importance: Tensor, group_size: int, bits: int) -> Tensor:
+    """The scale of every group, (groups, n) float32 of values that float16 holds.
+
+    weight (k, n) float32; importance (k,) weighs the rounding error of each row, in GPTQ the Hessian's
+    diagonal. The codes' range is lopsided (-8 .. 7), so a scale takes the sign that puts the weight of
+    largest magnitude on the long side.
+    """
+    k, n = weight.shape
+    low = -(2 ** (bits - 1))
+    scales = torch.empty(k // group_size, n, dtype=torch.float32, device=weight.device)
+    smallest = torch.finfo(torch.float16).smallest_normal
+    for g in range(k // group_size):
+        rows = slice(g * group_size, (g + 1) * group_size)
+        w, d = weight[rows], importance[rows, None]
+        extreme = w.gather(0, w.abs().argmax(0, keepdim=True))[0]
+        best_error = torch.full((n,), torch.inf, device=weight.device)
+        best = scales[g]
+        for fraction in FRACTIONS:
+            scale = extreme * (fraction / low)
+            scale = torch.where(scale.abs() < smallest, smallest, scale).half().float()
+            error = torch.round(w / scale).clamp_(low, -low - 1).mul_(scale).sub_(w)
+            error = error.abs_().pow_(NORM).mul_(d).sum(0)
+            better = error < best_error
+            best_error = torch.where(better, error, best_error)
+            best.copy_(torch.where(better, scale, best))
+    return scales

@@ -1,0 +1,262 @@
+"""Random layers: every layout against its index formula, and there and back."""
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from marlin_convert.formats import FORMATS, Scheme, awq, compressed_tensors, gptq, marlin, words
+from marlin_convert.quantized import QuantizedLinear, contiguous_groups, same_codes
+
+
+def layer(k, n, group_size, bits=4, asymmetric=False, act_order=False, seed=0, lowest_zero=0):
+    g = torch.Generator().manual_seed(seed)
+    top = 1 << bits
+    groups = -(-k // group_size)
+    scales = ((torch.rand(groups, n, generator=g) + 0.01) * 0.02).half()
+    scales[0, 0] *= -1  # negative scales are legal
+    zeros = order = None
+    if asymmetric:
+        zeros = torch.randint(lowest_zero, top, (groups, n), generator=g, dtype=torch.uint8)
+    if act_order:
+        order = contiguous_groups(k, group_size)[torch.randperm(k, generator=g)]
+    codes = torch.randint(0, top, (k, n), generator=g, dtype=torch.uint8)
+    return QuantizedLinear.normalized(codes, scales, group_size, bits, zeros, order)
+
+
+def assert_same(a, b):
+    assert (a.bits, a.group_size) == (b.bits, b.group_size)
+    assert same_codes(a.codes, b.codes) and torch.equal(a.scales, b.scales)
+    assert (a.zeros is None) == (b.zeros is None)
+    assert a.zeros is None or torch.equal(a.zeros, b.zeros)
+    assert (a.group_of_row is None) == (b.group_of_row is None)
+    assert a.group_of_row is None or torch.equal(a.group_of_row, b.group_of_row)
+
+
+def field(word, f, bits):
+    return (word >> (bits * f)) & ((1 << bits) - 1)
+
+
+def slow_stream(words_2d, bits, k):
+    """Codes [k][n] of words along the first axis, one field at a time."""
+    per_word = 32 // bits
+    return [[field(word, r % per_word, bits) for word in words_2d[r // per_word]] for r in range(k)]
+
+
+def slow_marlin(packed, k, n):
+    """Codes [k][n] of B by the index formula."""
+    codes = [[None] * n for _ in range(k)]
+    for kt in range(k // 16):
+        for c in range(2 * n):
+            block, i, j = c // 128, c % 128 // 4, c % 4
+            for f in range(8):
+                row = 16 * kt + 2 * (i % 4) + (f >> 2) + 8 * (f & 1)
+                column = 64 * block + 16 * j + i // 4 + 8 * ((f >> 1) & 1)
+                assert codes[row][column] is None
+                codes[row][column] = field(packed[kt][c], f, 4)
+    return codes
+
+
+@pytest.mark.parametrize(
+    "k, n, group_size", [(128, 64, 128), (256, 64, 128), (128, 192, 32), (384, 128, 384)]
+)
+def test_marlin_is_its_index_formula(k, n, group_size):
+    q = layer(k, n, group_size, seed=k + n)
+    packed = marlin.pack(q)
+    assert slow_marlin(packed["B"].tolist(), k, n) == q.codes.tolist()
+    for o in range(n):
+        if q.groups == 1:
+            source = 32 * (o // 32) + 2 * (o % 32 // 8) + 8 * (o % 8 // 2) + o % 2
+        else:
+            source = 64 * (o // 64) + o % 64 // 8 + 8 * (o % 8)
+        assert torch.equal(packed["s"][:, o], q.scales[:, source])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("version", [1, 2])
+def test_gptq_is_its_bit_stream(bits, version):
+    q = layer(96, 64, 32, bits, asymmetric=True, lowest_zero=1, seed=bits)
+    packed = gptq.pack(q, version=version)
+    assert slow_stream(packed["qweight"].tolist(), bits, 96) == q.codes.tolist()
+    stored = torch.tensor(slow_stream(packed["qzeros"].t().tolist(), bits, 64)).t()
+    assert torch.equal(stored + (version == 1), q.zeros.to(torch.int64))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("k, n", [(32, 8), (30, 5), (7, 3)])
+def test_compressed_tensors_is_its_bit_stream(bits, k, n):
+    q = layer(k, n, k, bits, asymmetric=True, seed=k * n)
+    packed = compressed_tensors.pack(q)
+    assert slow_stream(packed["weight_packed"].t().tolist(), bits, k) == q.codes.tolist()
+    assert slow_stream(packed["weight_zero_point"].tolist(), bits, n) == q.zeros.t().tolist()
+    assert packed["weight_shape"].tolist() == [n, k]
+    assert_same(compressed_tensors.unpack(packed, Scheme("compressed-tensors", bits, -1, False)), q)
+
+
+def test_awq_is_its_nibble_order():
+    g = torch.Generator().manual_seed(5)
+    k, n = 64, 24
+    qweight = torch.randint(-(2**31), 2**31, (k, n // 8), generator=g).to(torch.int32)
+    qzeros = torch.randint(-(2**31), 2**31, (2, n // 8), generator=g).to(torch.int32)
+    read = awq.unpack(
+        {"qweight": qweight, "qzeros": qzeros, "scales": torch.ones(2, n).half()},
+        Scheme("awq", 4, 32, symmetric=False),
+    )
+    for packed, codes in ((qweight, read.codes), (qzeros, read.zeros)):
+        for row in range(len(packed)):
+            for w in range(n // 8):
+                for f, lane in enumerate((0, 2, 4, 6, 1, 3, 5, 7)):
+                    assert codes[row, 8 * w + lane].item() == field(packed[row, w].item(), f, 4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    k=st.integers(1, 5),
+    n=st.integers(1, 5),
+    group_size=st.sampled_from([32, 64, 128, None]),
+    seed=st.integers(0, 2**31),
+)
+def test_marlin_there_and_back(k, n, group_size, seed):
+    q = layer(128 * k, 64 * n, group_size or 128 * k, seed=seed)
+    scheme = Scheme("marlin", 4, group_size or -1)
+    assert_same(marlin.unpack(marlin.pack(q), scheme), q)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    k=st.integers(1, 9),
+    n=st.integers(1, 9),
+    bits=st.sampled_from([4, 8]),
+    group_size=st.sampled_from([32, 64, 128]),
+    asymmetric=st.booleans(),
+    act_order=st.booleans(),
+    version=st.sampled_from([1, 2]),
+    seed=st.integers(0, 2**31),
+)
+def test_gptq_there_and_back(k, n, bits, group_size, asymmetric, act_order, version, seed):
+    group_size = min(group_size, 32 * k)
+    q = layer(32 * k, 32 * n, group_size, bits, asymmetric, act_order, seed, lowest_zero=version == 1)
+    scheme = Scheme("gptq", bits, group_size, not asymmetric, version)
+    assert_same(gptq.unpack(gptq.pack(q, version=version), scheme), q)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    groups=st.integers(1, 6),
+    n=st.integers(1, 70),
+    bits=st.sampled_from([4, 8]),
+    group_size=st.integers(1, 70),
+    asymmetric=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_compressed_tensors_there_and_back(groups, n, bits, group_size, asymmetric, seed):
+    q = layer(groups * group_size, n, group_size, bits, asymmetric, seed=seed)
+    scheme = Scheme("compressed-tensors", bits, group_size, not asymmetric)
+    assert_same(compressed_tensors.unpack(compressed_tensors.pack(q), scheme), q)
+
+
+@settings(max_examples=60, deadline=None)
+@given(k=st.integers(1, 70), n=st.integers(1, 40), bits=st.sampled_from([4, 8]), slab=st.integers(1, 400))
+def test_words_do_not_depend_on_the_slab(k, n, bits, slab):
+    codes = torch.randint(0, 1 << bits, (k, n), dtype=torch.uint8)
+    whole = words.pack_rows(codes, bits)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(words, "SLAB", slab)
+        assert torch.equal(words.pack_rows(codes, bits), whole)
+        assert torch.equal(words.unpack_rows(whole, bits, k), codes)
+    assert torch.equal(words.unpack_columns(words.pack_columns(codes, bits), bits, n), codes)
+
+
+@pytest.mark.parametrize("slab", [1, 1000, 1 << 18])
+def test_marlin_does_not_depend_on_the_slab(monkeypatch, slab):
+    q = layer(640, 192, 128, seed=3)
+    whole = marlin.pack(q)["B"]
+    monkeypatch.setattr(words, "SLAB", slab)
+    assert torch.equal(marlin.pack(q)["B"], whole)
+    assert torch.equal(marlin.unpack(marlin.pack(q), Scheme("marlin", 4, 128)).codes, q.codes)
+
+
+def test_a_chain_through_all_layouts_is_exact():
+    q = layer(512, 320, 64, seed=9)
+    a = gptq.unpack(gptq.pack(q), Scheme("gptq", 4, 64))
+    b = marlin.unpack(marlin.pack(a), Scheme("marlin", 4, 64))
+    c = compressed_tensors.unpack(compressed_tensors.pack(b), Scheme("compressed-tensors", 4, 64))
+    assert_same(c, q)
+    v2, ct = gptq.pack(q, version=2), compressed_tensors.pack(q)
+    assert torch.equal(v2["qweight"].t(), ct["weight_packed"])
+    assert torch.equal(v2["scales"].t(), ct["weight_scale"])
+
+
+def test_parts_of_64_columns_pack_alone():
+    q = layer(256, 192, 128, seed=4)
+    whole = marlin.pack(q)
+    parts = [
+        marlin.pack(QuantizedLinear(q.codes[:, cut], q.scales[:, cut], 128))
+        for cut in (slice(0, 64), slice(64, 192))
+    ]
+    for suffix in marlin.SUFFIXES:
+        assert torch.equal(torch.cat([part[suffix] for part in parts], 1), whole[suffix])
+
+
+def test_pack_takes_views_and_leaves_them_alone():
+    q = layer(256, 128, 128, seed=6)
+    strided = q.codes.t().contiguous().t()
+    offset = torch.cat((torch.zeros(3, dtype=torch.uint8), q.codes.flatten()))[3:].view(256, 128)
+    for codes in (strided, offset):
+        view = QuantizedLinear(codes, q.scales, 128)
+        for name in ("marlin", "gptq", "compressed-tensors"):
+            written, expected = FORMATS[name].pack(view), FORMATS[name].pack(q)
+            assert all(torch.equal(written[suffix], expected[suffix]) for suffix in expected)
+        assert torch.equal(codes, q.codes)
+
+
+@pytest.mark.parametrize("name", ["marlin", "gptq", "compressed-tensors"])
+@pytest.mark.parametrize("k, n, group_size", [(256, 128, 128), (128, 64, 128), (256, 64, -1)])
+def test_tensors_says_what_pack_writes(name, k, n, group_size):
+    q = layer(k, n, k if group_size == -1 else group_size)
+    planned = FORMATS[name].tensors(k, n, bits=4, group_size=group_size)
+    packed = FORMATS[name].pack(q)
+    assert planned == {suffix: (found.dtype, tuple(found.shape)) for suffix, found in packed.items()}
+    assert tuple(planned) == FORMATS[name].SUFFIXES
+    assert all(found.is_contiguous() for found in packed.values())
+    assert FORMATS[name].refusal(k, n, bits=4, group_size=group_size) is None
+
+
+@pytest.mark.parametrize(
+    "bits, asymmetric, act_order", [(4, False, False), (4, True, True), (8, True, False)]
+)
+def test_dequantize(bits, asymmetric, act_order):
+    q = layer(70, 9, 32, bits, asymmetric, act_order, seed=1)
+    weight = q.dequantize()
+    assert weight.shape == (9, 70) and weight.dtype == torch.float32
+    for row, column in (random.Random(0).sample(range(70), 2) for _ in range(20)):
+        column %= 9
+        group = row // 32 if q.group_of_row is None else int(q.group_of_row[row])
+        zero = 1 << (bits - 1) if q.zeros is None else int(q.zeros[group, column])
+        expected = torch.tensor(float(int(q.codes[row, column]) - zero)) * q.scales[group, column].float()
+        assert weight[column, row] == expected
+    assert torch.equal(q.dequantize(torch.float16), weight.half())
+
+
+def test_quantized_linear_refuses_what_does_not_fit():
+    q = layer(64, 32, 32)
+    for wrong in (
+        lambda: QuantizedLinear(q.codes.int(), q.scales, 32),
+        lambda: QuantizedLinear(q.codes, q.scales, 64),
+        lambda: QuantizedLinear(q.codes, q.scales, 0),
+        lambda: QuantizedLinear(q.codes, q.scales, 32, bits=3),
+        lambda: QuantizedLinear(q.codes, q.scales, 32, zeros=q.scales),
+        lambda: QuantizedLinear(q.codes, q.scales, 32, group_of_row=contiguous_groups(63, 32)),
+    ):
+        with pytest.raises(ValueError):
+            wrong()
+
+
+def test_same_codes():
+    a = torch.arange(64, dtype=torch.uint8).view(8, 8)
+    b = a.clone()
+    assert same_codes(a, b) and same_codes(a.t(), b.t()) and same_codes(a[:, 1:], b[:, 1:])
+    b[7, 7] = 0
+    assert not same_codes(a, b) and not same_codes(a, a.view(4, 16))
