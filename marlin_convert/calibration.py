@@ -18,7 +18,16 @@ from marlin_convert.errors import ConvertError, SourceError
 BUILTIN = "builtin"
 
 # Directories of the standard library that hold tests, tools or generated tables rather than prose and code.
-_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "lib2to3", "encodings", "pydoc_data", "__pycache__"}
+_LEFT_OUT = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "lib2to3",
+    "encodings",
+    "pydoc_data",
+    "__pycache__",
+}
 
 
 @dataclass(frozen=True)
@@ -35,7 +44,13 @@ class Calibration:
 
 
 def calibrate(
-    tokenizer: PreTrainedTokenizerBase, source: str, *, samples: int, length: int, seed: int, held_out: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    *,
+    samples: int,
+    length: int,
+    seed: int,
+    held_out: bool = False,
 ) -> Calibration:
     """`samples` windows of `length` tokens of a text; ConvertError with the counts if it is too short.
 
@@ -107,7 +122,8 @@ def _builtin(held_out: bool) -> Iterator[str]:
 def _from_file(path: Path) -> Iterator[str | list[dict[str, Any]]]:
     if not path.is_file():
         raise SourceError(
-            f"calibration text '{path}' does not exist.", "pass builtin, a .txt or .jsonl file, or hf:DATASET."
+            f"calibration text '{path}' does not exist.",
+            "pass builtin, a .txt or .jsonl file, or hf:DATASET.",
         )
     if path.suffix == ".txt":
         yield path.read_text("utf-8", errors="replace")

@@ -98,7 +98,9 @@ def pick_device(name: str) -> "torch.device":
     try:
         device = torch.device("cuda:0" if name == "cuda" else name)
     except RuntimeError as error:
-        raise click.BadParameter(f"{name!r} is not auto, cpu, cuda or cuda:N.", param_hint="--device") from error
+        raise click.BadParameter(
+            f"{name!r} is not auto, cpu, cuda or cuda:N.", param_hint="--device"
+        ) from error
     if device.type not in ("cpu", "cuda"):
         raise click.BadParameter(f"{name!r} is not auto, cpu, cuda or cuda:N.", param_hint="--device")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -119,24 +121,48 @@ def parse_size(context: click.Context, parameter: click.Parameter, value: str) -
 
 @main.command(context_settings=CONTEXT)
 @click.argument("model")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Where to write. Must not exist.")
-@click.option("--recipe", default="w4a16-g128", show_default=True, metavar="NAME|FILE", help="Settings to start from.")
-@click.option("--format", type=click.Choice(["marlin", "gptq", "compressed-tensors"]), help="On-disk layout.  [default: marlin]")
-@click.option("--group-size", type=click.Choice(["128", "64", "32", "-1"]), help="Weights that share a scale; -1 is one per column.")
+@click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), help="Where to write. Must not exist."
+)
+@click.option(
+    "--recipe", default="w4a16-g128", show_default=True, metavar="NAME|FILE", help="Settings to start from."
+)
+@click.option(
+    "--format",
+    type=click.Choice(["marlin", "gptq", "compressed-tensors"]),
+    help="On-disk layout.  [default: marlin]",
+)
+@click.option(
+    "--group-size",
+    type=click.Choice(["128", "64", "32", "-1"]),
+    help="Weights that share a scale; -1 is one per column.",
+)
 @click.option("--skip", multiple=True, metavar="PATTERN", help="Leave matching linears dense; repeatable.")
-@click.option("--calibration", metavar="builtin|FILE|hf:DATASET[:SPLIT]", help="Text to calibrate on: .txt or .jsonl.")
+@click.option(
+    "--calibration", metavar="builtin|FILE|hf:DATASET[:SPLIT]", help="Text to calibrate on: .txt or .jsonl."
+)
 @click.option("--samples", type=click.IntRange(1), help="Calibration sequences.  [default: 256]")
 @click.option("--sequence-length", type=click.IntRange(1), help="Tokens per sequence.  [default: 2048]")
 @click.option("--seed", type=int, help="Draws the calibration windows.  [default: 0]")
-@click.option("--dtype", type=click.Choice(["auto", "float16", "bfloat16"]), help="Type of the tensors left dense.")
-@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute.")
+@click.option(
+    "--dtype", type=click.Choice(["auto", "float16", "bfloat16"]), help="Type of the tensors left dense."
+)
+@click.option(
+    "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute."
+)
 @click.option("--revision", help="Branch, tag or commit of a Hub MODEL.")
 @click.option("--max-shard-size", default="5GB", show_default=True, callback=parse_size, help="Largest file.")
-@click.option("--requantize", is_flag=True, help="Solve again from the dequantized weights of a quantized MODEL.")
+@click.option(
+    "--requantize", is_flag=True, help="Solve again from the dequantized weights of a quantized MODEL."
+)
 @click.option("--resume", is_flag=True, help="Continue an interrupted run.")
 @click.option("--overwrite", is_flag=True, help="Replace the output once the new one is complete.")
 @click.option("--trust-remote-code", is_flag=True, help="Allow code from the model repository to run.")
-@click.option("--report", type=click.Path(path_type=Path, dir_okay=False), help="Write an HTML page with the error of every linear.")
+@click.option(
+    "--report",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write an HTML page with the error of every linear.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @output_options
 def quantize(

@@ -11,7 +11,17 @@ from marlin_convert.errors import SourceError
 _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 # What a conversion reads: never pickles, and code only if it was asked for.
-_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*", "USE_POLICY*"]
+_FILES = [
+    "*.safetensors",
+    "*.json",
+    "*.jinja",
+    "*.txt",
+    "*.model",
+    "*.tiktoken",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+]
 
 
 @dataclass(frozen=True)
@@ -34,7 +44,9 @@ def resolve(model: str, revision: str | None = None, *, code: bool = False) -> S
             raise SourceError(f"'{model}' is a directory; --revision is for models on the Hub.")
         return Source(path, path.resolve().name, None)
     if path.exists() or not _REPOSITORY.fullmatch(model):
-        raise SourceError(f"'{model}' is neither a directory nor a Hub id.", "a Hub id looks like 'org/name'.")
+        raise SourceError(
+            f"'{model}' is neither a directory nor a Hub id.", "a Hub id looks like 'org/name'."
+        )
     from huggingface_hub import snapshot_download
 
     with hub_errors(model):

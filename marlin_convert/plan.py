@@ -133,7 +133,9 @@ def make_plan(
         assert weights.scheme is not None
         bits, group_size = weights.scheme.bits, weights.scheme.group_size
         recipe = recipe.changed({"group_size": group_size})
-        notes.append(f"the source is already {weights.scheme.format}: its codes are kept, nothing is calibrated")
+        notes.append(
+            f"the source is already {weights.scheme.format}: its codes are kept, nothing is calibrated"
+        )
 
     left_out = _check_names(weights, model)
     linears = block_linears(model, architecture)
@@ -147,7 +149,9 @@ def make_plan(
     if recipe.format == "marlin":
         odd = sum(fate.packed and bool(fate.n % 256) for fate in fates)
         if odd:
-            notes.append(f"{odd} linears have outputs not divisible by 256: for our own kernel and plugins only")
+            notes.append(
+                f"{odd} linears have outputs not divisible by 256: for our own kernel and plugins only"
+            )
         if group_size in (32, 64):
             notes.append(f"group size {group_size} in marlin files: for our own kernel and plugins only")
 
@@ -242,7 +246,9 @@ def _check_stages(fates: Sequence[Fate], architecture: Architecture) -> None:
 def _check_shapes(fates: Sequence[Fate], recipe: Recipe) -> None:
     layout = formats.FORMATS[recipe.format]
     _refuse(
-        fates, recipe.format, lambda fate: layout.refusal(fate.k, fate.n, bits=4, group_size=recipe.group_size)
+        fates,
+        recipe.format,
+        lambda fate: layout.refusal(fate.k, fate.n, bits=4, group_size=recipe.group_size),
     )
 
 
@@ -255,7 +261,12 @@ def _check_codes(fates: Sequence[Fate], weights: Weights, format: str) -> None:
     def refusal(fate: Fate) -> str | None:
         symmetric, act_order = weights.peculiarities(fate.linear)
         return layout.refusal(
-            fate.k, fate.n, bits=scheme.bits, group_size=scheme.group_size, symmetric=symmetric, act_order=act_order
+            fate.k,
+            fate.n,
+            bits=scheme.bits,
+            group_size=scheme.group_size,
+            symmetric=symmetric,
+            act_order=act_order,
         )
 
     _refuse(fates, format, refusal, "--requantize solves again from the dequantized weights.")
@@ -268,7 +279,9 @@ def _refuse(
     if refused:
         fate, why = refused[0]
         more = f" (and {len(refused) - 1} more linears)" if len(refused) > 1 else ""
-        skips = sorted({"*." + fate.linear.rpartition(".")[2] if more else fate.linear for fate, _ in refused})
+        skips = sorted(
+            {"*." + fate.linear.rpartition(".")[2] if more else fate.linear for fate, _ in refused}
+        )
         raise FormatError(
             f"{fate.linear} has {fate.k} inputs and {fate.n} outputs; {format} {why}{more}.",
             hint or "leave dense what does not fit: " + " ".join(f"--skip '{name}'" for name in skips),
@@ -297,7 +310,9 @@ def _specs(
         if linear in packed and not name.endswith(".bias"):
             written.add(linear)
             fate = packed[linear]
-            for suffix, (dtype, shape) in layout.tensors(fate.k, fate.n, bits=bits, group_size=group_size).items():
+            for suffix, (dtype, shape) in layout.tensors(
+                fate.k, fate.n, bits=bits, group_size=group_size
+            ).items():
                 owner[f"{linear}.{suffix}"] = (linear, suffix)
                 specs.append(TensorSpec(f"{linear}.{suffix}", dtype, shape))
         else:

@@ -27,9 +27,9 @@ from marlin_convert.checkpoint.writer import ShardWriter, publish, write_json
 from marlin_convert.errors import ConvertError, FormatError, SourceError
 from marlin_convert.hub import Source
 from marlin_convert.models.architectures import Stage
-from marlin_convert.models.blocks import BlockModel, compute_dtype
+from marlin_convert.models.blocks import BlockModel
 from marlin_convert.models.hidden import HiddenStates, memory_for_activations
-from marlin_convert.models.stages import walk
+from marlin_convert.models.stages import BlockWalk
 from marlin_convert.plan import DTYPES, Plan, make_plan
 from marlin_convert.quantized import QuantizedLinear
 from marlin_convert.recipe import Recipe
@@ -74,13 +74,13 @@ class Report:
     manifest: dict[str, Any]
     plan: Plan
     seconds: float
-    forwards: int  # block forwards run while solving, over all blocks and micro-batches
+    replayed: int  # times a part of a block was computed again for want of memory, over all micro-batches
 
 
 class Codes(Protocol):
     """Where the codes of a block come from: solved, or unpacked from a quantized source."""
 
-    forwards: int
+    replayed: int
 
     def block(self, number: int) -> Iterator[tuple[str, QuantizedLinear, dict[str, Any]]]:
         """(linear, its codes, what the manifest says of it) for every packed linear of a block."""
@@ -109,7 +109,7 @@ def quantize(
     done = _earlier_run(job, settings)
     try:
         _begin(job, settings, done)
-        files, rows, forwards = _convert(job, plan, weights, calibration, settings, done, progress)
+        files, rows, replayed = _convert(job, plan, weights, calibration, settings, done, progress)
         manifest = _assemble(job, plan, weights, settings, rows, files)
         publish(job.staging, job.output, job.overwrite)
     except OSError as error:
@@ -122,7 +122,7 @@ def quantize(
         if not _finished_blocks(job):
             shutil.rmtree(job.partial, ignore_errors=True)
     shutil.rmtree(job.partial)
-    return Report(manifest, plan, time.monotonic() - started, forwards)
+    return Report(manifest, plan, time.monotonic() - started, replayed)
 
 
 def _convert(
@@ -134,7 +134,7 @@ def _convert(
     done: dict[str, Any],
     progress: Callable[[range, int], Iterable[int]],
 ) -> tuple[dict[str, str], list[dict[str, Any]], int]:
-    """Write the shards; returns their sha256, the manifest's row of every linear, and the forwards run."""
+    """Write the shards; returns their sha256, the manifest's row of every linear, and the parts replayed."""
     rows: list[dict[str, Any]] = done["linears"]
     with ShardWriter(job.staging, plan.specs, job.max_shard_size) as writer:
         writer.resume(done["tensors"])
@@ -156,13 +156,13 @@ def _convert(
         while name is not None:
             writer.write(name, _dense(weights, plan, name))
             name = next(names, None)
-        return writer.close(), rows, codes.forwards
+        return writer.close(), rows, codes.replayed
 
 
 class Repack:
     """The codes of a source that is already quantized, untouched."""
 
-    forwards = 0
+    replayed = 0
 
     def __init__(self, plan: Plan, weights: Weights):
         self._plan = plan
@@ -171,7 +171,11 @@ class Repack:
     def block(self, number: int) -> Iterator[tuple[str, QuantizedLinear, dict[str, Any]]]:
         """The block's linears as the source holds them."""
         for fate in self._plan.packed_in(number):
-            yield fate.linear, self._weights.quantized(fate.linear), {"name": fate.linear, "k": fate.k, "n": fate.n}
+            yield (
+                fate.linear,
+                self._weights.quantized(fate.linear),
+                {"name": fate.linear, "k": fate.k, "n": fate.n},
+            )
 
 
 class Solve:
@@ -183,18 +187,15 @@ class Solve:
         """Embed the calibration text and take it through the blocks that an earlier run has finished."""
         self._plan = plan
         self._recipe = plan.recipe
-        self._device = job.device
-        source = weights.dtype(plan.fates[0].linear + ".weight")
-        dtype = compute_dtype(source, job.device)
-        self._model = BlockModel(weights, job.device, dtype, trust_remote_code=job.trust_remote_code)
+        self._model = BlockModel(weights, job.device, trust_remote_code=job.trust_remote_code)
         self._hidden = HiddenStates(self._model, calibration.ids, job.partial)
-        self.forwards = 0
+        self.replayed = 0
         for number in range(done):
             log.debug("block %d was finished before, running the text through it", number)
             block = self._model.load(number)
             for fate in plan.packed_in(number):
                 stored = {suffix: writer.read(f"{fate.linear}.{suffix}") for suffix in plan.suffixes}
-                self._model.replace(fate.linear, plan.unpack(stored).dequantize(dtype))
+                self._model.replace(fate.linear, plan.unpack(stored).dequantize(self._model.dtype))
             self._hidden.advance(block, number)
             self._model.unload(number)
 
@@ -216,20 +217,18 @@ class Solve:
             for found in self._solve([f"{path}.{name}" for name in stage], hessians.pop(stage).mean()):
                 solved.append(found)
 
-        self.forwards += walk(
-            [lambda i=i: hidden.forward(i, block, number) for i in range(len(hidden))],  # type: ignore[misc]
-            block,
-            stages,
-            observe,
-            solve_stage,
-            hidden.put,
-            keep_bytes=memory_for_activations(self._device),
-            device=self._device,
-        )
+        walk = BlockWalk(
+            block, model.architecture.parts, len(hidden), lambda i: hidden.forward(i, block, number), observe, solve_stage,
+            keep_bytes=memory_for_activations(model.device), dtype=model.dtype,
+        )  # fmt: skip
+        walk.run(stages, hidden.put)
+        self.replayed += walk.replayed
         model.unload(number)
         yield from solved
 
-    def _solve(self, linears: list[str], hessian: Tensor) -> Iterator[tuple[str, QuantizedLinear, dict[str, Any]]]:
+    def _solve(
+        self, linears: list[str], hessian: Tensor
+    ) -> Iterator[tuple[str, QuantizedLinear, dict[str, Any]]]:
         """Solve the linears of a stage as one matrix and put the dequantized weights into the model."""
         if not hessian.isfinite().all():
             raise SourceError(f"the inputs of {linears[0]} are not finite; the model overflows on this text.")
@@ -258,7 +257,13 @@ def _row(linear: str, layer: QuantizedLinear, found: Solution, columns: slice) -
     """What the manifest says of a solved linear; `error` is ||x(W - W_q)|| / ||xW|| on the calibration text."""
     energy = found.energy[columns].sum().item()
     error = (max(found.error[columns].sum().item(), 0.0) / energy) ** 0.5 if energy > 0 else 0.0
-    row = {"name": linear, "k": layer.k, "n": layer.n, "error": float(f"{error:.6g}"), "damping": found.damping}
+    row = {
+        "name": linear,
+        "k": layer.k,
+        "n": layer.n,
+        "error": float(f"{error:.6g}"),
+        "damping": found.damping,
+    }
     if found.damping is None:
         row["rounded_to_nearest"] = True
         log.warning("%s: its Hessian could not be factorised; weights are rounded to nearest", linear)
@@ -272,8 +277,12 @@ def _pack(linear: str, layer: QuantizedLinear, plan: Plan) -> dict[str, Tensor]:
     except FormatError as error:
         raise FormatError(f"{linear}: {error}", error.hint) from error
     again = plan.unpack(packed)
-    if not (torch.equal(again.codes, layer.codes) and torch.equal(again.scales.float(), layer.scales.float())):
-        raise RuntimeError(f"{linear} does not survive {plan.recipe.format}; this is a bug, nothing was published")
+    if not (
+        torch.equal(again.codes, layer.codes) and torch.equal(again.scales.float(), layer.scales.float())
+    ):
+        raise RuntimeError(
+            f"{linear} does not survive {plan.recipe.format}; this is a bug, nothing was published"
+        )
     return {f"{linear}.{suffix}": tensor for suffix, tensor in packed.items()}
 
 
@@ -286,7 +295,9 @@ def _dense(weights: Weights, plan: Plan, name: str) -> Tensor:
         raise SourceError(f"{name} holds NaN or Inf.", "the source is damaged; fetch it again.")
     written = tensor.to(plan.dtypes[name])
     if not written.isfinite().all():
-        raise FormatError(f"{name} does not fit {plan.recipe.dtype}: its largest value is {tensor.abs().max()}.")
+        raise FormatError(
+            f"{name} does not fit {plan.recipe.dtype}: its largest value is {tensor.abs().max()}."
+        )
     return written
 
 
@@ -297,7 +308,8 @@ def _calibration(job: Job, plan: Plan) -> Calibration:
         )
     except (OSError, ValueError, KeyError) as error:
         raise SourceError(
-            f"{job.source.name} has no tokenizer that can be read.", "calibration needs one beside the weights."
+            f"{job.source.name} has no tokenizer that can be read.",
+            "calibration needs one beside the weights.",
         ) from error
     recipe = plan.recipe
     calibration = calibrate(
@@ -350,7 +362,8 @@ def _check_output(job: Job, plan: Plan) -> None:
     if job.output.exists() and not (job.overwrite and job.output.is_dir()):
         if not job.output.is_dir() or any(job.output.iterdir()):
             raise ConvertError(
-                f"'{job.output}' already exists and is not empty.", "choose another directory, or pass --overwrite."
+                f"'{job.output}' already exists and is not empty.",
+                "choose another directory, or pass --overwrite.",
             )
     place = next(parent for parent in output.parents if parent.exists())
     free = shutil.disk_usage(place).free

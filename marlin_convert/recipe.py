@@ -58,7 +58,9 @@ class Recipe:
 def named_recipes() -> list[str]:
     """The names of the recipes that come with the package."""
     folder = files("marlin_convert").joinpath("recipes")
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return sorted(
+        entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml")
+    )
 
 
 def load(name_or_file: str) -> Recipe:
@@ -93,6 +95,8 @@ def _from_settings(settings: Any, source: str) -> Recipe:
             if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
                 raise ConvertError(f"recipe {source!r}: {name} must be a list of patterns, not {value!r}.")
             settings[name] = tuple(value)
-        elif isinstance(value, bool) or not isinstance(value, (int, float) if expected is float else expected):
+        elif isinstance(value, bool) or not isinstance(
+            value, (int, float) if expected is float else expected
+        ):
             raise ConvertError(f"recipe {source!r}: {name} must be {expected.__name__}, not {value!r}.")
     return Recipe(**settings)

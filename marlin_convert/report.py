@@ -60,7 +60,7 @@ def summary(done: "Report") -> dict[str, Any]:
         "seconds": round(done.seconds, 2),
         "source_bytes": done.plan.source_bytes,
         "output_bytes": done.plan.output_bytes,
-        "block_forwards": done.forwards,
+        "replayed": done.replayed,
     }
 
 
@@ -74,9 +74,7 @@ def summary_text(done: "Report", job: "Job") -> str:
         lines.append(f"{'linear':48} {'inputs':>7} {'outputs':>7} {'error':>8}")
         lines += [f"{row['name']:48} {row['k']:7} {row['n']:7} {row['error']:8.4f}" for row in errors[:WORST]]
         lines.append(f"{f'mean of {len(errors)} linears':48} {'':7} {'':7} {mean:8.4f}")
-    lines += [
-        f"rounded to nearest: {row['name']}" for row in rows if row.get("rounded_to_nearest")
-    ]
+    lines += [f"rounded to nearest: {row['name']}" for row in rows if row.get("rounded_to_nearest")]
     lines += [f"left dense: {fate.linear} ({fate.reason})" for fate in plan.dense]
     lines += [f"left out: {name}" for name in plan.left_out]
     lines += [f"note: {note}" for note in plan.notes]
@@ -84,8 +82,10 @@ def summary_text(done: "Report", job: "Job") -> str:
         f"{len(plan.packed)} linears at {plan.bits_per_weight:.3f} bits per weight, "
         f"{_size(plan.source_bytes)} -> {_size(plan.output_bytes)}, {done.seconds:.1f} s"
     )
-    if not plan.repack:
-        lines.append(f"{done.forwards} block forwards for {plan.blocks} blocks")
+    if done.replayed:
+        lines.append(
+            f"computed again for want of memory: {done.replayed} parts of blocks, over all micro-batches"
+        )
     source = job.source.name if job.source.commit else job.source.directory
     lines.append(
         f"Next: marlin-convert verify {shlex.quote(str(job.output))} --source {shlex.quote(str(source))}"
@@ -157,8 +157,12 @@ def _plot(rows: list[dict[str, Any]]) -> str:
             f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>'
             for x, y in (at(*point).split(",") for point in points)
         ]
-        parts.append(f'<text x="{width - 140}" y="{20 + 20 * number}" fill="{colour}">{markup.escape(kind)}</text>')
-    parts.append(f'<text x="{(left + width - 150) / 2}" y="{height - 8}" text-anchor="middle">block (0 to {last})</text>')
+        parts.append(
+            f'<text x="{width - 140}" y="{20 + 20 * number}" fill="{colour}">{markup.escape(kind)}</text>'
+        )
+    parts.append(
+        f'<text x="{(left + width - 150) / 2}" y="{height - 8}" text-anchor="middle">block (0 to {last})</text>'
+    )
     return f'<svg viewBox="0 0 {width} {height}" font-size="13" role="img">{"".join(parts)}</svg>'
 
 

@@ -1,5 +1,7 @@
-"""What every peer's runner shares: its command line and the one JSON line it ends with. Standard library only:
-it runs before numpy and torch are imported, because they read the thread settings at import."""
+"""What every peer's runner shares: its command line and the one JSON line it ends with.
+
+Standard library only: it runs before numpy and torch are imported, as they read the thread settings then.
+"""
 
 import argparse
 import json
@@ -17,7 +19,7 @@ def arguments(description: str, batch_size: int) -> argparse.Namespace:
     """Parse `MODEL_DIR TOKENS OUT_DIR --setting --threads --batch-size` and limit this process's threads."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("model", help="directory of the unquantized model")
-    parser.add_argument("tokens", type=Path, help="safetensors file with `input_ids`, int64 (samples, length)")
+    parser.add_argument("tokens", type=Path, help="safetensors file of `input_ids`, int64 (samples, length)")
     parser.add_argument("out", type=Path, help="directory for the quantized checkpoint; must not exist")
     parser.add_argument("--setting", choices=("default", "best"), default="default")
     parser.add_argument("--threads", type=int, default=2)

@@ -6,8 +6,8 @@
     weight_zero_point  (ceil(n * bits / 32), groups) int32  unsigned zero codes, a bit stream along n
     weight_g_idx       (k,) int32                           in old files; -1 everywhere: none
 
-A symmetric layer has no weight_zero_point. weight_packed, weight_scale and weight_zero_point are GPTQ's qweight,
-scales and version 2 qzeros transposed.
+A symmetric layer has no weight_zero_point. weight_packed, weight_scale and weight_zero_point are GPTQ's
+qweight, scales and version 2 qzeros transposed.
 
 Source: the compressed-tensors package, PackedQuantizationCompressor.
 """

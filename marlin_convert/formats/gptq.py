@@ -93,7 +93,7 @@ def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedLinear:
     expect_shape(
         "qzeros", qzeros, (scales.shape[0], -(-n * scheme.bits // 32)), f"scales {tuple(scales.shape)}"
     )
-    group_size = scheme.group_rows(k, scales.shape[0])
+    group_size = scheme.group_rows(k, scales.shape[0], ragged=True)
     return QuantizedLinear.normalized(
         codes=words.unpack_rows(qweight, scheme.bits, k),
         scales=scales,

@@ -105,7 +105,7 @@ def permute_scales(scales: Tensor) -> Tensor:
     return scales.reshape(groups, n // 64, 8, 8).transpose(2, 3).reshape(groups, n)
 
 
-# Both ways go through whole words in natural order: the eight nibbles of a word are rows 2a, 2a + 1, 2a + 8 and
+# Both ways go through whole words in natural order: the nibbles of a word are rows 2a, 2a + 1, 2a + 8 and
 # 2a + 9 of a tile and columns c and c + 8 of 16. Nibbles move in wide operations on rows, then only words are
 # permuted, an eighth as many. Axes: t tile row, k8 = f & 1, kp = f >> 2, h = (f >> 1) & 1, a = i mod 4,
 # c = i div 4, J and j; the eight columns of c lie in one int64.

@@ -33,16 +33,18 @@ class Scheme:
     skipped: tuple[str, ...] = ()
     act_order: bool = False
 
-    def group_rows(self, k: int, groups: int) -> int:
+    def group_rows(self, k: int, groups: int, *, ragged: bool = False) -> int:
         """Rows of a group, 1 .. k, of a layer with k inputs and scales for groups.
 
-        FormatError when the config's group_size makes another number of groups.
+        FormatError when the config's group_size makes another number of groups or, but for ragged, a rest.
         """
         rows = k if self.group_size == -1 else min(self.group_size, k)
         if groups != -(-k // rows):
             raise FormatError(
                 f"{k} inputs in groups of {self.group_size} make {-(-k // rows)} groups, scales have {groups}"
             )
+        if k % rows and not ragged:
+            raise FormatError(f"{k} inputs do not divide into groups of {rows}")
         return rows
 
 

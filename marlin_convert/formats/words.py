@@ -1,8 +1,8 @@
 """Codes in 32-bit words: the little-endian bit stream that GPTQ and compressed-tensors store.
 
-A word of 4-bit codes holds eight rows, row 8r in the low nibble; of 8-bit codes four. Words are int32, the two's
-complement of the unsigned word. Rows are joined and split with wide contiguous operations, in slabs small enough
-that the temporaries stay in cache.
+A word of 4-bit codes holds eight rows, row 8r in the low nibble; of 8-bit codes four. Words are int32, the
+two's complement of the unsigned word. Rows are joined and split with wide contiguous operations, in slabs
+small enough that the temporaries stay in cache.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-# words a slab: 1 MiB a temporary, and large enough for torch to share every operation between threads
-SLAB = 1 << 18
+# words a slab: 2 MiB a temporary, still in cache, and work enough to share every operation between threads
+SLAB = 1 << 19
 
 
 def pack_rows(codes: Tensor, bits: int) -> Tensor:
@@ -67,7 +67,7 @@ def unpack_columns(words: Tensor, bits: int, n: int) -> Tensor:
 
 def join_octets(octets: Sequence[Tensor], words: Tensor, wide: Tensor) -> Tensor:
     """Write words int32 from their four octets, low one first; wide is scratch of the same shape."""
-    # widening first keeps every operation contiguous: four times faster than writing every fourth byte
+    # widening first keeps every operation contiguous: twice as fast as writing every fourth byte
     words.copy_(octets[3])
     for octet in reversed(octets[:3]):
         wide.copy_(octet)

@@ -1,43 +1,58 @@
-"""What we know of model families, as data: where the decoder blocks are and in which stages they work."""
+"""What we know of model families, as data: the parts of a decoder block and the stages they work in."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from marlin_convert.errors import SourceError
 
 Stage = tuple[str, ...]
 
-# Linears of one stage read the same input; stages run in this order.
-SPLIT: tuple[Stage, ...] = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-    ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.down_proj",),
-)
-FUSED: tuple[Stage, ...] = (
-    ("self_attn.qkv_proj",),
-    ("self_attn.o_proj",),
-    ("mlp.gate_up_proj",),
-    ("mlp.down_proj",),
-)
+
+@dataclass(frozen=True)
+class Part:
+    """A submodule of a block whose last operation is its last linear.
+
+    The linears of a stage read one input, and engines fuse them into one matrix; stages run in order.
+    `pair` says that the submodule returns (output, attention weights) and not the output alone.
+    """
+
+    module: str
+    stages: tuple[Stage, ...]
+    pair: bool = False
+
+    @property
+    def last(self) -> Stage:
+        """The stage whose output is the submodule's."""
+        return self.stages[-1]
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """One model family: `blocks` is the module path of its decoder blocks, `stages` the linears of a block.
+    """One model family: `blocks` is the module path of its decoder blocks, `parts` what a block runs in order."""
 
-    Engines fuse the linears of a stage into one matrix, so a stage is quantized as a whole or not at all.
-    """
-
-    stages: tuple[Stage, ...]
+    parts: tuple[Part, ...]
     blocks: str = "model.layers"
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages of a block in the order they run."""
+        return tuple(stage for part in self.parts for stage in part.stages)
 
     def stage_of(self, linear: str) -> Stage | None:
         """The stage a linear of a block belongs to, None if the family's table does not name it."""
         return next((stage for stage in self.stages if linear in stage), None)
 
 
-ARCHITECTURES: dict[str, Architecture] = {
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+SPLIT = (
+    Part("self_attn", (_QKV, ("self_attn.o_proj",)), pair=True),
+    Part("mlp", (("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))),
+)
+FUSED = (
+    Part("self_attn", (("self_attn.qkv_proj",), ("self_attn.o_proj",)), pair=True),
+    Part("mlp", (("mlp.gate_up_proj",), ("mlp.down_proj",))),
+)
+
+ARCHITECTURES = {
     "gemma2": Architecture(SPLIT),
     "gemma3_text": Architecture(SPLIT),
     "granite": Architecture(SPLIT),
@@ -50,24 +65,20 @@ ARCHITECTURES: dict[str, Architecture] = {
     "smollm3": Architecture(SPLIT),
 }
 
+_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
 
 def architecture_of(config: dict) -> Architecture:
     """The table row for a config.json; SourceError names an unknown family or a mixture of experts."""
     model_type = config.get("model_type")
-    experts = next((key for key in _EXPERT_KEYS if config.get(key)), None)
+    known = ", ".join(ARCHITECTURES)
+    experts = next((key for key in _EXPERT_COUNTS if config.get(key)), None)
     if experts or "moe" in str(model_type):
         count = f" ({experts} = {config[experts]})" if experts else ""
         raise SourceError(
-            f"{model_type!r} is a mixture of experts{count}, which is not supported yet.",
-            "Dense models of these families are: " + _known(),
+            f"{model_type!r} is a mixture of experts{count}; those are not supported yet.",
+            f"dense models of these families are: {known}.",
         )
     if model_type not in ARCHITECTURES:
-        raise SourceError(f"{model_type!r} is not a known architecture.", "Known are: " + _known())
+        raise SourceError(f"{model_type!r} is not a known architecture.", f"known are: {known}.")
     return ARCHITECTURES[model_type]
-
-
-_EXPERT_KEYS: Iterable[str] = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-
-
-def _known() -> str:
-    return ", ".join(sorted(ARCHITECTURES)) + "."

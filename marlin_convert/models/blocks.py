@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,13 +13,6 @@ from transformers.utils import logging as transformers_logging
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.errors import SourceError
 from marlin_convert.models.architectures import Architecture, architecture_of
-
-
-def compute_dtype(source: torch.dtype, device: torch.device) -> torch.dtype:
-    """The type a model computes in: its own, but float32 on a CPU that has no units for its 16-bit type."""
-    if device.type == "cpu" and not (source == torch.bfloat16 and bf16_units()):
-        return torch.float32
-    return source
 
 
 def bf16_units() -> bool:
@@ -50,20 +44,25 @@ class BlockModel:
     """A causal language model run one decoder block at a time.
 
     `weights` gives the parameters as floats whatever they are stored as. Outside the blocks (embedding, last
-    norm, output projection) they stay on `device` in `dtype`; of the blocks, only the one loaded is there.
+    norm, output projection) they stay on `device`; of the blocks, only the one loaded is there.
+
+    `dtype` is the model's own type, in which hidden states are handed from block to block. A GPU computes in
+    it, a CPU in float32; with `fast`, a CPU that has bfloat16 units multiplies bfloat16 models on them (other
+    operations are faster in float32, and round less).
     """
 
     def __init__(
-        self, weights: Weights, device: torch.device, dtype: torch.dtype, *, trust_remote_code: bool = False
+        self, weights: Weights, device: torch.device, *, fast: bool = True, trust_remote_code: bool = False
     ):
         checkpoint = weights.checkpoint
         self.weights = weights
         self.device = device
-        self.dtype = dtype
+        self.dtype = weights.dtype("model.embed_tokens.weight")
+        self.compute_dtype = torch.float32 if device.type == "cpu" else self.dtype
+        bf16_products = fast and device.type == "cpu" and self.dtype == torch.bfloat16 and bf16_units()
+        self._product_dtype = torch.bfloat16 if bf16_products else self.compute_dtype
         self.architecture = architecture_of(checkpoint.config)
-        self.model = module_tree(
-            checkpoint.config, checkpoint.directory, trust_remote_code=trust_remote_code
-        )
+        self.model = module_tree(checkpoint.config, checkpoint.directory, trust_remote_code=trust_remote_code)
         self.blocks = self.model.get_submodule(self.architecture.blocks)
         self._load_outside()
 
@@ -101,7 +100,10 @@ class BlockModel:
             raise SourceError(
                 f"{full_name} has shape {tuple(value.shape)}, its config.json means {tuple(expected.shape)}."
             )
-        parameter = nn.Parameter(value.to(self.device, self.dtype), requires_grad=False)
+        dtype = self._product_dtype if isinstance(module, nn.Linear) else self.compute_dtype
+        if dtype != self.compute_dtype:
+            module.forward = partial(_linear_in_its_dtype, module)
+        parameter = nn.Parameter(value.to(self.device, dtype), requires_grad=False)
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # _init_weights leaves it alone
         module._parameters[name] = parameter
 
@@ -127,7 +129,7 @@ class BlockModel:
     def replace(self, linear: str, weight: Tensor) -> None:
         """Give a linear of the loaded block another weight (n, k)."""
         module = self.model.get_submodule(linear)
-        module.weight = nn.Parameter(weight.to(self.device, self.dtype), requires_grad=False)
+        module.weight = nn.Parameter(weight.to(self.device, self._product_dtype), requires_grad=False)
 
     def unload(self, i: int) -> None:
         """Free the weights of block i."""
@@ -170,6 +172,11 @@ class BlockModel:
         finally:
             for block in self.blocks:  # type: ignore[union-attr]
                 del block.forward
+
+
+def _linear_in_its_dtype(linear: nn.Linear, x: Tensor) -> Tensor:
+    """A linear that multiplies in its weight's type and answers in the caller's."""
+    return nn.functional.linear(x.to(linear.weight.dtype), linear.weight, linear.bias).to(x.dtype)
 
 
 @contextmanager

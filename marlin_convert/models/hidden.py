@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from marlin_convert.models.blocks import BlockModel
 
 # Tokens of one micro-batch: enough to fill the device, few enough for a forward's temporaries to stay small.
-TOKENS = {"cpu": 4096, "cuda": 16384}
+TOKENS = {"cpu": 2048, "cuda": 16384}
 
 
 class HiddenStates:
@@ -30,12 +30,10 @@ class HiddenStates:
             hidden, calls = model.embed(batch)
             self._calls.setdefault(len(batch), calls)
             if i == 0:
-                self._states = self._room((samples, *hidden.shape[1:]), hidden.dtype, directory)
+                self._states = self._room((samples, *hidden.shape[1:]), model.dtype, directory)
             self._states[i].copy_(hidden)
 
-    def _room(
-        self, shape: tuple[int, ...], dtype: torch.dtype, directory: Path | None
-    ) -> tuple[Tensor, ...]:
+    def _room(self, shape: tuple[int, ...], dtype: torch.dtype, directory: Path | None) -> tuple[Tensor, ...]:
         size = torch.Size(shape).numel()
         device = self.model.device
         nbytes = size * dtype.itemsize
@@ -60,7 +58,7 @@ class HiddenStates:
 
     def state(self, i: int) -> Tensor:
         """Micro-batch i on the device."""
-        return self._states[i].to(self.model.device, non_blocking=True)
+        return self._states[i].to(self.model.device, self.model.compute_dtype, non_blocking=True)
 
     def put(self, i: int, output: Tensor) -> None:
         """Let micro-batch i go on to the next block as `output`."""
@@ -89,5 +87,5 @@ def free_memory(device: torch.device) -> int:
 
 
 def memory_for_activations(device: torch.device) -> int:
-    """Bytes of activations that may wait between the stages of a block."""
-    return free_memory(device) // (2 if device.type == "cuda" else 64)
+    """Bytes of activations that may be kept between the stages of a block."""
+    return free_memory(device) // (2 if device.type == "cuda" else 128)

@@ -25,7 +25,9 @@ class Solution:
     scales: Tensor  # (groups, n) float16
     error: Tensor  # (n,) float32, squared output error e^T H e of every output channel
     energy: Tensor  # (n,) float32, w^T H w of every output channel
-    damping: float | None  # what it took to factorise H; None: it could not be, weights are rounded to nearest
+    damping: (
+        float | None
+    )  # what it took to factorise H; None: it could not be, weights are rounded to nearest
 
 
 def solve(
@@ -95,7 +97,13 @@ def _descent(hessian: Tensor, damping: float) -> Tensor:
 
 
 def _sweep(
-    w: Tensor, scales: Tensor, group_of_row: Tensor, feedback: Tensor, errors: Tensor, bits: int, triangular: bool
+    w: Tensor,
+    scales: Tensor,
+    group_of_row: Tensor,
+    feedback: Tensor,
+    errors: Tensor,
+    bits: int,
+    triangular: bool,
 ) -> Tensor:
     """Round every row of w (k, n) once, in order; updates `errors` (k, n), returns signed codes (k, n) int8.
 

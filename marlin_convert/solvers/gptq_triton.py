@@ -9,7 +9,18 @@ from triton.language.extra import libdevice
 
 @triton.jit
 def _kernel(
-    target, w, scale, feedback, errors, codes, rows, n, feedback_stride, LOW: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    target,
+    w,
+    scale,
+    feedback,
+    errors,
+    codes,
+    rows,
+    n,
+    feedback_stride,
+    LOW: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     row = tl.arange(0, ROWS)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -41,7 +52,18 @@ def round_block(
     codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)
     columns = 16
     _kernel[(triton.cdiv(n, columns),)](
-        target, w, scale, feedback, errors, codes, rows, n, feedback.stride(0),
-        LOW=-(2 ** (bits - 1)), ROWS=triton.next_power_of_2(rows), COLUMNS=columns, num_warps=4,
+        target,
+        w,
+        scale,
+        feedback,
+        errors,
+        codes,
+        rows,
+        n,
+        feedback.stride(0),
+        LOW=-(2 ** (bits - 1)),
+        ROWS=triton.next_power_of_2(rows),
+        COLUMNS=columns,
+        num_warps=4,
     )
     return codes

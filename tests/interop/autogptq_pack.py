@@ -2,8 +2,8 @@
 
 usage: autogptq_pack.py KIND OUT     (run by the Python of `environments.sh autogptq`)
 
-Writes OUT/checkpoint, a directory AutoGPTQ loads, and OUT/weights.safetensors. Scales and zero points are those of plain
-rounding: AutoGPTQ's solver needs a GPU, its packers do not.
+Writes OUT/checkpoint, a directory AutoGPTQ loads, and OUT/weights.safetensors. Scales and zero points are
+those of plain rounding: AutoGPTQ's solver needs a GPU, its packers do not.
 """
 
 import argparse
@@ -20,8 +20,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 GROUP_SIZE = 128
 
+KINDS = ("symmetric", "asymmetric", "act-order", "asymmetric-act-order", "marlin")
+
 parser = argparse.ArgumentParser()
-parser.add_argument("kind", choices=("symmetric", "asymmetric", "act-order", "asymmetric-act-order", "marlin"))
+parser.add_argument("kind", choices=KINDS)
 parser.add_argument("out", type=Path)
 chosen = parser.parse_args()
 asymmetric, act_order = "asymmetric" in chosen.kind, "act-order" in chosen.kind
@@ -68,20 +70,24 @@ rounded = {name: round_to_nearest(linear) for name, linear in linears.items()}
 inputs = {name: linear.in_features for name, linear in linears.items()}
 config = BaseQuantizeConfig(bits=4, group_size=GROUP_SIZE, desc_act=act_order, sym=not asymmetric)
 chosen.out.mkdir(parents=True)
+weights = chosen.out / "weights.safetensors"
 
 if chosen.kind == "marlin":
     # The layer asks for the GPU that its kernel needs; packing happens on the CPU all the same.
     torch.cuda.get_device_capability = lambda *_: (8, 0)
     for name, linear in linears.items():
-        packed = qlinear_marlin.QuantLinear(4, GROUP_SIZE, linear.in_features, linear.out_features, bias=False)
+        n, k = linear.weight.shape
+        packed = qlinear_marlin.QuantLinear(4, GROUP_SIZE, k, n, bias=False)
         packed.pack(linear, rounded[name][0])
         model.set_submodule(name, packed)
     config.is_marlin_format = True
     # No CPU can run this layer: the reference is the rounded weight it was given.
-    save_file({name: linear.weight.data for name, linear in linears.items()}, chosen.out / "weights.safetensors")
+    save_file({name: linear.weight.data for name, linear in linears.items()}, weights)
 else:
     quantizers = {name: (None, *values) for name, values in rounded.items()}
     pack_model(model, quantizers, bits=4, group_size=GROUP_SIZE, desc_act=act_order)
-    write_weights({name: model.get_submodule(name) for name in linears}, inputs, chosen.out / "weights.safetensors")
+    layers = {name: model.get_submodule(name) for name in linears}
+    write_weights(layers, inputs, torch.float16, weights)
 
-LlamaGPTQForCausalLM(model, quantized=True, quantize_config=config).save_quantized(str(chosen.out / "checkpoint"))
+whole = LlamaGPTQForCausalLM(model, quantized=True, quantize_config=config)
+whole.save_quantized(str(chosen.out / "checkpoint"))

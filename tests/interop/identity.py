@@ -1,4 +1,7 @@
-"""Weights as a peer's own layers apply them: each layer run on the identity matrix. For scripts run by a peer's Python."""
+"""Weights as a peer's own layers apply them: each layer is run on the identity matrix.
+
+Imported by the scripts beside it, under a peer's Python.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,14 +11,19 @@ from safetensors.torch import save_file
 
 
 @torch.inference_mode()
-def write_weights(layers: Mapping[str, torch.nn.Module], inputs: Mapping[str, int], out: Path) -> None:
-    """Save the weight (n, k) of every layer, float16, under its name; a row of the identity picks a column exactly."""
+def write_weights(
+    layers: Mapping[str, torch.nn.Module], inputs: Mapping[str, int], dtype: torch.dtype, out: Path
+) -> None:
+    """Save the weight (n, k) of every layer under its name.
+
+    dtype is the one the layers compute in. Nothing is rounded: each sum has but one term that is not zero.
+    """
     weights = {}
     for name, layer in layers.items():
-        identity = torch.eye(inputs[name], dtype=torch.float16)
-        bias = getattr(layer, "bias", None)
-        weight = layer(identity) if bias is None else layer(identity) - bias
-        weights[name] = weight.to(torch.float16).t().contiguous()
+        columns = layer(torch.eye(inputs[name], dtype=dtype))
+        if getattr(layer, "bias", None) is not None:
+            columns = columns - layer.bias
+        weights[name] = columns.t().contiguous()
     if not weights:
         raise SystemExit("no quantized layer found")
     save_file(weights, out)

@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# Build the environment of one peer at DIR/NAME, or leave it alone if it is already complete.
+#
+#   environments.sh NAME DIR      NAME: llmc | gptqm | autogptq
+#
+# One environment each: the peers' requirements exclude one another. All use the same torch; none needs a GPU.
+# The Python is `python3.11` (AutoGPTQ's wheel is for no other); PYTHON names another one. On Linux the torch of
+# PyPI is a CUDA build of gigabytes: set PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL to where a CPU build is, and pip
+# takes that one.
+set -euo pipefail
+
+TORCH=2.13.0
+
+install() { "$environment/bin/python" -m pip install --quiet --disable-pip-version-check "$@"; }
+
+# llm-compressor: all requirements can be met.
+llmc() {
+    install llmcompressor==0.14.0 compressed-tensors==0.19.0 transformers==5.17.0 accelerate==1.15.0 \
+        datasets==5.0.1
+}
+
+# GPTQModel asks for torch >= 2.14.1 but runs on the torch of the others: its other requirements are installed by
+# name, then the package alone. Its packer is C++ compiled on first use (without a compiler it packs in Python);
+# that is done here, so that no measured run pays for it.
+gptqm() {
+    install accelerate==1.15.0 transformers==5.23.0 datasets==5.2.0 tokenicer==0.0.14 defuser==0.0.28 \
+        device-smi==0.5.7 logbar==0.4.15 pypcre==0.6.4 torchao==0.18.0 'dill>=0.4.1' 'filelock>=4.2.4' \
+        'jinja2>=3.1.6' 'maturin>=1.15' 'ninja>=1.13.2' 'numpy>=2.4.6' 'packaging>=26.3' 'pillow>=13' \
+        'protobuf>=7.36.2' 'pyarrow>=26' 'requests>=2.34.2' 'safetensors>=0.8' 'threadpoolctl>=3.7'
+    install --no-deps gptqmodel==7.7.0
+    GPTQMODEL_TORCH_EXTENSIONS_DIR="$environment/torch_extensions" \
+        "$environment/bin/python" -c 'from gptqmodel import extension; extension.load("pack_block_cpu")' ||
+        echo "GPTQModel's C++ packer did not compile; it will pack in Python" >&2
+}
+
+# AutoGPTQ, last released in 2024: versions of its requirements that it still imports and runs with.
+autogptq() {
+    install auto-gptq==0.7.1 transformers==4.53.3 huggingface_hub==0.36.2 datasets==4.4.2 peft==0.17.1 \
+        accelerate==1.15.0
+}
+
+case "${1:-}" in llmc | gptqm | autogptq) ;; *) set -- ;; esac
+[ $# = 2 ] || { echo "usage: $0 llmc|gptqm|autogptq DIR" >&2; exit 2; }
+mkdir -p "$2"
+environment=$(cd "$2" && pwd)/$1
+if [ -e "$environment/complete" ]; then
+    echo "$environment is complete"
+    exit
+fi
+rm -rf "$environment"
+"${PYTHON:-python3.11}" -m venv "$environment"
+install torch==$TORCH
+PIP_CONSTRAINT="$environment/constraints.txt"
+export PIP_CONSTRAINT
+echo "torch==$TORCH" >"$PIP_CONSTRAINT"
+"$1"
+touch "$environment/complete"
+echo "$environment is complete"
