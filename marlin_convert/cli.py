@@ -200,6 +200,7 @@ def quantize(
         source=resolve(model, revision, code=trust_remote_code),
         output=output,
         recipe=recipes.load(recipe).changed(settings),
+        group_size=settings["group_size"],
         device=pick_device(device),
         max_shard_size=max_shard_size,
         requantize=requantize,

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -43,8 +43,9 @@ class Fate:
 class Plan:
     """Everything a conversion will do.
 
-    `repack` says that the codes of the source are kept; `specs` are the tensors to be written, `owner` maps
-    those that belong to a packed linear to (linear, suffix); `left_out` are source tensors not written.
+    `repack` says that the codes of the source are kept, `symmetric` that no linear has zero points; `specs`
+    are the tensors to be written, `owner` maps those that belong to a packed linear to (linear, suffix);
+    `left_out` are source tensors not written.
     """
 
     architecture: Architecture
@@ -52,6 +53,7 @@ class Plan:
     recipe: Recipe
     bits: int
     repack: bool
+    symmetric: bool
     fates: tuple[Fate, ...]
     specs: tuple[TensorSpec, ...]
     owner: dict[str, tuple[str, str]]
@@ -89,6 +91,10 @@ class Plan:
 
     def pack(self, layer: QuantizedLinear) -> dict[str, Tensor]:
         """The tensors of a linear in the plan's format, by suffix."""
+        if not self.symmetric and layer.zeros is None:
+            # the config speaks for all: one linear with zero points makes every linear store them
+            middle = 1 << (layer.bits - 1)
+            layer = replace(layer, zeros=torch.full_like(layer.scales, middle, dtype=torch.uint8))
         return formats.FORMATS[self.recipe.format].pack(layer)
 
     def unpack(self, tensors: Mapping[str, Tensor]) -> QuantizedLinear:
@@ -116,9 +122,17 @@ class Plan:
 
 
 def make_plan(
-    weights: Weights, recipe: Recipe, *, requantize: bool = False, trust_remote_code: bool = False
+    weights: Weights,
+    recipe: Recipe,
+    *,
+    group_size: int | None = None,
+    requantize: bool = False,
+    trust_remote_code: bool = False,
 ) -> Plan:
     """Plan a conversion of `weights` by `recipe`.
+
+    A source that is quantized keeps its group size whatever the recipe says; `group_size` is one that was
+    asked for and not just a recipe's default, and must agree with it.
 
     Raises SourceError for a model that is not what its config says, FormatError naming every linear that the
     format cannot hold and the --skip that leaves it dense.
@@ -127,12 +141,12 @@ def make_plan(
     architecture = architecture_of(checkpoint.config)
     model = module_tree(checkpoint.config, checkpoint.directory, trust_remote_code=trust_remote_code)
     repack = weights.scheme is not None and not requantize
-    bits, group_size = 4, recipe.group_size
+    bits = 4
     notes = []
     if repack:
         assert weights.scheme is not None
-        bits, group_size = weights.scheme.bits, weights.scheme.group_size
-        recipe = recipe.changed({"group_size": group_size})
+        recipe = _with_group_size_of_source(recipe, weights.scheme.group_size, group_size)
+        bits = weights.scheme.bits
         notes.append(
             f"the source is already {weights.scheme.format}: its codes are kept, nothing is calibrated"
         )
@@ -142,8 +156,9 @@ def make_plan(
     fates = tuple(_fates(linears, architecture, recipe, weights if repack else None))
     _check_skips(recipe, linears)
     _check_stages(fates, architecture)
+    symmetric, act_order = True, False
     if repack:
-        _check_codes(fates, weights, recipe.format)
+        symmetric, act_order = _check_codes(fates, weights, recipe.format)
     else:
         _check_shapes(fates, recipe)
     if recipe.format == "marlin":
@@ -152,17 +167,28 @@ def make_plan(
             notes.append(
                 f"{odd} linears have outputs not divisible by 256: for our own kernel and plugins only"
             )
-        if group_size in (32, 64):
-            notes.append(f"group size {group_size} in marlin files: for our own kernel and plugins only")
+        if recipe.group_size in (32, 64):
+            notes.append(
+                f"group size {recipe.group_size} in marlin files: for our own kernel and plugins only"
+            )
 
+    layout = formats.FORMATS[recipe.format]
+    packed = {
+        fate.linear: layout.tensors(
+            fate.k, fate.n, bits=bits, group_size=recipe.group_size, symmetric=symmetric
+        )
+        for fate in fates
+        if fate.packed
+    }
     owner: dict[str, tuple[str, str]] = {}
-    specs = tuple(_specs(weights, architecture, fates, recipe, bits, group_size, owner, left_out))
+    specs = tuple(_specs(weights, model, architecture, packed, recipe, owner, left_out))
     return Plan(
         architecture=architecture,
         blocks=len(model.get_submodule(architecture.blocks)),  # type: ignore[arg-type]
         recipe=recipe,
         bits=bits,
         repack=repack,
+        symmetric=symmetric,
         fates=fates,
         specs=specs,
         owner=owner,
@@ -170,21 +196,44 @@ def make_plan(
         notes=tuple(notes),
         source_bytes=sum(info.end - info.start for info in checkpoint.tensors.values()),
         vocabulary=model.get_input_embeddings().weight.shape[0],  # type: ignore[operator]
-        quantization_config=formats.FORMATS[recipe.format].quantization_config(
-            bits=bits, group_size=group_size, skipped=[fate.linear for fate in fates if not fate.packed]
+        quantization_config=layout.quantization_config(
+            bits=bits,
+            group_size=recipe.group_size,
+            skipped=[fate.linear for fate in fates if not fate.packed],
+            symmetric=symmetric,
+            act_order=act_order,
         ),
     )
+
+
+def _with_group_size_of_source(recipe: Recipe, stored: int, asked: int | None) -> Recipe:
+    if asked not in (None, stored):
+        raise ConvertError(
+            f"the source is quantized with group size {stored}, which a repack keeps; {asked} was asked for.",
+            "--requantize solves again from the dequantized weights.",
+        )
+    try:
+        return recipe.changed({"group_size": stored})
+    except ConvertError as error:
+        raise FormatError(
+            f"the source is quantized with group size {stored}; 128, 64, 32 and -1 can be written.",
+            "--requantize solves again from the dequantized weights.",
+        ) from error
 
 
 def _check_names(weights: Weights, model: torch.nn.Module) -> list[str]:
     """Compare the tensors with the architecture's; returns those that are known to be left out."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    expected = set(model.state_dict())
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    expected = shapes.keys()
     missing = sorted(name for name in expected - tied if name not in weights)
     if missing:
         raise SourceError(f"{_some(missing)} of the architecture not in {weights.checkpoint.directory.name}.")
+    for name, info in weights.checkpoint.tensors.items():
+        if name in expected and info.shape != shapes[name]:
+            raise SourceError(f"{name} has shape {info.shape}, its config.json means {shapes[name]}.")
     foreign = sorted(weights.checkpoint.tensors.keys() - expected - weights.packed_names())
-    left_out = [name for name in foreign if name.endswith(_COMPUTED)]
+    left_out = [name for name in foreign if name.endswith(_COMPUTED) or _is_idle_bias(weights, name)]
     if len(foreign) > len(left_out):
         strangers = [name for name in foreign if name not in left_out]
         raise SourceError(
@@ -192,6 +241,15 @@ def _check_names(weights: Weights, model: torch.nn.Module) -> list[str]:
             "the config.json may be of another model.",
         )
     return left_out
+
+
+def _is_idle_bias(weights: Weights, name: str) -> bool:
+    """Whether this is a bias of zeros: old AutoGPTQ gave one to every linear, whatever the architecture."""
+    return (
+        name.endswith(".bias")
+        and weights.is_packed(name.removesuffix(".bias"))
+        and not weights.read(name).any()
+    )
 
 
 def _fates(
@@ -252,24 +310,31 @@ def _check_shapes(fates: Sequence[Fate], recipe: Recipe) -> None:
     )
 
 
-def _check_codes(fates: Sequence[Fate], weights: Weights, format: str) -> None:
-    """What only the stored zero points and group orders tell: whether the format can hold the codes."""
+def _check_codes(fates: Sequence[Fate], weights: Weights, format: str) -> tuple[bool, bool]:
+    """Check that the format can hold the codes, which only the stored zero points and group orders tell.
+
+    Returns whether all linears are symmetric, and whether the groups of any follow activation order.
+    """
     scheme = weights.scheme
     assert scheme is not None
     layout = formats.FORMATS[format]
-
-    def refusal(fate: Fate) -> str | None:
-        symmetric, act_order = weights.peculiarities(fate.linear)
-        return layout.refusal(
-            fate.k,
-            fate.n,
-            bits=scheme.bits,
-            group_size=scheme.group_size,
-            symmetric=symmetric,
-            act_order=act_order,
+    elsewhere = set(weights.packed_linears()) - {fate.linear for fate in fates}
+    if elsewhere:
+        raise FormatError(
+            f"{min(elsewhere)} is quantized in the source; only the linears of the blocks are repacked.",
+            "--requantize writes it dense, and solves the blocks again from the dequantized weights.",
         )
-
-    _refuse(fates, format, refusal, "--requantize solves again from the dequantized weights.")
+    found = {fate.linear: weights.peculiarities(fate.linear, fate.k, fate.n) for fate in fates if fate.packed}
+    _refuse(
+        fates,
+        format,
+        lambda fate: layout.refusal(
+            fate.k, fate.n, bits=scheme.bits, group_size=scheme.group_size, **asdict(found[fate.linear])
+        ),
+        "--requantize solves again from the dequantized weights; another --format may hold them as they are.",
+    )
+    kinds = found.values()
+    return all(kind.symmetric for kind in kinds), any(kind.act_order for kind in kinds)
 
 
 def _refuse(
@@ -290,36 +355,36 @@ def _refuse(
 
 def _specs(
     weights: Weights,
+    model: torch.nn.Module,
     architecture: Architecture,
-    fates: Sequence[Fate],
+    packed: Mapping[str, Mapping[str, tuple[torch.dtype, tuple[int, ...]]]],
     recipe: Recipe,
-    bits: int,
-    group_size: int,
     owner: dict[str, tuple[str, str]],
     left_out: Sequence[str],
 ) -> list[TensorSpec]:
-    """The tensors to write, block by block and then the rest; fills `owner`."""
-    layout = formats.FORMATS[recipe.format]
-    packed = {fate.linear: fate for fate in fates if fate.packed}
-    written: set[str] = set()
+    """The tensors to write, block by block and then the rest; fills `owner`.
+
+    `packed` has the tensors of every packed linear: dtype and shape by suffix.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    of_codes = weights.packed_names()
+    parameters = dict.fromkeys(
+        name.rpartition(".")[0] + ".weight" if name in of_codes else name
+        for name in weights.checkpoint.tensors
+        if name not in left_out
+    )
     specs = []
-    for name, info in weights.checkpoint.tensors.items():
-        linear = name.rpartition(".")[0]
-        if name in left_out or linear in written and not name.endswith(".bias"):
-            continue
-        if linear in packed and not name.endswith(".bias"):
-            written.add(linear)
-            fate = packed[linear]
-            for suffix, (dtype, shape) in layout.tensors(
-                fate.k, fate.n, bits=bits, group_size=group_size
-            ).items():
+    for name in parameters:
+        linear = name.removesuffix(".weight")
+        if linear in packed and linear != name:
+            for suffix, (dtype, shape) in packed[linear].items():
                 owner[f"{linear}.{suffix}"] = (linear, suffix)
                 specs.append(TensorSpec(f"{linear}.{suffix}", dtype, shape))
         else:
-            dtype = info.dtype
-            if info.dtype.is_floating_point and recipe.dtype != "auto":
+            dtype = weights.dtype(name)
+            if dtype.is_floating_point and recipe.dtype != "auto":
                 dtype = DTYPES[recipe.dtype]
-            specs.append(TensorSpec(name, dtype, info.shape))
+            specs.append(TensorSpec(name, dtype, shapes[name]))
     blocks = architecture.blocks + "."
 
     def block(spec: TensorSpec) -> float:

@@ -8,8 +8,12 @@ import logging
 import platform
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,26 +34,33 @@ from marlin_convert.models.architectures import Stage
 from marlin_convert.models.blocks import BlockModel
 from marlin_convert.models.hidden import HiddenStates, memory_for_activations
 from marlin_convert.models.stages import BlockWalk
-from marlin_convert.plan import DTYPES, Plan, make_plan
-from marlin_convert.quantized import QuantizedLinear
+from marlin_convert.plan import DTYPES, Fate, Plan, make_plan
+from marlin_convert.quantized import QuantizedLinear, same_codes
 from marlin_convert.recipe import Recipe
 from marlin_convert.solvers.gptq import Solution, solve
 from marlin_convert.solvers.hessian import Hessian
 
 log = logging.getLogger("marlin_convert")
 
+WORKERS = int(__import__('os').environ.get('W','2'))
+NT = int(__import__('os').environ.get('NT','1'))
 PROGRESS = "progress.json"
 RECIPE = "recipe.yaml"
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is asked of one conversion."""
+    """What is asked of one conversion.
+
+    `group_size` is set when one was asked for by name: a quantized source keeps its own, and one that differs
+    from it is refused; the recipe's may be a mere default.
+    """
 
     source: Source
     output: Path
     recipe: Recipe
     device: torch.device
+    group_size: int | None = None
     max_shard_size: int = 5_000_000_000
     requantize: bool = False
     resume: bool = False
@@ -77,20 +88,26 @@ class Report:
     replayed: int  # times a part of a block was computed again for want of memory, over all micro-batches
 
 
+Packed = tuple[dict[str, Tensor], dict[str, Any]]  # tensors of a linear, and what the manifest says of it
+
+
 class Codes(Protocol):
     """Where the codes of a block come from: solved, or unpacked from a quantized source."""
 
     replayed: int
 
-    def block(self, number: int) -> Iterator[tuple[str, QuantizedLinear, dict[str, Any]]]:
-        """(linear, its codes, what the manifest says of it) for every packed linear of a block."""
+    def block(self, number: int) -> Iterator[Packed]:
+        """Every packed linear of a block."""
         ...
 
 
 def plan_job(job: Job) -> tuple[Weights, Plan]:
     """Open the source and plan the conversion from headers alone; ConvertError for bad input."""
     weights = Weights(Checkpoint.open(job.source.directory))
-    plan = make_plan(weights, job.recipe, requantize=job.requantize, trust_remote_code=job.trust_remote_code)
+    plan = make_plan(
+        weights, job.recipe, group_size=job.group_size, requantize=job.requantize,
+        trust_remote_code=job.trust_remote_code,
+    )  # fmt: skip
     _check_output(job, plan)
     return weights, plan
 
@@ -138,21 +155,21 @@ def _convert(
     rows: list[dict[str, Any]] = done["linears"]
     with ShardWriter(job.staging, plan.specs, job.max_shard_size) as writer:
         writer.resume(done["tensors"])
-        codes: Codes = Repack(plan, weights)
+        codes: Codes = Repack(plan, weights, done["blocks"])
         if calibration is not None and done["blocks"] < plan.blocks:
             codes = Solve(job, plan, weights, calibration, writer, done["blocks"])
         names = iter(writer.order[done["tensors"] :])
         name = next(names, None)
+        packed: dict[str, Tensor] = {}
         for number in progress(range(done["blocks"], plan.blocks), plan.blocks):
-            packed: dict[str, Tensor] = {}
-            for linear, layer, row in codes.block(number):
-                packed |= _pack(linear, layer, plan)
+            for tensors, row in codes.block(number):
+                packed |= tensors
                 rows.append(row)
-            while name in packed or (name is not None and name not in plan.owner):
-                writer.write(name, packed[name] if name in packed else _dense(weights, plan, name))
-                name = next(names, None)
-            written = {"blocks": number + 1, "tensors": writer.sync(), "linears": rows}
-            write_json(job.partial / PROGRESS, {"settings": settings, "done": written})
+                while name in packed or (name is not None and name not in plan.owner):
+                    writer.write(name, packed.pop(name) if name in packed else _dense(weights, plan, name))
+                    name = next(names, None)
+            finished = {"blocks": number + 1, "linears": list(rows)}
+            writer.checkpoint(partial(_save_progress, job, settings, finished))
         while name is not None:
             writer.write(name, _dense(weights, plan, name))
             name = next(names, None)
@@ -160,22 +177,34 @@ def _convert(
 
 
 class Repack:
-    """The codes of a source that is already quantized, untouched."""
+    """The codes of a source that is already quantized, untouched.
+
+    A few linears are read and packed ahead of the one asked for, each on one thread: together they do more
+    than one linear on all threads, and they go on while this one is written.
+    """
 
     replayed = 0
 
-    def __init__(self, plan: Plan, weights: Weights):
+    def __init__(self, plan: Plan, weights: Weights, done: int):
+        """Begin with the linears of block `done`, in the order in which they are written."""
         self._plan = plan
         self._weights = weights
+        fates = {fate.linear: fate for number in range(done, plan.blocks) for fate in plan.packed_in(number)}
+        order = dict.fromkeys(plan.owner[spec.name][0] for spec in plan.specs if spec.name in plan.owner)
+        self._todo = iter([fates[linear] for linear in order if linear in fates])
+        self._ahead: deque[Future[Packed]] = deque()
+        self._pool = ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(NT,))
 
-    def block(self, number: int) -> Iterator[tuple[str, QuantizedLinear, dict[str, Any]]]:
-        """The block's linears as the source holds them."""
-        for fate in self._plan.packed_in(number):
-            yield (
-                fate.linear,
-                self._weights.quantized(fate.linear),
-                {"name": fate.linear, "k": fate.k, "n": fate.n},
-            )
+    def block(self, number: int) -> Iterator[Packed]:
+        """The linears of a block, each unpacked from the source's layout and packed in the plan's."""
+        for _ in self._plan.packed_in(number):
+            missing = WORKERS + 1 - len(self._ahead)
+            self._ahead.extend(self._pool.submit(self._repack, fate) for fate in islice(self._todo, missing))
+            yield self._ahead.popleft().result()
+
+    def _repack(self, fate: Fate) -> Packed:
+        row = {"name": fate.linear, "k": fate.k, "n": fate.n}
+        return _pack(fate.linear, self._weights.quantized(fate.linear), self._plan), row
 
 
 class Solve:
@@ -275,10 +304,15 @@ def _pack(linear: str, layer: QuantizedLinear, plan: Plan) -> dict[str, Tensor]:
     try:
         packed = plan.pack(layer)
     except FormatError as error:
-        raise FormatError(f"{linear}: {error}", error.hint) from error
+        raise FormatError(f"{linear}: {error}.", error.hint) from error
     again = plan.unpack(packed)
     if not (
-        torch.equal(again.codes, layer.codes) and torch.equal(again.scales.float(), layer.scales.float())
+        same_codes(again.codes, layer.codes)
+        and torch.equal(again.scales.float(), layer.scales.float())
+        and all(
+            one is other or (one is not None and other is not None and torch.equal(one, other))
+            for one, other in ((again.zeros, layer.zeros), (again.group_of_row, layer.group_of_row))
+        )
     ):
         raise RuntimeError(
             f"{linear} does not survive {plan.recipe.format}; this is a bug, nothing was published"
@@ -413,12 +447,17 @@ def _finished_blocks(job: Job) -> int:
     return json_file(job.partial, PROGRESS)["done"]["blocks"]
 
 
+def _save_progress(job: Job, settings: dict[str, Any], finished: dict[str, Any], tensors: int) -> None:
+    """Note how far the run is: from here --resume goes on."""
+    write_json(job.partial / PROGRESS, {"settings": settings, "done": {**finished, "tensors": tensors}})
+
+
 def _begin(job: Job, settings: dict[str, Any], done: dict[str, Any]) -> None:
     """Make the directory everything is written to; what an abandoned run left there goes."""
     if not done["blocks"] and job.partial.exists():
         shutil.rmtree(job.partial)
     job.staging.mkdir(parents=True, exist_ok=True)
-    write_json(job.partial / PROGRESS, {"settings": settings, "done": done})
+    _save_progress(job, settings, {"blocks": done["blocks"], "linears": done["linears"]}, done["tensors"])
 
 
 def _assemble(

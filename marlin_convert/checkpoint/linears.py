@@ -1,22 +1,44 @@
 """The weights of a checkpoint as floats, or as integer codes where they are quantized."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from marlin_convert import formats
 from marlin_convert.checkpoint.reader import Checkpoint
-from marlin_convert.errors import SourceError
-from marlin_convert.quantized import QuantizedLinear
+from marlin_convert.errors import FormatError, SourceError
+from marlin_convert.formats.bounds import float16_scales
+from marlin_convert.quantized import QuantizedLinear, contiguous_groups
+
+
+@dataclass(frozen=True)
+class Peculiarities:
+    """What a format must be able to hold beside codes and scales; `least_zero` is the least zero code."""
+
+    symmetric: bool
+    act_order: bool
+    least_zero: int
 
 
 class Weights:
     """Every parameter of a checkpoint, dense or packed, under its dense name."""
 
     def __init__(self, checkpoint: Checkpoint):
+        """SourceError when the config says that there are packed linears, and there are none."""
         self.checkpoint = checkpoint
         config = checkpoint.quantization_config
         self.scheme = formats.detect(config) if config else None
         self._suffixes = formats.suffixes(self.scheme) if self.scheme else ()
+        if self.scheme and not self.packed_linears():
+            gptq = any(name.endswith(".qzeros") for name in checkpoint.tensors)
+            raise SourceError(
+                f"the config of {checkpoint.directory.name} says {self.scheme.format}, "
+                f"but no tensor of it is called '*.{self._suffixes[0]}'.",
+                "its tensors are GPTQ's, and GPTQModel names a kernel so: set its checkpoint_format to gptq."
+                if gptq
+                else None,
+            )
 
     def __contains__(self, name: str) -> bool:
         return name in self.checkpoint.tensors or self.is_packed(name.removesuffix(".weight"))
@@ -25,25 +47,73 @@ class Weights:
         """Whether this linear is stored as integer codes."""
         return bool(self._suffixes) and f"{linear}.{self._suffixes[0]}" in self.checkpoint.tensors
 
-    def packed_names(self) -> set[str]:
-        """The names of all tensors that make packed linears."""
-        return {
-            name
-            for name in self.checkpoint.tensors
-            if name.rpartition(".")[2] in self._suffixes and self.is_packed(name.rpartition(".")[0])
-        }
+    def packed_linears(self) -> list[str]:
+        """The linears stored as integer codes, in the order of the files."""
+        ending = f".{self._suffixes[0]}" if self._suffixes else None
+        return [
+            name.removesuffix(ending) for name in self.checkpoint.tensors if ending and name.endswith(ending)
+        ]
 
-    def _packed_tensors(self, linear: str, but: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    def packed_names(self) -> set[str]:
+        """The names of all tensors that make packed linears, without their biases."""
         return {
-            suffix: self.checkpoint.read(f"{linear}.{suffix}")
+            f"{linear}.{suffix}"
+            for linear in self.packed_linears()
             for suffix in self._suffixes
-            if f"{linear}.{suffix}" in self.checkpoint.tensors and suffix not in but
+            if f"{linear}.{suffix}" in self.checkpoint.tensors
         }
 
     def quantized(self, linear: str) -> QuantizedLinear:
         """The codes and scales of a packed linear, without its bias; FormatError if they make no sense."""
         assert self.scheme is not None
-        return formats.FORMATS[self.scheme.format].unpack(self._packed_tensors(linear), self.scheme)
+        stored = self.stored(linear)
+        try:
+            return formats.FORMATS[self.scheme.format].unpack(
+                {suffix: self.checkpoint.read(name) for suffix, name in stored.items()}, self.scheme
+            )
+        except FormatError as error:
+            raise FormatError(f"{linear}: {error}.", error.hint) from error
+
+    def peculiarities(self, linear: str, k: int, n: int) -> Peculiarities:
+        """What is special about a packed linear that should have shape (k, n); its codes are not read.
+
+        SourceError when its tensors are not of that shape, FormatError when those beside the codes make no
+        sense or float16 cannot hold its scales.
+        """
+        assert self.scheme is not None
+        stored = self.stored(linear)
+        infos = {suffix: self.checkpoint.tensors[name] for suffix, name in stored.items()}
+        for suffix, (_, shape) in formats.tensors(self.scheme, k, n).items():
+            if suffix not in infos and suffix != "g_idx":
+                raise SourceError(f"{linear}.{suffix} is not in {self.checkpoint.directory.name}.")
+            if suffix in infos and infos[suffix].shape != shape:
+                raise SourceError(
+                    f"{linear}.{suffix} has shape {infos[suffix].shape}, its config.json means {shape}."
+                )
+        small = {
+            suffix: self.checkpoint.read(name)
+            for suffix, name in stored.items()
+            if suffix != self._suffixes[0] and infos[suffix].dtype != torch.float16
+        }
+        try:
+            zeros, rows = formats.FORMATS[self.scheme.format].peculiarities(small, self.scheme, k, n)
+            for tensor in small.values():
+                if tensor.is_floating_point():
+                    float16_scales(tensor)
+        except FormatError as error:
+            raise FormatError(f"{linear}: {error}.", error.hint) from error
+        middle = 1 << (self.scheme.bits - 1)
+        group_rows = k if self.scheme.group_size == -1 else self.scheme.group_size
+        return Peculiarities(
+            symmetric=zeros is None or bool((zeros == middle).all()),
+            act_order=rows is not None and not torch.equal(rows.int(), contiguous_groups(k, group_rows)),
+            least_zero=middle if zeros is None else int(zeros.min()),
+        )
+
+    def stored(self, linear: str) -> dict[str, str]:
+        """The names of the tensors that make a packed linear, by suffix."""
+        names = {suffix: f"{linear}.{suffix}" for suffix in self._suffixes}
+        return {suffix: name for suffix, name in names.items() if name in self.checkpoint.tensors}
 
     def dtype(self, name: str) -> torch.dtype:
         """The type of a parameter as it is computed with: what is packed counts as the model's own type."""

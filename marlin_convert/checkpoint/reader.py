@@ -1,6 +1,7 @@
 """Hugging Face model directories, opened from their headers only and trusted only once checked.
 
 Weights are safetensors (huggingface/safetensors): 8 bytes of header length, a JSON header, the tensor data.
+torch, which takes longer to import than the headers of a large model to read, is imported with the first tensor.
 """
 
 import hashlib
@@ -10,32 +11,34 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, TypeGuard
-
-import torch
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from marlin_convert.errors import SourceError
 
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "C64": torch.complex64,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+if TYPE_CHECKING:
+    import torch
+
+# what safetensors calls a type: its name in torch, and its bytes
+DTYPES = {
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E4M3FNUZ": ("float8_e4m3fnuz", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "F8_E5M2FNUZ": ("float8_e5m2fnuz", 1),
+    "F8_E8M0": ("float8_e8m0fnu", 1),
+    "C64": ("complex64", 8),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U64": ("uint64", 8),
+    "U32": ("uint32", 4),
+    "U16": ("uint16", 2),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
 }
 
 INDEX = "model.safetensors.index.json"
@@ -73,11 +76,18 @@ class TensorInfo:
     """What a header says of one tensor; its bytes are `start` to `end` of `file`."""
 
     name: str
-    dtype: torch.dtype
+    code: str  # its type, a key of DTYPES
     shape: tuple[int, ...]
     file: Path
     start: int
     end: int
+
+    @property
+    def dtype(self) -> "torch.dtype":
+        """Its type."""
+        import torch
+
+        return getattr(torch, DTYPES[self.code][0])
 
 
 @dataclass(frozen=True)
@@ -141,8 +151,10 @@ class Checkpoint:
             _fingerprint=digest.hexdigest(),
         )
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str) -> "torch.Tensor":
         """Read one tensor into memory of its own; raises SourceError if the file shrank or cannot be read."""
+        import torch
+
         info = self.tensors[name]
         # Not a memory map: its pages would count as ours for as long as the system cares to keep them.
         raw = torch.empty(info.end - info.start, dtype=torch.uint8)
@@ -327,18 +339,17 @@ def _tensor(name: str, entry: Any, path: Path, data: int) -> TensorInfo:
     if not isinstance(entry, dict):
         raise SourceError(f"{where}: not described by an object.")
     code, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    dtype = DTYPES.get(code) if isinstance(code, str) else None
-    if dtype is None:
+    if not isinstance(code, str) or code not in DTYPES:
         raise SourceError(f"{where}: unknown dtype {code!r}.")
     # torch needs strides, also those of an empty tensor, to fit 64 bits
     if not _counts(shape) or len(shape) > 64 or math.prod(size or 1 for size in shape) >= 2**60:
         raise SourceError(f"{where}: shape {shape!r} is not a list of sizes.")
     if not _counts(offsets) or len(offsets) != 2:
         raise SourceError(f"{where}: data_offsets {offsets!r} are not two offsets.")
-    needed = math.prod(shape) * dtype.itemsize
+    needed = math.prod(shape) * DTYPES[code][1]
     if offsets[1] - offsets[0] != needed:
         raise SourceError(f"{where}: {code} {shape} takes {needed} bytes, its offsets {offsets} do not.")
-    return TensorInfo(name, dtype, tuple(shape), path, data + offsets[0], data + offsets[1])
+    return TensorInfo(name, code, tuple(shape), path, data + offsets[0], data + offsets[1])
 
 
 def _counts(value: Any) -> TypeGuard[list[int]]:

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ import torch
 from marlin_convert.checkpoint.reader import DTYPES, INDEX, SINGLE
 from marlin_convert.errors import ConvertError, SourceError
 
-DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
+DTYPE_CODES = {getattr(torch, name): code for code, (name, _) in DTYPES.items()}
 
 # Tensors waiting for the disk: enough to keep it busy, few enough not to count as memory.
 QUEUE = 4
@@ -98,8 +98,7 @@ class ShardWriter:
         if spec != TensorSpec(name, tensor.dtype, tuple(tensor.shape)):
             raise RuntimeError(f"expected {spec}, got {name} {tensor.dtype} {tuple(tensor.shape)}")
         self._settle(QUEUE - 1)
-        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-        self._pending.append(self._pool.submit(self._append, self._next, data))
+        self._pending.append(self._pool.submit(self._append, self._next, tensor.detach()))
         self._next += 1
 
     def read(self, name: str) -> torch.Tensor:
@@ -112,18 +111,34 @@ class ShardWriter:
             data = bytearray(file.read(spec.nbytes))
         return torch.frombuffer(data, dtype=spec.dtype).view(spec.shape)
 
+    def checkpoint(self, durable: Callable[[int], None]) -> None:
+        """Call `durable(count)` once the `count` tensors taken so far are safely on disk.
+
+        It is called on the writing thread; `count` is what `resume` wants. An error of it, or of the disk,
+        surfaces with the next call.
+        """
+        count = self._next
+
+        def sync() -> None:
+            if self._failure is not None:
+                return
+            try:
+                if self._file is not None:
+                    os.fsync(self._file.fileno())
+                _fsync(self.directory)
+                durable(count)
+            except BaseException as error:
+                self._failure = error
+                raise
+
+        self._pending.append(self._pool.submit(sync))
+
     def sync(self) -> int:
         """Wait until everything taken is safely on disk; how many tensors that is, to give to `resume`."""
+        done: list[int] = []
+        self.checkpoint(done.append)
         self._settle(0)
-        try:
-            if self._file is not None:
-                os.fsync(self._file.fileno())
-            _fsync(self.directory)
-        except OSError as error:
-            # A second fsync may succeed though the bytes the first one lost are gone: a failure is for good.
-            self._failure = error
-            raise
-        return self._next
+        return done[0]
 
     def resume(self, count: int) -> None:
         """Go on after the first `count` tensors, which an earlier writer of the same layout has left on disk.
@@ -176,11 +191,12 @@ class ShardWriter:
         if self._failure is not None:
             raise self._failure
 
-    def _append(self, place: int, data: memoryview) -> None:
+    def _append(self, place: int, tensor: torch.Tensor) -> None:
         """On the writing thread: one tensor; before a shard's first its header, after the last its end."""
         if self._failure is not None:
             return
         try:
+            data = tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data
             shard = self._shards[self._at]
             if place == shard.first:
                 self._file = (self.directory / shard.file).open("wb", buffering=0)

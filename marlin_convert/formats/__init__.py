@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from marlin_convert.errors import FormatError
 from marlin_convert.formats import awq, compressed_tensors, gptq, marlin
 from marlin_convert.formats.scheme import Scheme
@@ -48,3 +50,11 @@ def _implied_method(config: Mapping[str, Any]) -> str | None:
 def suffixes(scheme: Scheme) -> tuple[str, ...]:
     """The tensor suffixes that a packed linear may have in a checkpoint of this scheme, its codes first."""
     return scheme.names or FORMATS[scheme.format].SUFFIXES
+
+
+def tensors(scheme: Scheme, k: int, n: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtype and shape of the tensors of a linear (k, n) in a checkpoint of this scheme, by suffix."""
+    stored = FORMATS[scheme.format].tensors(
+        k, n, bits=scheme.bits, group_size=scheme.group_size, symmetric=scheme.symmetric
+    )
+    return dict(zip(scheme.names or stored, stored.values(), strict=True))

@@ -23,6 +23,7 @@ from marlin_convert.formats.scheme import (
     bits_of,
     expect_shape,
     group_size_of,
+    groups_of,
     names_of,
     tensor,
 )
@@ -31,20 +32,40 @@ from marlin_convert.quantized import QuantizedLinear
 SUFFIXES = ("qweight", "qzeros", "scales")
 
 
+def tensors(
+    k: int, n: int, *, bits: int, group_size: int, symmetric: bool = True
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtype and shape of every tensor of a layer."""
+    groups = groups_of(k, group_size)
+    return {
+        "qweight": (torch.int32, (k, n // 8)),
+        "qzeros": (torch.int32, (groups, n // 8)),
+        "scales": (torch.float16, (groups, n)),
+    }
+
+
 def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedLinear:
     """The layer in qweight, qzeros and scales. FormatError when they do not fit together."""
     qweight = tensor(tensors, "qweight", (torch.int32,))
-    qzeros = tensor(tensors, "qzeros", (torch.int32,))
     scales = tensor(tensors, "scales", SCALE_DTYPES)
     k, n = qweight.shape[0], 8 * qweight.shape[1]
     expect_shape("scales", scales, (scales.shape[0], n), f"qweight {tuple(qweight.shape)}")
-    expect_shape("qzeros", qzeros, (scales.shape[0], n // 8), f"scales {tuple(scales.shape)}")
     return QuantizedLinear.normalized(
         codes=_unpack(qweight),
         scales=scales,
         group_size=scheme.group_rows(k, scales.shape[0]),
-        zeros=_unpack(qzeros),
+        zeros=peculiarities(tensors, scheme, k, n)[0],
     )
+
+
+def peculiarities(
+    tensors: Mapping[str, Tensor], scheme: Scheme, k: int, n: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """The zero codes (groups, n) uint8 from qzeros alone, and None; FormatError when they do not fit."""
+    groups = groups_of(k, scheme.group_size)
+    qzeros = tensor(tensors, "qzeros", (torch.int32,))
+    expect_shape("qzeros", qzeros, (groups, n // 8), f"a layer {k, n} of {groups} groups")
+    return _unpack(qzeros), None
 
 
 def _unpack(packed: Tensor) -> Tensor:

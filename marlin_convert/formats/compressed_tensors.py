@@ -26,17 +26,25 @@ from marlin_convert.formats.scheme import (
     bits_of,
     expect_shape,
     group_size_of,
+    groups_of,
     mapping_of,
     names_of,
     tensor,
 )
 from marlin_convert.quantized import QuantizedLinear
 
-SUFFIXES = ("weight_packed", "weight_scale", "weight_shape")
+SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 
 
 def refusal(
-    k: int, n: int, *, bits: int, group_size: int, symmetric: bool = True, act_order: bool = False
+    k: int,
+    n: int,
+    *,
+    bits: int,
+    group_size: int,
+    symmetric: bool = True,
+    act_order: bool = False,
+    least_zero: int = 0,
 ) -> str | None:
     """Why this layout cannot hold such a layer; None if it can."""
     if bits not in (4, 8):
@@ -48,14 +56,19 @@ def refusal(
     return None
 
 
-def tensors(k: int, n: int, *, bits: int, group_size: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Dtype and shape of every tensor pack writes of a symmetric layer."""
-    groups = 1 if group_size == -1 else k // group_size
-    return {
+def tensors(
+    k: int, n: int, *, bits: int, group_size: int, symmetric: bool = True
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtype and shape of every tensor pack writes."""
+    groups = groups_of(k, group_size)
+    written: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         "weight_packed": (torch.int32, (n, -(-k * bits // 32))),
         "weight_scale": (torch.float16, (n, groups)),
         "weight_shape": (torch.int64, (2,)),
     }
+    if not symmetric:
+        written["weight_zero_point"] = (torch.int32, (-(-n * bits // 32), groups))
+    return written
 
 
 def pack(layer: QuantizedLinear) -> dict[str, Tensor]:
@@ -97,22 +110,32 @@ def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedLinear:
     expect_shape("weight_packed", packed, (n, -(-k * scheme.bits // 32)), f"weight_shape {n, k}")
     expect_shape("weight_scale", scales, (n, scales.shape[1]), f"weight_shape {n, k}")
     group_size = scheme.group_rows(k, scales.shape[1])
-    zeros = None
-    if "weight_zero_point" in tensors or not scheme.symmetric:
-        stored = tensor(tensors, "weight_zero_point", (torch.int32,))
-        rows = -(-n * scheme.bits // 32)
-        expect_shape(
-            "weight_zero_point", stored, (rows, scales.shape[1]), f"weight_scale {tuple(scales.shape)}"
-        )
-        zeros = words.unpack_rows(stored, scheme.bits, n).t().contiguous()
+    zeros, group_of_row = peculiarities(tensors, scheme, k, n)
     return QuantizedLinear.normalized(
         codes=words.unpack_rows(packed.t().contiguous(), scheme.bits, k),
         scales=scales.t().contiguous(),
         group_size=group_size,
         bits=scheme.bits,
         zeros=zeros,
-        group_of_row=_group_of_row(tensors, scheme, k, scales.shape[1]),
+        group_of_row=group_of_row,
     )
+
+
+def peculiarities(
+    tensors: Mapping[str, Tensor], scheme: Scheme, k: int, n: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """The zero codes (groups, n) uint8 and the group of each row (k,), from the tensors of these alone.
+
+    None where there are none; FormatError when they do not fit the layer.
+    """
+    groups = groups_of(k, scheme.group_size)
+    zeros = None
+    if "weight_zero_point" in tensors or not scheme.symmetric:
+        stored = tensor(tensors, "weight_zero_point", (torch.int32,))
+        rows = -(-n * scheme.bits // 32)
+        expect_shape("weight_zero_point", stored, (rows, groups), f"a layer {k, n} of {groups} groups")
+        zeros = words.unpack_rows(stored, scheme.bits, n).t().contiguous()
+    return zeros, _group_of_row(tensors, scheme, k, groups)
 
 
 def _group_of_row(tensors: Mapping[str, Tensor], scheme: Scheme, k: int, groups: int) -> Tensor | None:
@@ -133,12 +156,14 @@ def _group_of_row(tensors: Mapping[str, Tensor], scheme: Scheme, k: int, groups:
     return g_idx
 
 
-def quantization_config(*, bits: int, group_size: int, skipped: Sequence[str]) -> dict[str, Any]:
+def quantization_config(
+    *, bits: int, group_size: int, skipped: Sequence[str], symmetric: bool = True, act_order: bool = False
+) -> dict[str, Any]:
     """The quantization_config of config.json, lm_head always ignored; vLLM refuses any sparsity_config."""
     weights = {
         "num_bits": bits,
         "type": "int",
-        "symmetric": True,
+        "symmetric": symmetric,
         "strategy": "channel" if group_size == -1 else "group",
         "group_size": None if group_size == -1 else group_size,
         "dynamic": False,

@@ -23,6 +23,7 @@ from marlin_convert.formats.scheme import (
     bits_of,
     expect_shape,
     group_size_of,
+    groups_of,
     mapping_of,
     tensor,
 )
@@ -32,21 +33,32 @@ SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 
 
 def refusal(
-    k: int, n: int, *, bits: int, group_size: int, symmetric: bool = True, act_order: bool = False
+    k: int,
+    n: int,
+    *,
+    bits: int,
+    group_size: int,
+    symmetric: bool = True,
+    act_order: bool = False,
+    least_zero: int = 1,
 ) -> str | None:
-    """Why this layout cannot hold such a layer; None if it can. AutoGPTQ's own limits."""
+    """Why this layout, in version 1, cannot hold such a layer; None if it can. AutoGPTQ's own limits."""
     if bits not in (4, 8):
         return f"holds 4 or 8 bits, not {bits}"
     if k % 32:
         return f"needs inputs divisible by 32, has {k}"
     if n % 32:
         return f"needs outputs divisible by 32, has {n}"
+    if least_zero < 1:
+        return "stores zero points minus one, and some of the layer are 0"
     return None
 
 
-def tensors(k: int, n: int, *, bits: int, group_size: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def tensors(
+    k: int, n: int, *, bits: int, group_size: int, symmetric: bool = True
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Dtype and shape of every tensor pack writes."""
-    groups = 1 if group_size == -1 else -(-k // group_size)
+    groups = groups_of(k, group_size)
     return {
         "qweight": (torch.int32, (k * bits // 32, n)),
         "qzeros": (torch.int32, (groups, n * bits // 32)),
@@ -86,30 +98,44 @@ def pack(layer: QuantizedLinear, *, version: int = 1) -> dict[str, Tensor]:
 def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedLinear:
     """The layer in qweight, qzeros, scales and g_idx, if there. FormatError when they do not fit together."""
     qweight = tensor(tensors, "qweight", (torch.int32,))
-    qzeros = tensor(tensors, "qzeros", (torch.int32,))
     scales = tensor(tensors, "scales", SCALE_DTYPES)
     k, n = qweight.shape[0] * 32 // scheme.bits, qweight.shape[1]
     expect_shape("scales", scales, (scales.shape[0], n), f"qweight {tuple(qweight.shape)}")
-    expect_shape(
-        "qzeros", qzeros, (scales.shape[0], -(-n * scheme.bits // 32)), f"scales {tuple(scales.shape)}"
-    )
     group_size = scheme.group_rows(k, scales.shape[0], ragged=True)
+    zeros, group_of_row = peculiarities(tensors, scheme, k, n)
     return QuantizedLinear.normalized(
         codes=words.unpack_rows(qweight, scheme.bits, k),
         scales=scales,
         group_size=group_size,
         bits=scheme.bits,
-        zeros=_zeros(words.unpack_columns(qzeros, scheme.bits, n), scheme),
-        group_of_row=_group_of_row(tensors, scheme, k, scales.shape[0]),
+        zeros=zeros,
+        group_of_row=group_of_row,
     )
 
 
-def _zeros(fields: Tensor, scheme: Scheme) -> Tensor | None:
-    """The zero codes (groups, n) uint8 of the stored fields; None when symmetric."""
-    middle = 1 << (scheme.bits - 1)
-    # files exist that say v1 and store v2; a symmetric model betrays it, whatever version the config claims
-    if scheme.symmetric and (bool((fields == middle - 1).all()) or bool((fields == middle).all())):
-        return None
+def peculiarities(
+    tensors: Mapping[str, Tensor], scheme: Scheme, k: int, n: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """The zero codes (groups, n) uint8 and the group of each row (k,), from qzeros and g_idx alone.
+
+    None where there are none; FormatError when they do not fit the layer.
+    """
+    groups = groups_of(k, scheme.group_size)
+    qzeros = tensor(tensors, "qzeros", (torch.int32,))
+    expect_shape("qzeros", qzeros, (groups, -(-n * scheme.bits // 32)), f"a layer {k, n} of {groups} groups")
+    return _zeros(qzeros, scheme, n), _group_of_row(tensors, scheme, k, groups)
+
+
+def _zeros(qzeros: Tensor, scheme: Scheme, n: int) -> Tensor | None:
+    """The zero codes (groups, n) uint8; None when symmetric."""
+    # of a symmetric layer all words are one, so that one need be taken apart
+    if scheme.symmetric and bool((qzeros == qzeros[0, 0]).all()):
+        word = words.unpack_columns(qzeros[:1, :1], scheme.bits, min(n, 32 // scheme.bits))
+        # files exist that say v1 and store v2; this betrays it, whatever version the config claims
+        middle = 1 << (scheme.bits - 1)
+        if bool((word == middle - 1).all()) or bool((word == middle).all()):
+            return None
+    fields = words.unpack_columns(qzeros, scheme.bits, n)
     if scheme.version == 2:
         return fields
     # version 1 adds one: some readers make a stored 15 zero 16, others zero 0
@@ -134,14 +160,16 @@ def _group_of_row(tensors: Mapping[str, Tensor], scheme: Scheme, k: int, groups:
     return torch.where(g_idx < 0, g_idx + groups, g_idx)
 
 
-def quantization_config(*, bits: int, group_size: int, skipped: Sequence[str]) -> dict[str, Any]:
+def quantization_config(
+    *, bits: int, group_size: int, skipped: Sequence[str], symmetric: bool = True, act_order: bool = False
+) -> dict[str, Any]:
     """The quantization_config of config.json as vLLM, AutoGPTQ and GPTQModel read it."""
     config: dict[str, Any] = {
         "quant_method": "gptq",
         "bits": bits,
         "group_size": group_size,
-        "sym": True,
-        "desc_act": False,
+        "sym": symmetric,
+        "desc_act": act_order,
         "static_groups": False,
         "true_sequential": True,
         "damp_percent": 0.01,

@@ -24,6 +24,7 @@ from marlin_convert.formats.scheme import (
     bits_of,
     expect_shape,
     group_size_of,
+    groups_of,
     names_of,
     tensor,
 )
@@ -34,7 +35,14 @@ GROUP_SIZES = (32, 64, 128)
 
 
 def refusal(
-    k: int, n: int, *, bits: int, group_size: int, symmetric: bool = True, act_order: bool = False
+    k: int,
+    n: int,
+    *,
+    bits: int,
+    group_size: int,
+    symmetric: bool = True,
+    act_order: bool = False,
+    least_zero: int = 8,
 ) -> str | None:
     """Why this layout cannot hold such a layer; None if it can. Groups of 32 and 64 rows are ours alone."""
     if bits != 4:
@@ -52,9 +60,11 @@ def refusal(
     return None
 
 
-def tensors(k: int, n: int, *, bits: int, group_size: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def tensors(
+    k: int, n: int, *, bits: int, group_size: int, symmetric: bool = True
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Dtype and shape of every tensor pack writes."""
-    groups = 1 if group_size == -1 else k // group_size
+    groups = groups_of(k, group_size)
     return {"B": (torch.int32, (k // 16, 2 * n)), "s": (torch.float16, (groups, n))}
 
 
@@ -94,6 +104,13 @@ def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedLinear:
     expect_shape(s_name, scales, (scales.shape[0], n), f"{b_name} {tuple(packed.shape)}")
     group_size = scheme.group_rows(k, scales.shape[0])
     return QuantizedLinear(_unpack_codes(packed), permute_scales(scales), group_size)
+
+
+def peculiarities(
+    tensors: Mapping[str, Tensor], scheme: Scheme, k: int, n: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Zero codes and the group of each row: this layout has neither."""
+    return None, None
 
 
 def permute_scales(scales: Tensor) -> Tensor:
@@ -171,7 +188,9 @@ def _by_half(planes: Tensor) -> Tensor:
     return planes.view(torch.int64).view(t, 2, 2, 4, half // 8)
 
 
-def quantization_config(*, bits: int, group_size: int, skipped: Sequence[str]) -> dict[str, Any]:
+def quantization_config(
+    *, bits: int, group_size: int, skipped: Sequence[str], symmetric: bool = True, act_order: bool = False
+) -> dict[str, Any]:
     """The quantization_config of config.json for our readers: AutoGPTQ's keys, quant_method "marlin"."""
     return {
         "quant_method": "marlin",

@@ -39,13 +39,19 @@ class Scheme:
         FormatError when the config's group_size makes another number of groups or, but for ragged, a rest.
         """
         rows = k if self.group_size == -1 else min(self.group_size, k)
-        if groups != -(-k // rows):
+        expected = groups_of(k, self.group_size)
+        if groups != expected:
             raise FormatError(
-                f"{k} inputs in groups of {self.group_size} make {-(-k // rows)} groups, scales have {groups}"
+                f"{k} inputs in groups of {self.group_size} make {expected} groups, scales have {groups}"
             )
         if k % rows and not ragged:
             raise FormatError(f"{k} inputs do not divide into groups of {rows}")
         return rows
+
+
+def groups_of(k: int, group_size: int) -> int:
+    """Groups of k rows; the last may be short, -1 makes one of all."""
+    return 1 if group_size == -1 else -(-k // group_size)
 
 
 def integer(config: Mapping[str, Any], *keys: str) -> int:

@@ -27,10 +27,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Architecture:
-    """One model family: `blocks` is the module path of its decoder blocks, `parts` what a block runs in order."""
+    """One model family: `blocks` is the module path of its decoder blocks, `parts` what a block runs in order.
+
+    `attention` is the implementation that transformers computes it with; torch's fused one has no softcap.
+    """
 
     parts: tuple[Part, ...]
     blocks: str = "model.layers"
+    attention: str = "sdpa"
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -53,7 +57,7 @@ FUSED = (
 )
 
 ARCHITECTURES = {
-    "gemma2": Architecture(SPLIT),
+    "gemma2": Architecture(SPLIT, attention="eager"),
     "gemma3_text": Architecture(SPLIT),
     "granite": Architecture(SPLIT),
     "llama": Architecture(SPLIT),

@@ -1,6 +1,7 @@
 """A model taken apart: everything outside its decoder blocks in memory, its blocks loaded one at a time."""
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -27,7 +28,9 @@ def module_tree(config: dict, directory: Any, *, trust_remote_code: bool = False
         del settings.quantization_config
     with torch.device("meta"), _quiet_transformers():
         return AutoModelForCausalLM.from_config(
-            settings, attn_implementation="sdpa", trust_remote_code=trust_remote_code
+            settings,
+            attn_implementation=architecture_of(config).attention,
+            trust_remote_code=trust_remote_code,
         ).eval()
 
 
@@ -47,8 +50,9 @@ class BlockModel:
     norm, output projection) they stay on `device`; of the blocks, only the one loaded is there.
 
     `dtype` is the model's own type, in which hidden states are handed from block to block. A GPU computes in
-    it, a CPU in float32; with `fast`, a CPU that has bfloat16 units multiplies bfloat16 models on them (other
-    operations are faster in float32, and round less).
+    it, a CPU in float32 (which is faster there, and rounds less). With `fast`, linears on a CPU take and give
+    what `dtype` can hold, as on a GPU: activations can be kept in it without changing a number, and bfloat16
+    models are multiplied by the processor's bfloat16 units where it has them.
     """
 
     def __init__(
@@ -59,15 +63,20 @@ class BlockModel:
         self.device = device
         self.dtype = weights.dtype("model.embed_tokens.weight")
         self.compute_dtype = torch.float32 if device.type == "cpu" else self.dtype
-        bf16_products = fast and device.type == "cpu" and self.dtype == torch.bfloat16 and bf16_units()
+        self._linears_round = fast and self.compute_dtype != self.dtype
+        bf16_products = self._linears_round and self.dtype == torch.bfloat16 and bf16_units()
         self._product_dtype = torch.bfloat16 if bf16_products else self.compute_dtype
         self.architecture = architecture_of(checkpoint.config)
         self.model = module_tree(checkpoint.config, checkpoint.directory, trust_remote_code=trust_remote_code)
-        self.blocks = self.model.get_submodule(self.architecture.blocks)
+        blocks = self.model.get_submodule(self.architecture.blocks)
+        assert isinstance(blocks, nn.ModuleList)
+        self.blocks = blocks
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="block-reader")
+        self._ahead: dict[int, Future[dict[tuple[str, str], Tensor]]] = {}
         self._load_outside()
 
     def __len__(self) -> int:
-        return len(self.blocks)  # type: ignore[arg-type]
+        return len(self.blocks)
 
     def name(self, i: int) -> str:
         """The module path of block i."""
@@ -84,26 +93,30 @@ class BlockModel:
                 if module._parameters[name] is not None and not (
                     prefix + name in tied and prefix + name not in self.weights
                 ):
-                    self._assign(module, name, prefix + name)
+                    self._assign(module, name, self._fetch(prefix + name, module, name))
         self.model.tie_weights()
         for path, module in self.model.named_modules():
             if not path.startswith(inside):
                 self._compute_buffers(module)
 
-    def _assign(self, module: nn.Module, name: str, full_name: str) -> None:
+    def _fetch(self, full_name: str, module: nn.Module, name: str) -> Tensor:
+        """A parameter on the device, checked, in the type it is computed with."""
         expected = module._parameters[name]
         assert expected is not None
         value = self.weights.read(full_name)
-        if not value.isfinite().all():
-            raise SourceError(f"{full_name} holds NaN or Inf.", "the source is damaged; fetch it again.")
         if value.shape != expected.shape:
             raise SourceError(
                 f"{full_name} has shape {tuple(value.shape)}, its config.json means {tuple(expected.shape)}."
             )
-        dtype = self._product_dtype if isinstance(module, nn.Linear) else self.compute_dtype
-        if dtype != self.compute_dtype:
-            module.forward = partial(_linear_in_its_dtype, module)
-        parameter = nn.Parameter(value.to(self.device, dtype), requires_grad=False)
+        value = value.to(self.device)
+        if not value.isfinite().all():
+            raise SourceError(f"{full_name} holds NaN or Inf.", "the source is damaged; fetch it again.")
+        return value.to(self._product_dtype if isinstance(module, nn.Linear) else self.compute_dtype)
+
+    def _assign(self, module: nn.Module, name: str, value: Tensor) -> None:
+        if isinstance(module, nn.Linear) and self._linears_round:
+            module.forward = partial(_rounding_linear, module, self.dtype)
+        parameter = nn.Parameter(value, requires_grad=False)
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # _init_weights leaves it alone
         module._parameters[name] = parameter
 
@@ -116,15 +129,38 @@ class BlockModel:
             self.model._init_weights(module)
 
     def load(self, i: int) -> nn.Module:
-        """Block i with its weights on the device, for as long as the caller keeps it loaded."""
-        block = self.blocks[i]  # type: ignore[index]
-        for path, module in block.named_modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    full_name = ".".join(part for part in (self.name(i), path, name) if part)
-                    self._assign(module, name, full_name)
+        """Block i with its weights on the device, for as long as the caller keeps it loaded.
+
+        The block after it is read meanwhile, on a thread and a stream of their own.
+        """
+        fetched = self._ahead.pop(i) if i in self._ahead else self._reader.submit(self._fetch_block, i)
+        self._ahead.clear()
+        values = fetched.result()
+        if i + 1 < len(self):
+            self._ahead[i + 1] = self._reader.submit(self._fetch_block, i + 1)
+        for path, module in self.blocks[i].named_modules():
+            for name in module._parameters:
+                if (path, name) in values:
+                    self._assign(module, name, values[path, name])
             self._compute_buffers(module)
-        return block
+        return self.blocks[i]
+
+    def _fetch_block(self, i: int) -> dict[tuple[str, str], Tensor]:
+        """The parameters of block i on the device, by module path inside the block and name."""
+        values = {}
+        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        with torch.cuda.stream(stream):
+            for path, module in self.blocks[i].named_modules():
+                for name, parameter in module._parameters.items():
+                    if parameter is not None:
+                        full_name = ".".join(part for part in (self.name(i), path, name) if part)
+                        values[path, name] = self._fetch(full_name, module, name)
+        if stream is not None:
+            stream.synchronize()
+            for value in values.values():
+                # its memory must not be reused here while the computing stream still reads it
+                value.record_stream(torch.cuda.default_stream(self.device))
+        return values
 
     def replace(self, linear: str, weight: Tensor) -> None:
         """Give a linear of the loaded block another weight (n, k)."""
@@ -133,7 +169,7 @@ class BlockModel:
 
     def unload(self, i: int) -> None:
         """Free the weights of block i."""
-        self.blocks[i].to("meta")  # type: ignore[index, operator]
+        self.blocks[i].to("meta")
 
     @torch.no_grad()
     def embed(self, ids: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
@@ -165,18 +201,19 @@ class BlockModel:
         def replacement(i: int) -> Any:
             return lambda hidden, *args, **kwargs: call(i, hidden, **kwargs)
 
-        for i, block in enumerate(self.blocks):  # type: ignore[arg-type]
+        for i, block in enumerate(self.blocks):
             block.forward = replacement(i)
         try:
             yield
         finally:
-            for block in self.blocks:  # type: ignore[union-attr]
+            for block in self.blocks:
                 del block.forward
 
 
-def _linear_in_its_dtype(linear: nn.Linear, x: Tensor) -> Tensor:
-    """A linear that multiplies in its weight's type and answers in the caller's."""
-    return nn.functional.linear(x.to(linear.weight.dtype), linear.weight, linear.bias).to(x.dtype)
+def _rounding_linear(linear: nn.Linear, dtype: torch.dtype, x: Tensor) -> Tensor:
+    """A linear that rounds its input and output to `dtype`, multiplies in its weight's type, answers in the caller's."""
+    rounded = x.to(dtype).to(linear.weight.dtype)
+    return nn.functional.linear(rounded, linear.weight, linear.bias).to(dtype).to(x.dtype)
 
 
 @contextmanager

@@ -110,7 +110,10 @@ def _sweep(
     Row i is rounded at w[i] + feedback[:, i]^T errors. Within a block of rows that product goes row by row,
     between blocks as one matrix product.
     """
-    round_block = _round_block_on_gpu if w.is_cuda else _round_block
+    round_block = _round_block
+    if w.is_cuda:
+        # imported here because Triton exists only where there is a GPU
+        from marlin_convert.solvers.gptq_triton import round_block
     codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)
     for start in range(0, w.shape[0], BLOCK):
         rows = slice(start, min(start + BLOCK, w.shape[0]))
@@ -135,13 +138,6 @@ def _round_block(
         torch.sub(error, errors[i], out=change[i])
         errors[i] = error
     return codes
-
-
-def _round_block_on_gpu(*block: Tensor | int) -> Tensor:
-    # imported here because Triton exists only where there is a GPU
-    from marlin_convert.solvers.gptq_triton import round_block
-
-    return round_block(*block)
 
 
 def _round(w: Tensor, scale: Tensor, bits: int) -> Tensor:

@@ -17,7 +17,6 @@ def _kernel(
     codes,
     rows,
     n,
-    feedback_stride,
     LOW: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -37,16 +36,16 @@ def _kernel(
         change = error - tl.load(errors + here, mask=inside, other=0.0)
         tl.store(errors + here, error, mask=inside)
         tl.store(codes + here, code.to(tl.int8), mask=inside)
-        f = tl.load(feedback + i * feedback_stride + row, mask=(row > i) & (row < rows), other=0.0)
+        f = tl.load(feedback + i * rows + row, mask=(row > i) & (row < rows), other=0.0)
         t += f[:, None] * change[None, :]
 
 
 def round_block(
     target: Tensor, w: Tensor, scale: Tensor, feedback: Tensor, errors: Tensor, bits: int
 ) -> Tensor:
-    """Round the rows of one block in order, as `gptq._round_block` does; all (b, n) float32 but feedback (b, b).
+    """Round the rows of one block in order, as `gptq._round_block` does; all (b, n) but feedback (b, b), float32.
 
-    The feedback may be a strided view. Updates `errors`, returns signed codes int8.
+    Updates `errors`, returns signed codes int8.
     """
     rows, n = w.shape
     codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)
@@ -55,12 +54,11 @@ def round_block(
         target,
         w,
         scale,
-        feedback,
+        feedback.contiguous(),
         errors,
         codes,
         rows,
         n,
-        feedback.stride(0),
         LOW=-(2 ** (bits - 1)),
         ROWS=triton.next_power_of_2(rows),
         COLUMNS=columns,

@@ -8,6 +8,9 @@ from torch import Tensor
 FRACTIONS = tuple(1.10 - 0.03 * step for step in range(14))
 NORM = 2.4
 
+# No scale is nearer to zero: a subnormal one would lose bits, and kernels may flush it.
+SMALLEST = torch.finfo(torch.float16).smallest_normal
+
 
 def search_scales(weight: Tensor, importance: Tensor, group_size: int, bits: int) -> Tensor:
     """The scale of every group, (groups, n) float32 of values that float16 holds.
@@ -16,10 +19,14 @@ def search_scales(weight: Tensor, importance: Tensor, group_size: int, bits: int
     diagonal. The codes' range is lopsided (-8 .. 7), so a scale takes the sign that puts the weight of
     largest magnitude on the long side.
     """
+    if weight.is_cuda:
+        # imported here because Triton exists only where there is a GPU
+        from marlin_convert.solvers import scales_triton
+
+        return scales_triton.search_scales(weight, importance, group_size, bits)
     k, n = weight.shape
     low = -(2 ** (bits - 1))
     scales = torch.empty(k // group_size, n, dtype=torch.float32, device=weight.device)
-    smallest = torch.finfo(torch.float16).smallest_normal
     for g in range(k // group_size):
         rows = slice(g * group_size, (g + 1) * group_size)
         w, d = weight[rows], importance[rows, None]
@@ -28,7 +35,7 @@ def search_scales(weight: Tensor, importance: Tensor, group_size: int, bits: int
         best = scales[g]
         for fraction in FRACTIONS:
             scale = extreme * (fraction / low)
-            scale = torch.where(scale.abs() < smallest, smallest, scale).half().float()
+            scale = torch.where(scale.abs() < SMALLEST, SMALLEST, scale).half().float()
             error = torch.round(w / scale).clamp_(low, -low - 1).mul_(scale).sub_(w)
             error = error.abs_().pow_(NORM).mul_(d).sum(0)
             better = error < best_error

@@ -1,0 +1,195 @@
+"""Seconds per decoder layer of a Llama-3-8B-shaped random model on one GPU: W4 g128, 128 x 2048 tokens.
+
+usage: python benchmarks/quantize_gpu.py [--layers 2,6] [--peer] [--parts]
+
+Whole commands are timed at two layer counts; their slope is what a layer costs, and 32 of them with what is
+left over make an 8B model. `--parts` runs once more with every part of the work timed (the GPU is waited for
+around each, so their sum is a little above the slope) beside a floor measured on the same chip. `--peer` runs
+llm-compressor, which must be importable by this Python, on the same models and token ids.
+"""
+
+import argparse
+import contextlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+TINYPY = HERE.parent / "examples" / "tinypy-4m"
+SAMPLES, LENGTH = 128, 2048
+
+
+def make_model(directory: Path, layers: int) -> Path:
+    """A random 8B-shaped Llama of so many layers, with a small vocabulary's tokenizer."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers,
+        num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192, dtype="bfloat16",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    model.save_pretrained(directory)
+    AutoTokenizer.from_pretrained(TINYPY).save_pretrained(directory)
+    del model
+    torch.cuda.empty_cache()
+    return directory
+
+
+def save_tokens(model: Path, path: Path) -> None:
+    """The token ids that `quantize` takes, for the peer."""
+    from safetensors.torch import save_file
+    from transformers import AutoTokenizer
+
+    from marlin_convert.calibration import calibrate
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    ids = calibrate(tokenizer, "builtin", samples=SAMPLES, length=LENGTH, seed=0).ids
+    save_file({"input_ids": ids}, path)
+
+
+def time_ours(model: Path, output: Path) -> dict:
+    """The whole command, as a user runs it."""
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "marlin_convert", "quantize", str(model), "-o", str(output),
+         "--samples", str(SAMPLES), "--sequence-length", str(LENGTH), "--json", "-q"],
+        check=True, capture_output=True, text=True, cwd=HERE.parent,
+    )  # fmt: skip
+    summary = json.loads(done.stdout)
+    return {
+        "command": time.perf_counter() - started,
+        "work": summary["seconds"],
+        "replayed": summary["replayed"],
+    }
+
+
+def time_peer(model: Path, tokens: Path, output: Path) -> dict:
+    """llm-compressor at its defaults, batches of 8."""
+    started = time.perf_counter()
+    subprocess.run(
+        [sys.executable, str(HERE / "peers" / "llm_compressor.py"), str(model), str(tokens), str(output),
+         "--batch-size", "8", "--threads", "16"],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    return {"command": time.perf_counter() - started}
+
+
+def parts(model: Path, output: Path) -> None:
+    """One conversion with the GPU waited for around every part."""
+    import marlin_convert.models.stages as stages
+    import marlin_convert.quantize as story
+    import marlin_convert.solvers.gptq as gptq
+    from marlin_convert import recipe
+    from marlin_convert.hub import resolve
+    from marlin_convert.models.blocks import BlockModel
+    from marlin_convert.solvers.hessian import Hessian
+
+    spent: dict[str, float] = defaultdict(float)
+
+    def timed(owner, name, label):
+        whole = getattr(owner, name)
+
+        def call(*args, **kwargs):
+            torch.cuda.synchronize()
+            started, before = time.perf_counter(), sum(spent.values())
+            try:
+                return whole(*args, **kwargs)
+            finally:
+                torch.cuda.synchronize()
+                inner = sum(spent.values()) - before
+                spent[label] += time.perf_counter() - started - inner
+
+        setattr(owner, name, call)
+
+    timed(stages.BlockWalk, "run", "forwards")
+    timed(Hessian, "add", "hessians: products")
+    timed(Hessian, "mean", "hessians: mirror")
+    timed(story, "solve", "solve: rest")
+    timed(gptq, "search_scales", "solve: scale search")
+    timed(gptq, "_factorise", "solve: cholesky")
+    timed(gptq, "_descent", "solve: descent matrix")
+    timed(gptq, "_sweep", "solve: sweeps")
+    timed(story, "_pack", "pack and compare")
+    timed(story, "_dense", "dense tensors")
+    timed(BlockModel, "load", "load block")
+    timed(BlockModel, "__init__", "model outside blocks")
+    timed(BlockModel, "replace", "dequantized weights in")
+    timed(story, "HiddenStates", "embed")
+    timed(story.ShardWriter, "write", "hand to writer")
+    timed(story.ShardWriter, "sync", "wait for disk")
+    job = story.Job(
+        resolve(str(model)), output, recipe.load("w4a16-g128").changed({"samples": SAMPLES, "sequence_length": LENGTH}),
+        torch.device("cuda:0"),
+    )  # fmt: skip
+    blocks = []
+    marks = []
+
+    def progress(numbers, total):
+        for number in numbers:
+            marks.append((time.perf_counter(), dict(spent)))
+            yield number
+            blocks.append(number)
+        marks.append((time.perf_counter(), dict(spent)))
+
+    story.quantize(job, progress)
+    # the first block also compiles kernels and warms the allocator up
+    first, last = marks[1], marks[-1]
+    layers = len(blocks) - 1
+    print(f"\nparts, seconds per layer (layers 1 to {layers})")
+    total = 0.0
+    for label in sorted(last[1], key=lambda label: first[1].get(label, 0.0) - last[1][label]):
+        each = (last[1][label] - first[1].get(label, 0.0)) / layers
+        total += each
+        if each > 0.0005:
+            print(f"  {label:28} {each:7.3f}")
+    print(f"  {'sum':28} {total:7.3f}\n  {'wall':28} {(last[0] - first[0]) / layers:7.3f}")
+    print(f"  peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+
+
+def main() -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", default="2,6")
+    parser.add_argument("--peer", action="store_true")
+    parser.add_argument("--parts", action="store_true")
+    chosen = parser.parse_args()
+    counts = [int(count) for count in chosen.layers.split(",")]
+    print(torch.cuda.get_device_name(), "torch", torch.__version__)
+    with tempfile.TemporaryDirectory() as temporary, contextlib.chdir(HERE.parent):
+        here = Path(temporary)
+        results: dict[str, dict[int, dict]] = {"ours": {}, "llm-compressor": {}}
+        for count in counts:
+            model = make_model(here / f"model-{count}", count)
+            results["ours"][count] = time_ours(model, here / f"ours-{count}")
+            print(f"ours, {count} layers: {results['ours'][count]}", flush=True)
+            if chosen.peer:
+                save_tokens(model, here / "tokens.safetensors")
+                results["llm-compressor"][count] = time_peer(
+                    model, here / "tokens.safetensors", here / f"peer-{count}"
+                )
+                print(f"llm-compressor, {count} layers: {results['llm-compressor'][count]}", flush=True)
+        low, high = min(counts), max(counts)
+        slopes = {}
+        for who, runs in results.items():
+            if low < high and high in runs:
+                slopes[who] = (runs[high]["command"] - runs[low]["command"]) / (high - low)
+                whole = runs[low]["command"] + slopes[who] * (32 - low)
+                print(f"{who}: {slopes[who]:.2f} s per layer, {whole:.0f} s for 32 layers")
+        if len(slopes) == 2:
+            print(f"ratio llm-compressor / ours, per layer: {slopes['llm-compressor'] / slopes['ours']:.1f}")
+        if chosen.parts:
+            parts(here / f"model-{high}", here / "parts")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""How close a model is to another on a text: perplexity of both, divergence, agreement; a block of each at a time."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div
+
+from marlin_convert.models.blocks import BlockModel
+from marlin_convert.models.hidden import HiddenStates
+
+# Positions whose probabilities over the vocabulary are in memory at once.
+POSITIONS = 256
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A model against the one it was made from, over the predicted tokens of a text.
+
+    `divergence` is KL(source || model) in nats a token, `agreement` how often both find the same token likeliest.
+    """
+
+    tokens: int
+    source_perplexity: float
+    perplexity: float
+    divergence: float
+    agreement: float
+
+
+def compare(
+    source: BlockModel,
+    model: BlockModel,
+    ids: Tensor,
+    progress: Callable[[range, int], Iterable[int]] = lambda blocks, total: blocks,
+) -> Comparison:
+    """Run ids (samples, length) through two models of one architecture, block after block."""
+    pair = [(one, HiddenStates(one, ids)) for one in (source, model)]
+    for number in progress(range(len(model)), len(model)):
+        for one, hidden in pair:
+            hidden.advance(one.load(number), number)
+            one.unload(number)
+
+    sums = torch.zeros(4, dtype=torch.float64)
+    for i, batch in enumerate(pair[0][1].batches):
+        states = [hidden.state(i) for _, hidden in pair]
+        for row in range(len(batch)):
+            sample = batch[row : row + 1]
+            logits = [
+                one.logits(sample, state[row : row + 1])[0, :-1]
+                for (one, _), state in zip(pair, states, strict=True)
+            ]
+            sums += _sums(*logits, sample[0, 1:].to(logits[0].device))
+    tokens = ids.shape[0] * (ids.shape[1] - 1)
+    mean = sums / tokens
+    perplexity = mean[:2].exp().tolist()
+    return Comparison(tokens, perplexity[0], perplexity[1], mean[2].item(), mean[3].item())
+
+
+def _sums(source: Tensor, model: Tensor, targets: Tensor) -> Tensor:
+    """(4,) float64 over logits (positions, vocabulary): both losses, the divergence, the agreements."""
+    sums = torch.zeros(4, dtype=torch.float64)
+    for p, q, target in zip(
+        source.split(POSITIONS), model.split(POSITIONS), targets.split(POSITIONS), strict=True
+    ):
+        p, q = p.float().log_softmax(-1), q.float().log_softmax(-1)
+        sums += torch.stack(
+            (
+                -p.gather(1, target[:, None]).sum(dtype=torch.float64),
+                -q.gather(1, target[:, None]).sum(dtype=torch.float64),
+                kl_div(q, p, log_target=True, reduction="none").sum(dtype=torch.float64),
+                (p.argmax(-1) == q.argmax(-1)).sum(dtype=torch.float64),
+            )
+        ).cpu()
+    return sums

@@ -1,0 +1,64 @@
+"""The scale search as a single GPU kernel: every weight is read once for a group that fits on chip."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra import libdevice
+
+from marlin_convert.solvers.scales import FRACTIONS, NORM, SMALLEST
+
+
+@triton.jit
+def _kernel(
+    weight, importance, fractions, scales, n, group_size,
+    COUNT: tl.constexpr, LOW: tl.constexpr, NORM: tl.constexpr, SMALLEST: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    group = tl.program_id(1)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < n
+    first = group * group_size
+    largest = tl.zeros((COLUMNS,), tl.float32)
+    smallest = tl.zeros((COLUMNS,), tl.float32)
+    for start in range(0, group_size, ROWS):
+        row = start + tl.arange(0, ROWS)
+        at = (first + row)[:, None].to(tl.int64) * n + column[None, :]
+        w = tl.load(weight + at, mask=(row < group_size)[:, None] & inside[None, :], other=0.0)
+        largest = tl.maximum(largest, tl.max(w, axis=0))
+        smallest = tl.minimum(smallest, tl.min(w, axis=0))
+    extreme = tl.where(largest > -smallest, largest, smallest)
+    best_error = tl.full((COLUMNS,), float("inf"), tl.float32)
+    best = tl.zeros((COLUMNS,), tl.float32)
+    for candidate in range(COUNT):
+        scale = extreme * tl.load(fractions + candidate)
+        scale = tl.where(tl.abs(scale) < SMALLEST, SMALLEST, scale).to(tl.float16).to(tl.float32)
+        error = tl.zeros((COLUMNS,), tl.float32)
+        for start in range(0, group_size, ROWS):
+            row = start + tl.arange(0, ROWS)
+            at = (first + row)[:, None].to(tl.int64) * n + column[None, :]
+            w = tl.load(weight + at, mask=(row < group_size)[:, None] & inside[None, :], other=0.0)
+            d = tl.load(importance + first + row, mask=row < group_size, other=0.0)
+            code = libdevice.rint(tl.div_rn(w, scale[None, :]))
+            code = tl.minimum(tl.maximum(code, LOW), -LOW - 1)
+            away = tl.abs(code * scale[None, :] - w)
+            error += tl.sum(tl.exp2(NORM * tl.log2(away)) * d[:, None], axis=0)
+        better = error < best_error
+        best_error = tl.where(better, error, best_error)
+        best = tl.where(better, scale, best)
+    tl.store(scales + group.to(tl.int64) * n + column, best, mask=inside)
+
+
+def search_scales(weight: Tensor, importance: Tensor, group_size: int, bits: int) -> Tensor:
+    """The scale of every group, as `scales.search_scales` finds it; float32 tensors on a GPU."""
+    k, n = weight.shape
+    low = -(2 ** (bits - 1))
+    scales = torch.empty(k // group_size, n, dtype=torch.float32, device=weight.device)
+    fractions = torch.tensor([fraction / low for fraction in FRACTIONS], device=weight.device)
+    columns = 32
+    _kernel[(triton.cdiv(n, columns), k // group_size)](
+        weight, importance, fractions, scales, n, group_size,
+        COUNT=len(FRACTIONS), LOW=low, NORM=NORM, SMALLEST=SMALLEST,
+        ROWS=min(triton.next_power_of_2(group_size), 128), COLUMNS=columns, num_warps=4,
+    )  # fmt: skip
+    return scales
