@@ -1,0 +1,116 @@
+"""Quality, CPU seconds and peak memory of W4 g128 quantization on a CPU, ours and the peers in one run.
+
+usage: python benchmarks/quantize_cpu.py MODEL ENVIRONMENTS [--text FILE] [--samples 128] [--length 1024]
+           [--runs ours,llmc:default,llmc:best,gptqm:default,gptqm:best]
+
+ENVIRONMENTS is a directory with what `benchmarks/peers/environments.sh llmc|gptqm` made. Everybody gets the
+same token ids, the builtin calibration text, and two threads. Quality is measured on 64 x 1024 tokens of
+--text (default: the builtin text that calibration leaves out) with one evaluation for all, in float32.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoTokenizer
+
+from marlin_convert import evaluate
+from marlin_convert.calibration import calibrate
+from marlin_convert.checkpoint.linears import Weights
+from marlin_convert.checkpoint.reader import Checkpoint
+from marlin_convert.models.blocks import BlockModel
+
+HERE = Path(__file__).resolve().parent
+RUNNERS = {"llmc": "llm_compressor.py", "gptqm": "gptqmodel_.py"}
+THREADS = "2"
+
+
+def processor() -> str:
+    """The processor and the flags that decide how fast it multiplies 16-bit numbers."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    flags = [flag for flag in facts.get("flags", "").split() if flag.startswith(("avx", "amx"))]
+    return f"{facts.get('model name', platform.processor())}: {' '.join(flags)}"
+
+
+def run(command: list[str]) -> dict[str, float]:
+    """Run a command to its end: wall and CPU seconds and peak memory, as the operating system counted them."""
+    environment = os.environ | {
+        name: THREADS for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    }
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=HERE.parent)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            output.seek(0)
+            raise SystemExit(f"{' '.join(command)} failed:\n{output.read()[-4000:]}")
+    return {"cpu": usage.ru_utime + usage.ru_stime, "rss": usage.ru_maxrss / 1024}
+
+
+def quality(model: Path, checkpoint: Path, ids: torch.Tensor) -> evaluate.Comparison:
+    """A checkpoint against the model it was made from."""
+    pair = [
+        BlockModel(Weights(Checkpoint.open(path)), torch.device("cpu"), fast=False) for path in (model, checkpoint)
+    ]
+    return evaluate.compare(pair[0], pair[1], ids)
+
+
+def main() -> None:
+    """Print a row for every run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("environments", type=Path)
+    parser.add_argument("--text", default="builtin")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--runs", default="ours,llmc:default,llmc:best,gptqm:default,gptqm:best")
+    chosen = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(chosen.model)
+    calibration = calibrate(tokenizer, "builtin", samples=chosen.samples, length=chosen.length, seed=0)
+    held_out = calibrate(tokenizer, chosen.text, samples=64, length=1024, seed=0, held_out=True).ids
+    print(f"{processor()}\ntorch {torch.__version__}, {THREADS} threads, load {os.getloadavg()[0]:.1f}")
+    print(f"{'run':16} {'ppl':>8} {'KL':>8} {'top-1':>7} {'CPU s':>8} {'peak MB':>8}", flush=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        tokens = Path(temporary) / "tokens.safetensors"
+        save_file({"input_ids": calibration.ids}, tokens)
+        rows = {}
+        for name in chosen.runs.split(","):
+            output = Path(temporary) / name.replace(":", "-")
+            if name == "ours":
+                command = [
+                    sys.executable, "-m", "marlin_convert", "quantize", str(chosen.model), "-o", str(output), "--device", "cpu",
+                    "--samples", str(chosen.samples), "--sequence-length", str(chosen.length),
+                ]  # fmt: skip
+            else:
+                peer, _, setting = name.partition(":")
+                python = chosen.environments / peer / "bin" / "python"
+                command = [str(python), str(HERE / "peers" / RUNNERS[peer]), str(chosen.model), str(tokens), str(output),
+                           "--setting", setting, "--threads", THREADS]  # fmt: skip
+            cost = run(command)
+            found = quality(chosen.model, output, held_out)
+            if not rows:
+                print(f"{'original':16} {found.source_perplexity:8.4f}")
+            rows[name] = {"ppl": found.perplexity, "kl": found.divergence, "top1": found.agreement, **cost}
+            print(
+                f"{name:16} {found.perplexity:8.4f} {found.divergence:8.5f} {found.agreement:7.4f} "
+                f"{cost['cpu']:8.1f} {cost['rss']:8.0f}",
+                flush=True,
+            )
+        peers = {name: row for name, row in rows.items() if name != "ours"}
+        if "ours" in rows and peers:
+            ours = rows["ours"]
+            print(f"KL, ours / best peer: {ours['kl'] / min(row['kl'] for row in peers.values()):.3f}")
+            print(f"CPU seconds, ours / fastest peer: {ours['cpu'] / min(row['cpu'] for row in peers.values()):.3f}")
+        print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()

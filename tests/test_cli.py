@@ -1,0 +1,265 @@
+"""The command line itself: help, exit codes, what goes to stdout and what to stderr, how options are read."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from marlin_convert import quantize, recipe
+from marlin_convert.cli import main, parse_size, pick_device
+from marlin_convert.errors import ConvertError
+
+COMMANDS = sorted(main.commands)
+
+
+def python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env={**os.environ, **variables}
+    )
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)])
+def test_help(command, option, cli):
+    result = cli(*command, option)
+    assert result.exit_code == 0
+    assert result.stdout.startswith("Usage: ")
+    assert result.stderr == ""
+    assert all(len(line) <= 80 for line in result.stdout.splitlines())
+
+
+def test_the_first_help_says_the_commands_and_the_exit_codes(cli):
+    text = " ".join(cli("--help").stdout.split())
+    assert all(name in text for name in COMMANDS)
+    assert "0 done, 1 it could not be done, 2 wrong usage, 3 verify found a difference, 130" in text
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_is_explained_and_spelled_one_way(name):
+    command = main.commands[name]
+    assert command.help
+    for option in command.params:
+        if isinstance(option, click.Option):
+            assert option.help and option.help.endswith((".", "]")), option.opts
+            assert all(re.fullmatch(r"-[a-z]|--[a-z]+(-[a-z]+)*", spelling) for spelling in option.opts)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_the_output_options(name):
+    spellings = {spelling for option in main.commands[name].params for spelling in option.opts}
+    assert {"--json", "-q", "--quiet", "-v", "--verbose"} <= spellings
+
+
+def test_starting_up_imports_nothing_heavy():
+    heavy = ("torch", "transformers", "numpy", "safetensors", "huggingface_hub", "yaml", "tqdm")
+    code = f"import sys, marlin_convert.cli; print([name for name in {heavy} if name in sys.modules])"
+    assert python("-c", code).stdout.strip() == "[]"
+
+
+def test_python_m_is_the_same_command():
+    assert "Commands:" in python("-m", "marlin_convert", "--help").stdout
+    assert python("-m", "marlin_convert", "quantize").returncode == 2
+
+
+def test_the_readme_names_no_option_that_is_not_there():
+    parameters = [option for command in main.commands.values() for option in command.params]
+    there = {spelling for option in parameters for spelling in option.opts} | {"--help", "--version"}
+    readme = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+    named = set(re.findall(r"(?<![\w-])--[a-z]+(?:-[a-z]+)*", readme))
+    assert named <= there, named - there
+
+
+def test_completion():
+    code = "from marlin_convert.cli import main; main(prog_name='marlin-convert')"
+    done = python("-c", code, _MARLIN_CONVERT_COMPLETE="bash_source")
+    assert done.returncode == 0
+    assert "complete -o nosort -F _marlin_convert_completion marlin-convert" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "Commands:"),
+        (("quantise",), "No such command"),
+        (("quantize",), "MODEL"),
+        (("quantize", "model"), "--output"),
+        (("quantize", "model", "-o", "out", "--sample", "3"), "--samples"),
+        (("quantize", "model", "-o", "out", "--samples", "0"), "--samples"),
+        (("quantize", "model", "-o", "out", "--group-size", "16"), "--group-size"),
+        (("quantize", "model", "-o", "out", "--format", "awq"), "--format"),
+        (("quantize", "model", "-o", "out", "--dtype", "float32"), "--dtype"),
+        (("quantize", "model", "-o", "out", "--max-shard-size", "big"), "--max-shard-size"),
+        (("quantize", "model", "-o", "out", "two", "models"), "two"),
+    ],
+)
+def test_wrong_usage_is_2(words, said, cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = cli(*words)
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert result.stdout == ""
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("device", ["meta", "gpu", "cpu:x", ""])
+def test_a_device_that_is_none_is_2(device, cli, tinypy, tmp_path):
+    result = cli("quantize", tinypy, "-o", tmp_path / "out", "--device", device, "--dry-run")
+    assert result.exit_code == 2
+    assert "is not auto, cpu, cuda or cuda:N" in result.stderr
+
+
+def test_a_gpu_that_is_not_there_is_1(cli, tinypy, tmp_path):
+    result = cli("quantize", tinypy, "-o", tmp_path / "out", "--device", "cuda:99", "--dry-run")
+    assert result.exit_code == 1
+    assert "there is no device 'cuda:99'" in result.stderr
+    assert "Hint: pass --device cpu." in result.stderr
+
+
+def test_cpu_is_a_device():
+    assert str(pick_device("cpu")) == "cpu"
+
+
+@pytest.mark.parametrize(("model", "said"), [("./nothing-here", "nothing-here"), ("README.md", "README.md")])
+def test_what_cannot_be_done_is_1_with_a_sentence_and_a_hint(model, said, cli, tmp_path):
+    result = cli("quantize", model, "-o", tmp_path / "out")
+    assert result.exit_code == 1
+    assert re.search(rf"^Error: .*{re.escape(said)}", result.stderr, re.MULTILINE)
+    assert re.search(r"^Hint: .*\.$", result.stderr, re.MULTILINE)
+    assert result.stdout == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bug_is_not_dressed_up_as_an_error(cli, tinypy, tmp_path, monkeypatch):
+    def broken(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(quantize, "quantize", broken)
+    with pytest.raises(ZeroDivisionError):
+        cli("quantize", tinypy, "-o", tmp_path / "out")
+
+
+def test_a_difference_that_verify_finds_is_3(cli, tinypy, tmp_path):
+    out = tmp_path / "out"
+    small = ("--samples", 4, "--sequence-length", 128, "--recipe", "w4a16-quick", "-q")
+    assert cli("quantize", tinypy, "-o", out, *small).exit_code == 0
+    assert cli("verify", out, "--checks", "files").exit_code == 0
+    weights = out / "model.safetensors"
+    damaged = bytearray(weights.read_bytes())
+    damaged[-1] ^= 1
+    weights.write_bytes(damaged)
+    result = cli("verify", out, "--checks", "files")
+    assert result.exit_code == 3
+    assert "model.safetensors" in result.stdout
+
+
+def test_ctrl_c_is_130(tinypy, tmp_path):
+    """A real SIGINT in the middle of the work: no traceback, no output, the finished blocks kept."""
+    out = tmp_path / "out"
+    words = ["quantize", str(tinypy), "-o", str(out), "--samples", "4", "--sequence-length", "128"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "marlin_convert", *words], stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("block 1 of 4"):
+                process.send_signal(signal.SIGINT)
+                break
+        rest = process.stderr.read()
+    assert process.returncode == 130
+    assert "Interrupted." in rest
+    assert "Traceback" not in rest
+    assert not out.exists()
+    assert (tmp_path / "out.partial").exists()
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(cli, tinypy, tmp_path):
+    result = cli("quantize", tinypy, "-o", tmp_path / "out", "--dry-run")
+    assert result.exit_code == 0
+    assert "28 linears in 4 blocks packed at 4.125 bits per weight" in result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def planned(cli, tinypy, tmp_path, *options: object) -> dict:
+    result = cli("quantize", tinypy, "-o", tmp_path / "out", "--dry-run", "--json", *options)
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)["recipe"]
+
+
+def test_options_go_over_the_recipe(cli, tinypy, tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text("format: gptq\nsamples: 7\nseed: 3\nskip: ['*.o_proj']\n")
+    assert planned(cli, tinypy, tmp_path) == recipe.load(recipe.DEFAULT).to_dict()
+    options = ("--samples", 9, "--seed", 0, "--skip", "*.q_proj", "--skip", "*.[kv]_proj", "--group-size", -1)
+    used = planned(cli, tinypy, tmp_path, "--recipe", own, *options)
+    expected = {"format": "gptq", "samples": 9, "seed": 0, "skip": ["*.q_proj", "*.[kv]_proj"]}
+    assert used == recipe.Recipe().to_dict() | expected | {"group_size": -1}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("bits: 3\n", "unknown setting 'bits'"),
+        ("group_size: 100\n", "group_size = 100"),
+        ("samples: many\n", "samples must be int"),
+        ("samples: true\n", "samples must be int"),
+        ("skip: o_proj\n", "skip must be a list"),
+        ("- samples\n", "not a mapping"),
+        ("samples: [\n", "not YAML"),
+    ],
+)
+def test_a_wrong_recipe_is_1(text, said, cli, tinypy, tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text(text)
+    result = cli("quantize", tinypy, "-o", tmp_path / "out", "--recipe", own)
+    assert result.exit_code == 1
+    assert said in result.stderr
+
+
+def test_an_unknown_recipe_is_1_and_names_those_there_are(cli, tinypy, tmp_path):
+    result = cli("quantize", tinypy, "-o", tmp_path / "out", "--recipe", "w2a16")
+    assert result.exit_code == 1
+    assert all(name in result.stderr for name in recipe.named_recipes())
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("5GB", 5 * 10**9), ("200mb", 2 * 10**8), ("64KB", 64_000), ("4096", 4096)]
+)
+def test_sizes(text, size):
+    assert parse_size(None, None, text) == size  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", ["", "GB", "0", "-1GB", "5TB", "1.5GB", "5 GB", "5GBK"])
+def test_what_is_not_a_size(text):
+    with pytest.raises(click.BadParameter):
+        parse_size(None, None, text)  # type: ignore[arg-type]
+
+
+def test_results_on_stdout_the_rest_on_stderr(cli, tinypy, tmp_path):
+    sizes = ("--samples", 4, "--sequence-length", 128, "--recipe", "w4a16-quick")
+    plain = cli("quantize", tinypy, "-o", tmp_path / "plain", *sizes)
+    assert plain.exit_code == 0
+    assert "block 4 of 4 done" in plain.stderr
+    assert plain.stdout.splitlines()[-1].startswith("Next: marlin-convert verify ")
+
+    data = cli("quantize", tinypy, "-o", tmp_path / "json", *sizes, "--json", "-v")
+    assert json.loads(data.stdout)["manifest"]["recipe"]["samples"] == 4
+    assert "model.layers.0.mlp.down_proj" in data.stderr
+
+    quiet = cli("quantize", tinypy, "-o", tmp_path / "quiet", *sizes, "-q")
+    assert (quiet.exit_code, quiet.stdout, quiet.stderr) == (0, "", "")
+    assert (tmp_path / "quiet" / "model.safetensors").is_file()
+
+
+def test_an_error_without_a_hint_prints_none(cli, tinypy, tmp_path, monkeypatch):
+    def failing(*_):
+        raise ConvertError("it cannot be done.")
+
+    monkeypatch.setattr(quantize, "quantize", failing)
+    result = cli("quantize", tinypy, "-o", tmp_path / "out", "-q")
+    assert (result.exit_code, result.stderr) == (1, "Error: it cannot be done.\n")

@@ -1,0 +1,144 @@
+"""The shape of the package: which way the imports point, what files are called, how long functions are."""
+
+import ast
+from collections.abc import Iterator
+from importlib.util import resolve_name
+from pathlib import Path
+
+import pytest
+
+from marlin_convert import recipe
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "marlin_convert"
+
+VERBS = {"quantize", "sparsify", "verify", "push", "inspect"}
+# A folder may import itself, errors, quantized, and what stands here; never a file at the top.
+BELOW = {
+    "formats": set(),
+    "solvers": set(),
+    "kernels": set(),
+    "checkpoint": {"formats"},
+    "models": {"formats", "checkpoint"},
+    "integrations": {"formats", "checkpoint", "models", "kernels"},
+}
+LONGEST_FUNCTION = 80
+VAGUE_NAMES = {"util", "utils", "helper", "helpers", "common", "core", "base", "manager", "misc"}
+
+
+def module_name(path: Path) -> str:
+    """The dotted name of a file inside the package: "formats.gptq", or "formats" for its __init__."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+TREES = {name: ast.parse(path.read_text("utf-8")) for name, path in FILES.items()}
+
+
+def statements(node: ast.AST) -> Iterator[ast.AST]:
+    """Every node below `node` that can run: functions included, `if TYPE_CHECKING:` left out."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        yield child
+        yield from statements(child)
+
+
+def imports(name: str) -> set[str]:
+    """The modules of the package that a module imports, at its top or later."""
+    path, found = FILES[name], set()
+    package = ".".join(("marlin_convert", *path.relative_to(PACKAGE).parts[:-1]))
+    for node in statements(TREES[name]):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            source = resolve_name("." * node.level + (node.module or ""), package)
+            for alias in node.names:
+                whole = f"{source}.{alias.name}"
+                found.add(whole if whole.removeprefix("marlin_convert.") in FILES else source)
+    inside = {target for target in found if target.partition(".")[0] == "marlin_convert"}
+    return {target.removeprefix("marlin_convert").removeprefix(".") for target in inside} - {name, ""}
+
+
+GRAPH = {name: imports(name) for name in FILES}
+
+
+def room(name: str) -> str:
+    """The file at the top, or the folder, that a module belongs to."""
+    return name.partition(".")[0]
+
+
+def test_the_graph_sees_lazy_imports_and_not_those_for_types():
+    assert {"quantize", "errors"} <= GRAPH["cli"]
+    assert "quantize" not in GRAPH["report"]
+    assert "formats.words" in GRAPH["formats.gptq"]
+
+
+def test_no_import_cycle():
+    finished: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " -> ".join((*trail[trail.index(name) :], name))
+        if name not in finished:
+            for target in GRAPH[name]:
+                visit(target, (*trail, name))
+            finished.add(name)
+
+    for name in GRAPH:
+        visit(name, ())
+
+
+def test_nothing_imports_a_verb_but_cli():
+    arrows = {(name, target) for name, targets in GRAPH.items() for target in targets if target in VERBS}
+    assert {name for name, _ in arrows} <= {"cli"}, arrows
+
+
+def test_nothing_imports_cli_but_main():
+    assert {name for name, targets in GRAPH.items() if "cli" in targets} == {"__main__"}
+
+
+def test_errors_and_quantized_stand_at_the_bottom():
+    assert not GRAPH["errors"]
+    assert GRAPH["quantized"] <= {"errors"}
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if FILES[name].parent != PACKAGE])
+def test_folders_import_only_what_is_below(name):
+    allowed = {"errors", "quantized", room(name)} | BELOW[room(name)]
+    upward = {target for target in GRAPH[name] if room(target) not in allowed}
+    assert not upward, f"{name} imports {upward}"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_modules_are_called_by_a_name_someone_would_say(name):
+    assert not VAGUE_NAMES & set(name.split("."))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_functions_fit_on_a_screen(name):
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or 0) - node.lineno + 1
+            assert length <= LONGEST_FUNCTION, f"{name}.{node.name} has {length} lines"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_modules_say_what_they_are(name):
+    assert ast.get_docstring(TREES[name]), f"{FILES[name].relative_to(ROOT)} has no docstring"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").iterdir()), ids=lambda path: path.stem)
+def test_recipes_load(path):
+    assert path.suffix == ".yaml"
+    loaded = recipe.load(path.stem)
+    assert loaded == recipe.load(str(path))
+    assert path.read_text("utf-8").startswith("# "), "a recipe begins by saying what it is for"
+
+
+def test_the_default_recipe_says_every_setting():
+    """w4a16-g128 documents the settings, so none may be missing there, and its values are the defaults."""
+    import yaml
+
+    text = (ROOT / "recipes" / f"{recipe.DEFAULT}.yaml").read_text("utf-8")
+    assert yaml.safe_load(text) == recipe.Recipe().to_dict()
