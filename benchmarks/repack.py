@@ -2,9 +2,10 @@
 
     python benchmarks/repack.py [--blocks 13] [--vocabulary 32000] [--repeats 1] [--directory DIR]
 
-A random checkpoint of Llama-3-8B's block shapes is made in a temporary directory, in shards of 1 GB (13 blocks
-are 2 GB in all), and read once so that it is in the page cache. What is timed is the whole command, from the
-start of Python to its exit; the copies are plain Python, 1 MiB at a time. Both are run in turns.
+A random checkpoint of Llama-3-8B's block shapes is made in a temporary directory, in shards of 1 GB (13
+blocks are 2 GB in all), and read once so that it is in the page cache. What is timed is the whole command,
+from the start of Python to its exit; the copies are plain Python, 1 MiB at a time. Both are run in turns. The
+seconds of processor time tell what is left of either on a machine that others use.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -80,28 +82,35 @@ def _random(spec: TensorSpec) -> torch.Tensor:
     return torch.rand(spec.shape, dtype=torch.float32).add_(0.5).mul_(0.01).to(spec.dtype)
 
 
-def repack(source: Path, output: Path) -> float:
-    """Seconds that the whole command takes."""
+def repack(source: Path, output: Path) -> None:
+    """The whole command."""
     command = [sys.executable, "-m", "marlin_convert", "quantize", str(source), "-o", str(output), "-q"]
-    started = time.perf_counter()
     subprocess.run([*command, "--format", "marlin", "--device", "cpu"], check=True)
-    return time.perf_counter() - started
 
 
-def copy_twice(source: Path, output: Path) -> float:
-    """Seconds to copy all files of a directory twice, one after the other, each hashed and fsynced."""
-    started = time.perf_counter()
+def copy_twice(source: Path, output: Path) -> None:
+    """Copy all files of a directory twice, one after the other, each hashed and fsynced."""
     for number in (1, 2):
         folder = output / str(number)
         folder.mkdir(parents=True)
         for path in sorted(source.iterdir()):
             digest = hashlib.sha256()
-            with path.open("rb", buffering=0) as original, (folder / path.name).open("wb", buffering=0) as copy:
+            target = folder / path.name
+            with path.open("rb", buffering=0) as original, target.open("wb", buffering=0) as copy:
                 while chunk := original.read(1 << 20):
                     digest.update(chunk)
                     copy.write(chunk)
                 os.fsync(copy.fileno())
-    return time.perf_counter() - started
+
+
+def measured(run: Callable[[Path, Path], None], source: Path, output: Path) -> tuple[float, float]:
+    """Seconds on the clock and of all processors, the children's included."""
+    os.sync()
+    wall, before = time.perf_counter(), os.times()
+    run(source, output)
+    wall, after = time.perf_counter() - wall, os.times()
+    shutil.rmtree(output)
+    return wall, sum(after[:4]) - sum(before[:4])
 
 
 def main() -> None:
@@ -116,18 +125,21 @@ def main() -> None:
         source.mkdir()
         make_checkpoint(source, options.blocks, options.vocabulary)
         nbytes = sum(len(path.read_bytes()) for path in source.iterdir())
-        print(f"{nbytes / 1e9:.2f} GB, {options.blocks} blocks, {torch.get_num_threads()} threads, "
-              f"torch {torch.__version__}\n")  # fmt: skip
-        print(f"| {'load':>5} | {'repack s':>8} | {'copy twice s':>12} | {'ratio':>5} |\n|{'-' * 7}|{'-' * 10}|"
-              f"{'-' * 14}|{'-' * 7}|")  # fmt: skip
+        threads = torch.get_num_threads()
+        print(
+            f"{nbytes / 1e9:.2f} GB, {options.blocks} blocks, {threads} threads, torch {torch.__version__}\n"
+        )
+        print("|  load | repack s (cpu) | copy twice s (cpu) | ratio (cpu) |")
+        print("|-------|----------------|--------------------|-------------|")
         for _ in range(options.repeats):
             load = os.getloadavg()[0]
-            seconds = []
-            for run in (repack, copy_twice):
-                os.sync()
-                seconds.append(run(source, output))
-                shutil.rmtree(output)
-            print(f"| {load:5.2f} | {seconds[0]:8.2f} | {seconds[1]:12.2f} | {seconds[0] / seconds[1]:5.2f} |")
+            ours, ours_cpu = measured(repack, source, output)
+            copy, copy_cpu = measured(copy_twice, source, output)
+            print(
+                f"| {load:5.2f} | {ours:6.2f} ({ours_cpu:5.2f}) | {copy:10.2f} ({copy_cpu:5.2f}) "
+                f"| {ours / copy:4.2f} ({ours_cpu / copy_cpu:4.2f}) |",
+                flush=True,
+            )
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
         print(f"\npeak memory of the repack {peak / 1e9:.2f} GB")
 

@@ -1,3 +1,5 @@
+"""`python -m marlin_convert` is `marlin-convert`."""
+
 from marlin_convert.cli import main
 
 main()

@@ -11,13 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from marlin_convert.errors import ConvertError, SourceError
+from marlin_convert.hub import Source
 
 BUILTIN = "builtin"
 
 # Directories of the standard library that hold tests, tools or generated tables rather than prose and code.
+# What a build writes down of its machine (_sysconfigdata, config-*) is left out too, so that the same version
+# of Python gives the same text everywhere.
 _LEFT_OUT = {
     "test",
     "tests",
@@ -41,6 +44,19 @@ class Calibration:
     def digest(self) -> str:
         """The sha256 of the ids."""
         return hashlib.sha256(self.ids.numpy().tobytes()).hexdigest()
+
+
+def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model's weights; SourceError if there is none that can be read."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.directory, trust_remote_code=trust_remote_code)
+        if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # an empty one, made from no files
+            raise ValueError("it knows no words")
+        return tokenizer
+    except Exception as error:  # the tokenizers library raises that class itself
+        raise SourceError(
+            f"{source.name} has no tokenizer that can be read.", "text needs one beside the weights."
+        ) from error
 
 
 def calibrate(
@@ -68,7 +84,7 @@ def calibrate(
     windows = len(ids) // length
     if windows < samples:
         raise ConvertError(
-            f"calibration text {_shown(source)} has {len(ids)} tokens; {samples} samples of {length} need "
+            f"calibration text {shown(source)} has {len(ids)} tokens; {samples} samples of {length} need "
             f"{samples * length}.",
             f"pass --samples {windows}, a smaller --sequence-length, or more text."
             if windows
@@ -76,17 +92,23 @@ def calibrate(
         )
     chosen = sorted(random.Random(seed).sample(range(windows), samples))
     rows = [ids[at * length : (at + 1) * length] for at in chosen]
-    return Calibration(torch.tensor(rows, dtype=torch.int64), _shown(source))
+    return Calibration(torch.tensor(rows, dtype=torch.int64), shown(source))
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, document: str | list[dict[str, Any]]) -> list[int]:
     if isinstance(document, list):
-        document = str(tokenizer.apply_chat_template(document, tokenize=False))
+        try:
+            document = str(tokenizer.apply_chat_template(document, tokenize=False))
+        except Exception as error:  # the template is a program of the model's, it may raise anything
+            raise SourceError(
+                f"the model's chat template does not take these messages: {error}",
+                'give the text itself, as {"text": "..."}.',
+            ) from error
         return tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
     return tokenizer(document, verbose=False)["input_ids"]
 
 
-def _shown(source: str) -> str:
+def shown(source: str) -> str:
     """How a source is named in output: never with a local path."""
     return source if source == BUILTIN or source.startswith("hf:") else Path(source).name
 
@@ -109,6 +131,8 @@ def _builtin(held_out: bool) -> Iterator[str]:
         path.relative_to(library).as_posix()
         for path in library.rglob("*.py")
         if not _LEFT_OUT.intersection(path.relative_to(library).parts)
+        and not path.name.startswith("_sysconfigdata")
+        and not path.parent.name.startswith("config-")
     )
     topics = sorted(pydoc_data.topics.topics)
     for number, topic in enumerate(topics):
@@ -128,25 +152,34 @@ def _from_file(path: Path) -> Iterator[str | list[dict[str, Any]]]:
     if path.suffix == ".txt":
         yield path.read_text("utf-8", errors="replace")
     elif path.suffix == ".jsonl":
-        for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+        # split("\n"), not splitlines: JSON text may hold other line separators as they are
+        for number, line in enumerate(path.read_text("utf-8", errors="replace").split("\n"), 1):
             if line.strip():
                 yield _json_document(line, f"{path.name}, line {number}")
     elif path.suffix == ".parquet":
         yield from _from_parquet(path)
     else:
-        raise SourceError(f"calibration text '{path}' is neither .txt nor .jsonl.")
+        raise SourceError(
+            f"calibration text '{path}' is neither .txt nor .jsonl.", "rename it to what it is."
+        )
 
 
 def _json_document(line: str, where: str) -> str | list[dict[str, Any]]:
     try:
         entry = json.loads(line)
     except json.JSONDecodeError as error:
-        raise SourceError(f"{where}: not JSON ({error}).") from error
+        raise SourceError(
+            f"{where}: not JSON ({error}).", "a .jsonl file has one JSON object on each line."
+        ) from error
     if isinstance(entry, dict):
-        for key in ("text", "messages"):
-            if key in entry and isinstance(entry[key], str | list):
-                return entry[key]
-    raise SourceError(f"{where}: no 'text' or 'messages'.")
+        text, messages = entry.get("text"), entry.get("messages")
+        if isinstance(text, str):
+            return text
+        if isinstance(messages, list) and all(isinstance(message, dict) for message in messages):
+            return messages
+    raise SourceError(
+        f"{where}: no 'text' or 'messages'.", 'a line is {"text": "..."} or {"messages": [...]}.'
+    )
 
 
 def _from_parquet(path: Path) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""How close a model is to another on a text: perplexity of both, divergence, agreement; a block of each at a time."""
+"""How close two models are on a text: perplexity, divergence, agreement; a block of each at a time."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -18,7 +18,8 @@ POSITIONS = 256
 class Comparison:
     """A model against the one it was made from, over the predicted tokens of a text.
 
-    `divergence` is KL(source || model) in nats a token, `agreement` how often both find the same token likeliest.
+    `divergence` is KL(source || model) in nats a token, `agreement` the share of tokens where both find the
+    same one likeliest.
     """
 
     tokens: int
@@ -46,11 +47,11 @@ def compare(
         states = [hidden.state(i) for _, hidden in pair]
         for row in range(len(batch)):
             sample = batch[row : row + 1]
-            logits = [
+            p, q = (
                 one.logits(sample, state[row : row + 1])[0, :-1]
                 for (one, _), state in zip(pair, states, strict=True)
-            ]
-            sums += _sums(*logits, sample[0, 1:].to(logits[0].device))
+            )
+            sums += _sums(p, q, sample[0, 1:].to(p.device))
     tokens = ids.shape[0] * (ids.shape[1] - 1)
     mean = sums / tokens
     perplexity = mean[:2].exp().tolist()

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from marlin_convert.errors import SourceError
 
-_REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_PART = r"(?![.-])[\w.-]{1,96}(?<![.-])"
+_REPOSITORY = re.compile(f"{_PART}(/{_PART})?", re.ASCII)
 
 # What a conversion reads: never pickles, and code only if it was asked for.
 _FILES = [
@@ -39,11 +40,13 @@ def resolve(model: str, revision: str | None = None, *, code: bool = False) -> S
     A path that exists wins over a Hub id. `code` also fetches the Python files of the repository.
     """
     path = Path(model)
-    if path.is_dir():
+    if model and path.is_dir():
         if revision is not None:
-            raise SourceError(f"'{model}' is a directory; --revision is for models on the Hub.")
+            raise SourceError(
+                f"'{model}' is a directory; --revision is for models on the Hub.", "leave --revision out."
+            )
         return Source(path, path.resolve().name, None)
-    if path.exists() or not _REPOSITORY.fullmatch(model):
+    if not model or path.exists() or not _REPOSITORY.fullmatch(model):
         raise SourceError(
             f"'{model}' is neither a directory nor a Hub id.", "a Hub id looks like 'org/name'."
         )
@@ -73,12 +76,18 @@ def hub_errors(repository: str) -> Iterator[None]:
             "check the spelling; for a private one run 'hf auth login' or set HF_TOKEN.",
         ) from error
     except errors.RevisionNotFoundError as error:
-        raise SourceError(f"{repository!r} has no such revision.") from error
+        raise SourceError(
+            f"{repository!r} has no such revision.", "--revision takes a branch, a tag or a commit."
+        ) from error
     except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
         raise SourceError(
-            f"{repository!r} is not in the local cache and the Hub cannot be reached.",
+            f"{repository!r} is not in the local cache and the Hub did not give it.",
             "check the network and HF_HUB_OFFLINE.",
         ) from error
     except errors.HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else "no answer"
-        raise SourceError(f"the Hub answered {status} for {repository!r}.") from error
+        raise SourceError(f"the Hub answered {status} for {repository!r}.", "try again later.") from error
+    except errors.HFValidationError as error:
+        raise SourceError(
+            f"{repository!r} is neither there nor a Hub id.", "a Hub id looks like 'org/name'."
+        ) from error

@@ -1,7 +1,7 @@
 """The plan: what becomes of every linear and every tensor, known from headers before a weight is read."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -22,6 +22,8 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 # Old checkpoints carry these buffers; every model computes them.
 _COMPUTED = ("rotary_emb.inv_freq",)
+
+_OTHER_MODEL = "the config.json may be of another model; fetch the model again."
 
 
 @dataclass(frozen=True)
@@ -97,10 +99,10 @@ class Plan:
             layer = replace(layer, zeros=torch.full_like(layer.scales, middle, dtype=torch.uint8))
         return formats.FORMATS[self.recipe.format].pack(layer)
 
-    def unpack(self, tensors: Mapping[str, Tensor]) -> QuantizedLinear:
-        """A linear from its tensors in the plan's format."""
+    def unpack(self, tensors: Mapping[str, Tensor], memory: Tensor | None = None) -> QuantizedLinear:
+        """A linear from its tensors in the plan's format; its codes in memory, if that is given."""
         scheme = formats.detect(self.quantization_config)
-        return formats.FORMATS[scheme.format].unpack(tensors, scheme)
+        return formats.FORMATS[scheme.format].unpack(tensors, scheme, memory)
 
     @property
     def output_bytes(self) -> int:
@@ -142,16 +144,12 @@ def make_plan(
     model = module_tree(checkpoint.config, checkpoint.directory, trust_remote_code=trust_remote_code)
     repack = weights.scheme is not None and not requantize
     bits = 4
-    notes = []
     if repack:
         assert weights.scheme is not None
         recipe = _with_group_size_of_source(recipe, weights.scheme.group_size, group_size)
         bits = weights.scheme.bits
-        notes.append(
-            f"the source is already {weights.scheme.format}: its codes are kept, nothing is calibrated"
-        )
 
-    left_out = _check_names(weights, model)
+    left_out = check_names(weights, model)
     linears = block_linears(model, architecture)
     fates = tuple(_fates(linears, architecture, recipe, weights if repack else None))
     _check_skips(recipe, linears)
@@ -161,16 +159,6 @@ def make_plan(
         symmetric, act_order = _check_codes(fates, weights, recipe.format)
     else:
         _check_shapes(fates, recipe)
-    if recipe.format == "marlin":
-        odd = sum(fate.packed and bool(fate.n % 256) for fate in fates)
-        if odd:
-            notes.append(
-                f"{odd} linears have outputs not divisible by 256: for our own kernel and plugins only"
-            )
-        if recipe.group_size in (32, 64):
-            notes.append(
-                f"group size {recipe.group_size} in marlin files: for our own kernel and plugins only"
-            )
 
     layout = formats.FORMATS[recipe.format]
     packed = {
@@ -180,6 +168,8 @@ def make_plan(
         for fate in fates
         if fate.packed
     }
+    embeddings = model.get_input_embeddings()
+    assert isinstance(embeddings, torch.nn.Embedding)
     owner: dict[str, tuple[str, str]] = {}
     specs = tuple(_specs(weights, model, architecture, packed, recipe, owner, left_out))
     return Plan(
@@ -193,9 +183,9 @@ def make_plan(
         specs=specs,
         owner=owner,
         left_out=tuple(left_out),
-        notes=tuple(notes),
+        notes=tuple(_notes(fates, recipe, weights if repack else None)),
         source_bytes=sum(info.end - info.start for info in checkpoint.tensors.values()),
-        vocabulary=model.get_input_embeddings().weight.shape[0],  # type: ignore[operator]
+        vocabulary=embeddings.num_embeddings,
         quantization_config=layout.quantization_config(
             bits=bits,
             group_size=recipe.group_size,
@@ -209,7 +199,7 @@ def make_plan(
 def _with_group_size_of_source(recipe: Recipe, stored: int, asked: int | None) -> Recipe:
     if asked not in (None, stored):
         raise ConvertError(
-            f"the source is quantized with group size {stored}, which a repack keeps; {asked} was asked for.",
+            f"the source is quantized with group size {stored}, which a repack keeps, not {asked}.",
             "--requantize solves again from the dequantized weights.",
         )
     try:
@@ -221,24 +211,50 @@ def _with_group_size_of_source(recipe: Recipe, stored: int, asked: int | None) -
         ) from error
 
 
-def _check_names(weights: Weights, model: torch.nn.Module) -> list[str]:
-    """Compare the tensors with the architecture's; returns those that are known to be left out."""
+def _notes(fates: Sequence[Fate], recipe: Recipe, repacked: Weights | None) -> Iterator[str]:
+    """What the reader of a plan should know."""
+    if repacked is not None and repacked.scheme is not None:
+        yield f"the source is already {repacked.scheme.format}: its codes are kept, nothing is calibrated"
+    if recipe.format == "marlin":
+        odd = sum(fate.packed and bool(fate.n % 256) for fate in fates)
+        if odd:
+            yield f"{odd} linears have outputs not divisible by 256: for our own kernel and plugins only"
+        if recipe.group_size in (32, 64):
+            yield f"group size {recipe.group_size} in marlin files: for our own kernel and plugins only"
+
+
+def check_names(weights: Weights, model: torch.nn.Module) -> list[str]:
+    """Compare the tensors with the architecture's; returns those that are known to be left out.
+
+    SourceError names what is missing, what is not of the architecture, and what is there dense and packed.
+    """
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     expected = shapes.keys()
     missing = sorted(name for name in expected - tied if name not in weights)
     if missing:
-        raise SourceError(f"{_some(missing)} of the architecture not in {weights.checkpoint.directory.name}.")
+        raise SourceError(
+            f"{_some(missing)} of the architecture not in {weights.checkpoint.directory.name}.", _OTHER_MODEL
+        )
     for name, info in weights.checkpoint.tensors.items():
         if name in expected and info.shape != shapes[name]:
-            raise SourceError(f"{name} has shape {info.shape}, its config.json means {shapes[name]}.")
-    foreign = sorted(weights.checkpoint.tensors.keys() - expected - weights.packed_names())
+            raise SourceError(
+                f"{name} has shape {info.shape}, its config.json means {shapes[name]}.", _OTHER_MODEL
+            )
+    packed = {f"{linear}.weight" for linear in weights.packed_linears()}
+    twice = sorted(packed & weights.checkpoint.tensors.keys())
+    if twice:
+        raise SourceError(
+            f"{_some(twice)} in {weights.checkpoint.directory.name} both dense and packed.", _OTHER_MODEL
+        )
+    known = {name for name in weights.packed_names() if f"{name.rpartition('.')[0]}.weight" in expected}
+    foreign = sorted(weights.checkpoint.tensors.keys() - expected - known)
     left_out = [name for name in foreign if name.endswith(_COMPUTED) or _is_idle_bias(weights, name)]
     if len(foreign) > len(left_out):
         strangers = [name for name in foreign if name not in left_out]
         raise SourceError(
             f"{_some(strangers)} in {weights.checkpoint.directory.name} not of the architecture.",
-            "the config.json may be of another model.",
+            _OTHER_MODEL,
         )
     return left_out
 
@@ -296,7 +312,7 @@ def _check_stages(fates: Sequence[Fate], architecture: Architecture) -> None:
         packed = [f"{block}.{name}" for name in stage if reasons[f"{block}.{name}"] is None]
         if packed:
             raise ConvertError(
-                f"{linear} is left dense, but {' and '.join(packed)} beside it not; engines load them as one.",
+                f"{linear} is left dense, {' and '.join(packed)} beside it not; engines load them as one.",
                 "add " + " ".join(f"--skip '{name}'" for name in packed),
             )
 
@@ -306,8 +322,18 @@ def _check_shapes(fates: Sequence[Fate], recipe: Recipe) -> None:
     _refuse(
         fates,
         recipe.format,
-        lambda fate: layout.refusal(fate.k, fate.n, bits=4, group_size=recipe.group_size),
+        lambda fate: (
+            layout.refusal(fate.k, fate.n, bits=4, group_size=recipe.group_size)
+            or _short_group(fate.k, recipe.group_size)
+        ),
     )
+
+
+def _short_group(k: int, group_size: int) -> str | None:
+    """Files may end in a short group; what we solve does not."""
+    if group_size != -1 and k % group_size:
+        return f"needs inputs divisible by the group size {group_size}, has {k}"
+    return None
 
 
 def _check_codes(fates: Sequence[Fate], weights: Weights, format: str) -> tuple[bool, bool]:

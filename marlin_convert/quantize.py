@@ -5,25 +5,27 @@ A source that is already quantized is repacked: its codes take the place of cali
 
 import errno
 import logging
+import os
 import platform
 import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Protocol
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoTokenizer
 
-from marlin_convert import __version__, formats
-from marlin_convert.calibration import Calibration, calibrate
+from marlin_convert import __version__
+from marlin_convert.calibration import Calibration, calibrate, load_tokenizer, shown
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.manifest import MANIFEST, sha256_file
 from marlin_convert.checkpoint.reader import Checkpoint, json_file
@@ -34,7 +36,7 @@ from marlin_convert.models.architectures import Stage
 from marlin_convert.models.blocks import BlockModel
 from marlin_convert.models.hidden import HiddenStates, memory_for_activations
 from marlin_convert.models.stages import BlockWalk
-from marlin_convert.plan import DTYPES, Fate, Plan, make_plan
+from marlin_convert.plan import Fate, Plan, make_plan
 from marlin_convert.quantized import QuantizedLinear, same_codes
 from marlin_convert.recipe import Recipe
 from marlin_convert.solvers.gptq import Solution, solve
@@ -42,10 +44,11 @@ from marlin_convert.solvers.hessian import Hessian
 
 log = logging.getLogger("marlin_convert")
 
-WORKERS = int(__import__('os').environ.get('W','2'))
-NT = int(__import__('os').environ.get('NT','1'))
 PROGRESS = "progress.json"
 RECIPE = "recipe.yaml"
+
+# Linears of a repack in work at once, where there are as many processors: hashing keeps up with no more.
+WORKERS = 4
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,8 @@ def plan_job(job: Job) -> tuple[Weights, Plan]:
         weights, job.recipe, group_size=job.group_size, requantize=job.requantize,
         trust_remote_code=job.trust_remote_code,
     )  # fmt: skip
+    if not plan.packed:
+        raise ConvertError("nothing is left to quantize: every linear stays dense.", "skip fewer of them.")
     _check_output(job, plan)
     return weights, plan
 
@@ -124,16 +129,23 @@ def quantize(
     calibration = None if plan.repack else _calibration(job, plan)
     settings = _settings(job, plan, weights, calibration)
     done = _earlier_run(job, settings)
+    replayed = 0
+    manifest = _published(job)
     try:
-        _begin(job, settings, done)
-        files, rows, replayed = _convert(job, plan, weights, calibration, settings, done, progress)
-        manifest = _assemble(job, plan, weights, settings, rows, files)
-        publish(job.staging, job.output, job.overwrite)
+        if manifest is None:
+            _begin(job, settings, done)
+            files, rows, replayed = _convert(job, plan, weights, calibration, settings, done, progress)
+            manifest = _assemble(job, plan, weights, settings, rows, files)
+            publish(job.staging, job.output, job.overwrite)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise ConvertError(
+                f"no space left for '{job.output}' ({error.strerror}).",
+                "free some and continue with --resume.",
+            ) from error
         raise ConvertError(
-            f"no space left for '{job.output}' ({error.strerror}).", "free some and continue with --resume."
+            f"cannot write '{job.output}': {error.strerror} ('{error.filename}').",
+            "choose another directory, or mend this one and continue with --resume.",
         ) from error
     finally:
         if not _finished_blocks(job):
@@ -153,11 +165,14 @@ def _convert(
 ) -> tuple[dict[str, str], list[dict[str, Any]], int]:
     """Write the shards; returns their sha256, the manifest's row of every linear, and the parts replayed."""
     rows: list[dict[str, Any]] = done["linears"]
-    with ShardWriter(job.staging, plan.specs, job.max_shard_size) as writer:
+    with ExitStack() as stack:
+        writer = stack.enter_context(ShardWriter(job.staging, plan.specs, job.max_shard_size))
         writer.resume(done["tensors"])
-        codes: Codes = Repack(plan, weights, done["blocks"])
+        codes: Codes
         if calibration is not None and done["blocks"] < plan.blocks:
             codes = Solve(job, plan, weights, calibration, writer, done["blocks"])
+        else:
+            codes = stack.enter_context(Repack(plan, weights, done["blocks"]))
         names = iter(writer.order[done["tensors"] :])
         name = next(names, None)
         packed: dict[str, Tensor] = {}
@@ -179,8 +194,8 @@ def _convert(
 class Repack:
     """The codes of a source that is already quantized, untouched.
 
-    A few linears are read and packed ahead of the one asked for, each on one thread: together they do more
-    than one linear on all threads, and they go on while this one is written.
+    A few linears are read and packed ahead of the one asked for. Inside its context torch uses one thread for
+    every operation: threads that share one wait for each other, and on a busy machine do little else.
     """
 
     replayed = 0
@@ -193,18 +208,38 @@ class Repack:
         order = dict.fromkeys(plan.owner[spec.name][0] for spec in plan.specs if spec.name in plan.owner)
         self._todo = iter([fates[linear] for linear in order if linear in fates])
         self._ahead: deque[Future[Packed]] = deque()
-        self._pool = ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(NT,))
+        self._threads = torch.get_num_threads()
+        self._workers = min(WORKERS, self._threads)
+        self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="repack")
+        largest = max((fate.k * fate.n for fate in fates.values()), default=0)
+        # the codes of a linear, and those it is checked with, for every linear in work
+        self._memory: SimpleQueue[Tensor] = SimpleQueue()
+        for _ in range(self._workers):
+            self._memory.put(torch.empty(2, largest, dtype=torch.uint8))
+
+    def __enter__(self) -> "Repack":
+        torch.set_num_threads(1)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(self._threads)
 
     def block(self, number: int) -> Iterator[Packed]:
         """The linears of a block, each unpacked from the source's layout and packed in the plan's."""
         for _ in self._plan.packed_in(number):
-            missing = WORKERS + 1 - len(self._ahead)
+            missing = self._workers + 1 - len(self._ahead)
             self._ahead.extend(self._pool.submit(self._repack, fate) for fate in islice(self._todo, missing))
             yield self._ahead.popleft().result()
 
     def _repack(self, fate: Fate) -> Packed:
         row = {"name": fate.linear, "k": fate.k, "n": fate.n}
-        return _pack(fate.linear, self._weights.quantized(fate.linear), self._plan), row
+        memory = self._memory.get()
+        try:
+            layer = self._weights.quantized(fate.linear, memory[0])
+            return _pack(fate.linear, layer, self._plan, memory[1]), row
+        finally:
+            self._memory.put(memory)
 
 
 class Solve:
@@ -228,14 +263,14 @@ class Solve:
             self._hidden.advance(block, number)
             self._model.unload(number)
 
-    def block(self, number: int) -> Iterator[tuple[str, QuantizedLinear, dict[str, Any]]]:
+    def block(self, number: int) -> Iterator[Packed]:
         """Solve the block stage by stage, with the inputs that the stages before leave it."""
         model, hidden = self._model, self._hidden
         path = model.name(number)
         stages = self._plan.stages(path)
         block = model.load(number)
         hessians: dict[Stage, Hessian] = {}
-        solved: list[tuple[str, QuantizedLinear, dict[str, Any]]] = []
+        solved: list[Packed] = []
 
         def observe(stage: Stage, x: Tensor) -> None:
             if stage not in hessians:
@@ -243,26 +278,26 @@ class Solve:
             hessians[stage].add(x)
 
         def solve_stage(stage: Stage) -> None:
-            for found in self._solve([f"{path}.{name}" for name in stage], hessians.pop(stage).mean()):
-                solved.append(found)
+            solved.extend(self._solve([f"{path}.{name}" for name in stage], hessians.pop(stage).mean()))
 
         walk = BlockWalk(
-            block, model.architecture.parts, len(hidden), lambda i: hidden.forward(i, block, number), observe, solve_stage,
-            keep_bytes=memory_for_activations(model.device), dtype=model.dtype,
+            block, model.architecture.parts, len(hidden), lambda i: hidden.forward(i, block, number),
+            observe, solve_stage, keep_bytes=memory_for_activations(model.device), dtype=model.dtype,
         )  # fmt: skip
         walk.run(stages, hidden.put)
         self.replayed += walk.replayed
         model.unload(number)
         yield from solved
 
-    def _solve(
-        self, linears: list[str], hessian: Tensor
-    ) -> Iterator[tuple[str, QuantizedLinear, dict[str, Any]]]:
+    def _solve(self, linears: list[str], hessian: Tensor) -> Iterator[Packed]:
         """Solve the linears of a stage as one matrix and put the dequantized weights into the model."""
         if not hessian.isfinite().all():
-            raise SourceError(f"the inputs of {linears[0]} are not finite; the model overflows on this text.")
+            raise SourceError(
+                f"the inputs of {linears[0]} are not finite; the model overflows on this text.",
+                "its weights may be damaged, or their type too narrow for them.",
+            )
         model = self._model
-        weights = [model.model.get_submodule(linear).weight for linear in linears]
+        weights: list[Tensor] = [model.model.get_parameter(f"{linear}.weight") for linear in linears]
         k = hessian.shape[0]
         group_size = k if self._recipe.group_size == -1 else self._recipe.group_size
         found = solve(
@@ -279,11 +314,11 @@ class Solve:
             model.replace(linear, layer.dequantize(model.dtype))
             row = _row(linear, layer, found, columns)
             log.debug("%s: relative output error %.4f", linear, row["error"])
-            yield linear, layer, row
+            yield _pack(linear, layer, self._plan), row
 
 
 def _row(linear: str, layer: QuantizedLinear, found: Solution, columns: slice) -> dict[str, Any]:
-    """What the manifest says of a solved linear; `error` is ||x(W - W_q)|| / ||xW|| on the calibration text."""
+    """What the manifest says of a solved linear; `error` is ||x(W - W_q)|| / ||xW|| on the calibration."""
     energy = found.energy[columns].sum().item()
     error = (max(found.error[columns].sum().item(), 0.0) / energy) ** 0.5 if energy > 0 else 0.0
     row = {
@@ -299,13 +334,15 @@ def _row(linear: str, layer: QuantizedLinear, found: Solution, columns: slice) -
     return row
 
 
-def _pack(linear: str, layer: QuantizedLinear, plan: Plan) -> dict[str, Tensor]:
-    """The tensors of a packed linear by full name; what was packed is unpacked again and compared."""
+def _pack(
+    linear: str, layer: QuantizedLinear, plan: Plan, memory: Tensor | None = None
+) -> dict[str, Tensor]:
+    """The tensors of a packed linear by full name; what was packed is unpacked again, in memory, and compared."""
     try:
         packed = plan.pack(layer)
     except FormatError as error:
         raise FormatError(f"{linear}: {error}.", error.hint) from error
-    again = plan.unpack(packed)
+    again = plan.unpack(packed, memory)
     if not (
         same_codes(again.codes, layer.codes)
         and torch.equal(again.scales.float(), layer.scales.float())
@@ -325,33 +362,32 @@ def _dense(weights: Weights, plan: Plan, name: str) -> Tensor:
     tensor = weights.read(name)
     if not tensor.is_floating_point():
         return tensor
-    if not tensor.isfinite().all():
+    if not _finite(tensor):
         raise SourceError(f"{name} holds NaN or Inf.", "the source is damaged; fetch it again.")
     written = tensor.to(plan.dtypes[name])
-    if not written.isfinite().all():
+    if not _finite(written):
         raise FormatError(
-            f"{name} does not fit {plan.recipe.dtype}: its largest value is {tensor.abs().max()}."
+            f"{name} does not fit {plan.recipe.dtype}: its largest value is {tensor.abs().max()}.",
+            "keep the model's own type with --dtype auto.",
         )
     return written
 
 
+def _finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds no NaN and no infinity, found without temporaries of its size."""
+    return not tensor.numel() or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
+
+
 def _calibration(job: Job, plan: Plan) -> Calibration:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            job.source.directory, trust_remote_code=job.trust_remote_code
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise SourceError(
-            f"{job.source.name} has no tokenizer that can be read.",
-            "calibration needs one beside the weights.",
-        ) from error
+    tokenizer = load_tokenizer(job.source, trust_remote_code=job.trust_remote_code)
     recipe = plan.recipe
     calibration = calibrate(
         tokenizer, recipe.calibration, samples=recipe.samples, length=recipe.sequence_length, seed=recipe.seed
     )
     if calibration.ids.max() >= plan.vocabulary:
         raise SourceError(
-            f"the tokenizer gives id {int(calibration.ids.max())}, the model has {plan.vocabulary} embeddings."
+            f"the tokenizer gives id {calibration.ids.max()}, the model has {plan.vocabulary} embeddings.",
+            "the tokenizer may be of another model.",
         )
     return calibration
 
@@ -374,7 +410,7 @@ def _settings(job: Job, plan: Plan, weights: Weights, calibration: Calibration |
             "quantization": weights.scheme.format if weights.scheme else None,
             "fingerprint": weights.checkpoint.fingerprint(),
         },
-        "recipe": plan.recipe.to_dict(),
+        "recipe": _published_recipe(plan).to_dict(),
         "requantized": weights.scheme is not None and job.requantize,
         "calibration": None
         if calibration is None
@@ -389,16 +425,32 @@ def _settings(job: Job, plan: Plan, weights: Weights, calibration: Calibration |
     }
 
 
+def _published_recipe(plan: Plan) -> Recipe:
+    """The recipe without the folders of this machine."""
+    return plan.recipe.changed({"calibration": shown(plan.recipe.calibration)})
+
+
 def _check_output(job: Job, plan: Plan) -> None:
     output, source = job.output.resolve(), job.source.directory.resolve()
     if output == source or source in output.parents or output in source.parents:
         raise ConvertError(f"'{job.output}' overlaps the source.", "choose another directory.")
-    if job.output.exists() and not (job.overwrite and job.output.is_dir()):
-        if not job.output.is_dir() or any(job.output.iterdir()):
-            raise ConvertError(
-                f"'{job.output}' already exists and is not empty.",
-                "choose another directory, or pass --overwrite.",
-            )
+    if job.output.name in ("", ".."):
+        raise ConvertError(
+            f"'{job.output}' cannot be the output: it comes by a rename.", "give a directory to be made."
+        )
+    if os.path.lexists(job.partial) and not _ours(job.partial):
+        raise ConvertError(
+            f"'{job.partial}' is in the way: it is not an unfinished run.",
+            "move it, or choose another output directory.",
+        )
+    if _published(job):
+        return
+    replaceable = job.output.is_dir() and (job.overwrite or not any(job.output.iterdir()))
+    if job.output.exists() and not replaceable:
+        raise ConvertError(
+            f"'{job.output}' already exists and is not empty.",
+            "choose another directory, or pass --overwrite.",
+        )
     place = next(parent for parent in output.parents if parent.exists())
     free = shutil.disk_usage(place).free
     present = sum(path.stat().st_size for path in job.staging.glob("*")) if job.staging.is_dir() else 0
@@ -407,6 +459,24 @@ def _check_output(job: Job, plan: Plan) -> None:
             f"no space left: the output takes {plan.output_bytes:,} bytes, {free:,} are free.",
             "free some, or choose a directory on another disk.",
         )
+
+
+def _ours(partial: Path) -> bool:
+    """Whether a directory is what an unfinished run leaves, and may be removed."""
+    if partial.is_symlink() or not partial.is_dir():
+        return False
+    names = {path.name for path in partial.iterdir()}
+    return PROGRESS in names or names <= {PROGRESS + ".tmp"}
+
+
+def _published(job: Job) -> dict[str, Any] | None:
+    """The manifest of an output that was in place when the run to be resumed was stopped."""
+    if not job.resume or not (job.partial / PROGRESS).exists() or not (job.output / MANIFEST).exists():
+        return None
+    digest = json_file(job.partial, PROGRESS).get("manifest")
+    if digest != sha256_file(job.output / MANIFEST):
+        return None
+    return json_file(job.output, MANIFEST)
 
 
 def _earlier_run(job: Job, settings: dict[str, Any]) -> dict[str, Any]:
@@ -434,7 +504,8 @@ def _earlier_run(job: Job, settings: dict[str, Any]) -> dict[str, Any]:
 
 def _differences(then: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
     if isinstance(then, dict) and isinstance(now, dict):
-        for key in then.keys() | now.keys():
+        # in the order of `now`: what was chosen is named before what follows from it
+        for key in {**now, **then}:
             yield from _differences(then.get(key), now.get(key), f"{name}.{key}".removeprefix("."))
     elif then != now:
         yield name, then, now
@@ -456,8 +527,9 @@ def _begin(job: Job, settings: dict[str, Any], done: dict[str, Any]) -> None:
     """Make the directory everything is written to; what an abandoned run left there goes."""
     if not done["blocks"] and job.partial.exists():
         shutil.rmtree(job.partial)
-    job.staging.mkdir(parents=True, exist_ok=True)
+    job.partial.mkdir(parents=True, exist_ok=True)
     _save_progress(job, settings, {"blocks": done["blocks"], "linears": done["linears"]}, done["tensors"])
+    job.staging.mkdir(exist_ok=True)
 
 
 def _assemble(
@@ -477,7 +549,7 @@ def _assemble(
     write_json(staging / "config.json", config)
     if plan.recipe.format == "gptq":
         write_json(staging / "quantize_config.json", plan.quantization_config)
-    (staging / RECIPE).write_text(plan.recipe.dump(), "utf-8")
+    (staging / RECIPE).write_text(_published_recipe(plan).dump(), "utf-8")
     for name in weights.checkpoint.companions():
         (staging / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(weights.checkpoint.directory / name, staging / name)
@@ -498,4 +570,7 @@ def _assemble(
         },
     }
     write_json(staging / MANIFEST, manifest)
+    # a run that is stopped between its last rename and its clean-up is known by this
+    progress = json_file(job.partial, PROGRESS) | {"manifest": sha256_file(staging / MANIFEST)}
+    write_json(job.partial / PROGRESS, progress)
     return manifest

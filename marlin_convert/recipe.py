@@ -11,6 +11,7 @@ import yaml
 from marlin_convert.errors import ConvertError
 
 DEFAULT = "w4a16-g128"
+_HINT = f"the recipe.yaml of any output, and the recipe {DEFAULT}, show every setting."
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Recipe:
     samples: int = 256
     sequence_length: int = 2048
     seed: int = 0
-    damping: float = 0.05
+    damping: float = 0.1
     sweeps: int = 2
 
     def __post_init__(self) -> None:
@@ -40,7 +41,7 @@ class Recipe:
         }
         for name, (holds, rule) in checks.items():
             if not holds:
-                raise ConvertError(f"recipe: {name} = {getattr(self, name)!r} {rule}.")
+                raise ConvertError(f"recipe: {name} = {getattr(self, name)!r} {rule}.", _HINT)
 
     def changed(self, settings: Mapping[str, Any]) -> "Recipe":
         """This recipe with some settings replaced; those that are None stay."""
@@ -69,22 +70,23 @@ def load(name_or_file: str) -> Recipe:
     if name_or_file in named_recipes():
         text = files("marlin_convert").joinpath("recipes", f"{name_or_file}.yaml").read_text("utf-8")
     elif path.is_file():
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8", errors="replace")
     else:
         raise ConvertError(
             f"there is no recipe {name_or_file!r}.",
             f"use one of {', '.join(named_recipes())}, or the path of a YAML file.",
         )
     try:
-        settings = yaml.safe_load(text) or {}
+        settings = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConvertError(f"recipe {name_or_file!r} is not YAML: {error}") from error
-    return _from_settings(settings, name_or_file)
+        reason = " ".join(str(error).split())
+        raise ConvertError(f"recipe {name_or_file!r} is not YAML: {reason}", _HINT) from error
+    return _from_settings({} if settings is None else settings, name_or_file)
 
 
 def _from_settings(settings: Any, source: str) -> Recipe:
     if not isinstance(settings, dict):
-        raise ConvertError(f"recipe {source!r} is not a mapping of settings.")
+        raise ConvertError(f"recipe {source!r} is not a mapping of settings.", _HINT)
     defaults = {field.name: field.default for field in fields(Recipe)}
     for name, value in settings.items():
         if name not in defaults:
@@ -93,10 +95,14 @@ def _from_settings(settings: Any, source: str) -> Recipe:
         expected = type(defaults[name])
         if expected is tuple:
             if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-                raise ConvertError(f"recipe {source!r}: {name} must be a list of patterns, not {value!r}.")
+                raise ConvertError(
+                    f"recipe {source!r}: {name} must be a list of patterns, not {value!r}.", _HINT
+                )
             settings[name] = tuple(value)
         elif isinstance(value, bool) or not isinstance(
             value, (int, float) if expected is float else expected
         ):
-            raise ConvertError(f"recipe {source!r}: {name} must be {expected.__name__}, not {value!r}.")
+            raise ConvertError(
+                f"recipe {source!r}: {name} must be {expected.__name__}, not {value!r}.", _HINT
+            )
     return Recipe(**settings)

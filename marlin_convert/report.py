@@ -37,14 +37,16 @@ def plan_text(plan: Plan, job: "Job") -> str:
     lines = [
         f"{'Repack' if plan.repack else 'Quantize'} {job.source.name} to {recipe.format}, "
         f"group size {recipe.group_size}",
-        f"  {len(plan.packed)} linears in {plan.blocks} blocks packed at {plan.bits_per_weight:.3f} bits per weight",
+        f"  {len(plan.packed)} linears in {plan.blocks} blocks packed "
+        f"at {plan.bits_per_weight:.3f} bits per weight",
         f"  {len(plan.dense)} linears of the blocks left dense",
         *(f"    {fate.linear}: {fate.reason}" for fate in plan.dense),
         f"  tensors {_size(plan.source_bytes)} -> {_size(plan.output_bytes)}",
     ]
     if not plan.repack:
         lines.append(
-            f"  calibration: {recipe.calibration}, {recipe.samples} x {recipe.sequence_length} tokens, seed {recipe.seed}"
+            f"  calibration: {recipe.calibration}, {recipe.samples} x {recipe.sequence_length} tokens, "
+            f"seed {recipe.seed}"
         )
     needs = estimate(plan, job.device)
     lines.append(f"  on {job.device}: about {_time(needs.seconds)}, {_size(needs.memory)} of memory")
@@ -108,7 +110,8 @@ def html(manifest: dict[str, Any]) -> str:
     title = markup.escape(f"{source['name']} in {recipe['format']}, group size {recipe['group_size']}")
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{_STYLE}</style>"
-        f"<h1>{title}</h1><p>{markup.escape(manifest['tool'])}, {manifest['bits_per_weight']} bits per weight. "
+        f"<h1>{title}</h1><p>{markup.escape(manifest['tool'])}, "
+        f"{manifest['bits_per_weight']} bits per weight. "
         f"Error: ||x(W - W<sub>q</sub>)|| / ||xW|| on the calibration text.</p>{_plot(rows)}"
         f"<p>Left dense: {'' if dense else 'nothing'}</p><ul>{dense}</ul>"
         f"<table><tr><th>linear<th>inputs<th>outputs<th>error<th>{table}</table></html>\n"
@@ -160,9 +163,8 @@ def _plot(rows: list[dict[str, Any]]) -> str:
         parts.append(
             f'<text x="{width - 140}" y="{20 + 20 * number}" fill="{colour}">{markup.escape(kind)}</text>'
         )
-    parts.append(
-        f'<text x="{(left + width - 150) / 2}" y="{height - 8}" text-anchor="middle">block (0 to {last})</text>'
-    )
+    middle = (left + width - 150) / 2
+    parts.append(f'<text x="{middle}" y="{height - 8}" text-anchor="middle">block (0 to {last})</text>')
     return f'<svg viewBox="0 0 {width} {height}" font-size="13" role="img">{"".join(parts)}</svg>'
 
 

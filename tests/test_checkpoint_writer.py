@@ -85,7 +85,8 @@ def test_the_library_and_our_reader_read_what_we_write(tmp_path, max_shard_size)
 def test_every_dtype_survives(tmp_path):
     raw = torch.arange(16, dtype=torch.uint8)
     tensors = {
-        code: (raw % 2 if dtype is torch.bool else raw).view(dtype).clone() for code, dtype in DTYPES.items()
+        code: (raw % 2 if name == "bool" else raw).view(getattr(torch, name)).clone()
+        for code, (name, _) in DTYPES.items()
     }
     save(tmp_path, tensors)
     (tmp_path / "config.json").write_text("{}")

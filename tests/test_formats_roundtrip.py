@@ -153,7 +153,7 @@ def test_gptq_there_and_back(k, n, bits, group_size, asymmetric, act_order, vers
 )
 def test_compressed_tensors_there_and_back(groups, n, bits, group_size, asymmetric, seed):
     q = layer(groups * group_size, n, group_size, bits, asymmetric, seed=seed)
-    scheme = Scheme("compressed-tensors", bits, group_size, not asymmetric)
+    scheme = Scheme("compressed-tensors", bits, group_size, symmetric=q.zeros is None)
     assert_same(compressed_tensors.unpack(compressed_tensors.pack(q), scheme), q)
 
 
@@ -231,7 +231,7 @@ def test_tensors_says_what_pack_writes(name, k, n, group_size):
     planned = FORMATS[name].tensors(k, n, bits=4, group_size=group_size)
     packed = FORMATS[name].pack(q)
     assert planned == {suffix: (found.dtype, tuple(found.shape)) for suffix, found in packed.items()}
-    assert tuple(planned) == FORMATS[name].SUFFIXES
+    assert set(planned) <= set(FORMATS[name].SUFFIXES)
     assert all(found.is_contiguous() for found in packed.values())
     assert FORMATS[name].refusal(k, n, bits=4, group_size=group_size) is None
 

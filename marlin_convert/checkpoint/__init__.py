@@ -1,0 +1,1 @@
+"""Hugging Face directories: read lazily and validated, written atomically, checked against a manifest."""

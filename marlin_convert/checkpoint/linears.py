@@ -63,13 +63,16 @@ class Weights:
             if f"{linear}.{suffix}" in self.checkpoint.tensors
         }
 
-    def quantized(self, linear: str) -> QuantizedLinear:
-        """The codes and scales of a packed linear, without its bias; FormatError if they make no sense."""
+    def quantized(self, linear: str, memory: Tensor | None = None) -> QuantizedLinear:
+        """The codes and scales of a packed linear, without its bias; FormatError if they make no sense.
+
+        The codes are put in `memory` (flat uint8), if that is given and large enough.
+        """
         assert self.scheme is not None
         stored = self.stored(linear)
         try:
             return formats.FORMATS[self.scheme.format].unpack(
-                {suffix: self.checkpoint.read(name) for suffix, name in stored.items()}, self.scheme
+                {suffix: self.checkpoint.read(name) for suffix, name in stored.items()}, self.scheme, memory
             )
         except FormatError as error:
             raise FormatError(f"{linear}: {error}.", error.hint) from error
@@ -85,10 +88,13 @@ class Weights:
         infos = {suffix: self.checkpoint.tensors[name] for suffix, name in stored.items()}
         for suffix, (_, shape) in formats.tensors(self.scheme, k, n).items():
             if suffix not in infos and suffix != "g_idx":
-                raise SourceError(f"{linear}.{suffix} is not in {self.checkpoint.directory.name}.")
+                raise SourceError(
+                    f"{linear}.{suffix} is not in {self.checkpoint.directory.name}.", "fetch the model again."
+                )
             if suffix in infos and infos[suffix].shape != shape:
                 raise SourceError(
-                    f"{linear}.{suffix} has shape {infos[suffix].shape}, its config.json means {shape}."
+                    f"{linear}.{suffix} has shape {infos[suffix].shape}, its config.json means {shape}.",
+                    "the config.json may be of another model; fetch the model again.",
                 )
         small = {
             suffix: self.checkpoint.read(name)

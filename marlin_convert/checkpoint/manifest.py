@@ -10,6 +10,8 @@ from marlin_convert.checkpoint.reader import belongs, json_file
 from marlin_convert.errors import SourceError
 
 MANIFEST = "marlin_convert.json"
+# What `verify` found, beside the manifest and about it; no file of it.
+VERIFIED = "marlin_convert_verify.json"
 
 # What git and the Hugging Face client add to a copy of a repository; no part of what we wrote.
 COPY_KEEPING = (".cache", ".git", ".gitattributes")
@@ -52,6 +54,16 @@ def check_files(directory: Path, manifest: dict[str, Any], ignore: Collection[st
             problems.append(f"{name!r} has sha256 {digest}, not {entry['sha256']}")
     extra = present - manifest["files"].keys() - {MANIFEST, *ignore}
     return problems + [f"{name!r} is not in the manifest" for name in sorted(extra)]
+
+
+def rounded_to_nearest(manifest: dict[str, Any]) -> list[str]:
+    """The linears for which the solver found nothing better."""
+    rows = manifest.get("linears")
+    return [
+        str(row.get("name"))
+        for row in (rows if isinstance(rows, list) else ())
+        if isinstance(row, dict) and row.get("rounded_to_nearest")
+    ]
 
 
 def sha256_file(path: Path) -> str:

@@ -1,7 +1,7 @@
 """Hugging Face model directories, opened from their headers only and trusted only once checked.
 
 Weights are safetensors (huggingface/safetensors): 8 bytes of header length, a JSON header, the tensor data.
-torch, which takes longer to import than the headers of a large model to read, is imported with the first tensor.
+torch takes longer to import than the headers of a large model to read: it is imported with the first tensor.
 """
 
 import hashlib
@@ -248,14 +248,16 @@ def _promised(directory: Path) -> dict[str, set[str] | None]:
             "loading those can run code, so they are not read.",
             "convert them to safetensors: where you trust them, load them with transformers and save.",
         )
-    raise SourceError(f"'{directory}' has no weights (*.safetensors).")
+    raise SourceError(
+        f"'{directory}' has no weights (*.safetensors).", "give the directory of a whole model."
+    )
 
 
 def _read_index(directory: Path, name: str, present: list[str]) -> dict[str, set[str] | None]:
     path = directory / name
     weight_map = json_file(directory, name, strict=True).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise SourceError(f"'{path}' has no weight_map.")
+        raise SourceError(f"'{path}' has no weight_map.", "fetch it again.")
     promised: dict[str, set[str]] = {}
     for tensor, file in weight_map.items():
         # The index comes with the model: a path in it could name any file of this machine.
@@ -265,7 +267,10 @@ def _read_index(directory: Path, name: str, present: list[str]) -> dict[str, set
             or "\\" in file
             or not file.endswith(".safetensors")
         ):
-            raise SourceError(f"'{path}' puts tensor {tensor!r} in {file!r}, which is not a plain file name.")
+            raise SourceError(
+                f"'{path}' puts tensor {tensor!r} in {file!r}, which is not a plain file name.",
+                "shards lie beside their index; fetch the model again, from where you trust it.",
+            )
         promised.setdefault(file, set()).add(tensor)
     missing = [f"{file!r}" for file in sorted(promised) if file not in present]
     if missing:
@@ -284,7 +289,10 @@ def _quantization_config(directory: Path, config: dict[str, Any]) -> dict[str, A
             if (directory / name).exists():
                 return json_file(directory, name)
     if found is not None and not isinstance(found, dict):
-        raise SourceError(f"'{directory / 'config.json'}' has a quantization_config that is not an object.")
+        raise SourceError(
+            f"'{directory / 'config.json'}' has a quantization_config that is not an object.",
+            "fetch it again.",
+        )
     return found
 
 
@@ -292,7 +300,8 @@ def _header(path: Path) -> tuple[bytes, dict[str, TensorInfo]]:
     """Read and check one safetensors header: its bytes, and its tensors in the order of their offsets."""
     if not belongs(path, path.parent):
         raise SourceError(
-            f"'{path}' is not a file of this directory (a link leading out, or not a regular file)."
+            f"'{path}' is not a file of this directory (a link leading out, or not a regular file).",
+            "put the file itself there, if you trust it.",
         )
     try:
         with path.open("rb") as file:
@@ -360,7 +369,8 @@ def _bytes(directory: Path, name: str) -> bytes:
     path = directory / name
     if not belongs(path, directory):
         raise SourceError(
-            f"'{path}' is not a file of this directory (a link leading out, or not a regular file)."
+            f"'{path}' is not a file of this directory (a link leading out, or not a regular file).",
+            "put the file itself there, if you trust it.",
         )
     try:
         return path.read_bytes()
@@ -374,7 +384,7 @@ def _json_object(text: bytes, path: Path, strict: bool = False) -> dict[str, Any
     except (ValueError, RecursionError) as error:
         raise SourceError(f"'{path}' holds invalid JSON: {error}.", "fetch it again.") from error
     if not isinstance(value, dict):
-        raise SourceError(f"'{path}' holds JSON that is not an object.")
+        raise SourceError(f"'{path}' holds JSON that is not an object.", "fetch it again.")
     return value
 
 

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -98,7 +99,7 @@ class ShardWriter:
         if spec != TensorSpec(name, tensor.dtype, tuple(tensor.shape)):
             raise RuntimeError(f"expected {spec}, got {name} {tensor.dtype} {tuple(tensor.shape)}")
         self._settle(QUEUE - 1)
-        self._pending.append(self._pool.submit(self._append, self._next, tensor.detach()))
+        self._submit(partial(self._append, self._next, tensor.detach()))
         self._next += 1
 
     def read(self, name: str) -> torch.Tensor:
@@ -120,18 +121,12 @@ class ShardWriter:
         count = self._next
 
         def sync() -> None:
-            if self._failure is not None:
-                return
-            try:
-                if self._file is not None:
-                    os.fsync(self._file.fileno())
-                _fsync(self.directory)
-                durable(count)
-            except BaseException as error:
-                self._failure = error
-                raise
+            if self._file is not None:
+                os.fsync(self._file.fileno())
+            _fsync(self.directory)
+            durable(count)
 
-        self._pending.append(self._pool.submit(sync))
+        self._submit(sync)
 
     def sync(self) -> int:
         """Wait until everything taken is safely on disk; how many tensors that is, to give to `resume`."""
@@ -191,23 +186,30 @@ class ShardWriter:
         if self._failure is not None:
             raise self._failure
 
+    def _submit(self, work: Callable[[], None]) -> None:
+        """Let the writing thread do `work` after all it was given before, unless something of that failed."""
+
+        def unless_failed() -> None:
+            if self._failure is None:
+                try:
+                    work()
+                except Exception as error:
+                    self._failure = error
+                    raise
+
+        self._pending.append(self._pool.submit(unless_failed))
+
     def _append(self, place: int, tensor: torch.Tensor) -> None:
         """On the writing thread: one tensor; before a shard's first its header, after the last its end."""
-        if self._failure is not None:
-            return
-        try:
-            data = tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data
-            shard = self._shards[self._at]
-            if place == shard.first:
-                self._file = (self.directory / shard.file).open("wb", buffering=0)
-                self._digest = hashlib.sha256()
-                self._put(memoryview(shard.header))
-            self._put(data)
-            if place == shard.first + len(shard.ends) - 1:
-                self._finish()
-        except Exception as error:
-            self._failure = error
-            raise
+        data = tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data
+        shard = self._shards[self._at]
+        if place == shard.first:
+            self._file = (self.directory / shard.file).open("wb", buffering=0)
+            self._digest = hashlib.sha256()
+            self._put(memoryview(shard.header))
+        self._put(data)
+        if place == shard.first + len(shard.ends) - 1:
+            self._finish()
 
     def _put(self, data: memoryview) -> None:
         assert self._file is not None

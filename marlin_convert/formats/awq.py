@@ -44,14 +44,17 @@ def tensors(
     }
 
 
-def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedLinear:
-    """The layer in qweight, qzeros and scales. FormatError when they do not fit together."""
+def unpack(tensors: Mapping[str, Tensor], scheme: Scheme, memory: Tensor | None = None) -> QuantizedLinear:
+    """The layer in qweight, qzeros and scales; its codes in memory, if that is given.
+
+    FormatError when they do not fit together.
+    """
     qweight = tensor(tensors, "qweight", (torch.int32,))
     scales = tensor(tensors, "scales", SCALE_DTYPES)
     k, n = qweight.shape[0], 8 * qweight.shape[1]
     expect_shape("scales", scales, (scales.shape[0], n), f"qweight {tuple(qweight.shape)}")
     return QuantizedLinear.normalized(
-        codes=_unpack(qweight),
+        codes=_unpack(qweight, memory),
         scales=scales,
         group_size=scheme.group_rows(k, scales.shape[0]),
         zeros=peculiarities(tensors, scheme, k, n)[0],
@@ -68,9 +71,9 @@ def peculiarities(
     return _unpack(qzeros), None
 
 
-def _unpack(packed: Tensor) -> Tensor:
+def _unpack(packed: Tensor, memory: Tensor | None = None) -> Tensor:
     """Codes (rows, n) uint8 of words (rows, n / 8) int32."""
-    codes = torch.empty(packed.shape[0], 8 * packed.shape[1], dtype=torch.uint8, device=packed.device)
+    codes = words.empty_codes(packed.shape[0], 8 * packed.shape[1], packed.device, memory)
     eights = codes.view(torch.int64)
     for rows in words.slabs(len(packed), words.rows_per_slab(packed)):
         slab = packed[rows].to(torch.int64)

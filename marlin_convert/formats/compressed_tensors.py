@@ -97,9 +97,10 @@ def pack(layer: QuantizedLinear) -> dict[str, Tensor]:
     return packed
 
 
-def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedLinear:
+def unpack(tensors: Mapping[str, Tensor], scheme: Scheme, memory: Tensor | None = None) -> QuantizedLinear:
     """The layer in weight_packed, weight_scale, weight_shape and what else there is of it.
 
+    Its codes are put in memory, if that is given.
     FormatError when they do not fit together.
     """
     packed = tensor(tensors, "weight_packed", (torch.int32,))
@@ -112,7 +113,7 @@ def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedLinear:
     group_size = scheme.group_rows(k, scales.shape[1])
     zeros, group_of_row = peculiarities(tensors, scheme, k, n)
     return QuantizedLinear.normalized(
-        codes=words.unpack_rows(packed.t().contiguous(), scheme.bits, k),
+        codes=words.unpack_rows(packed.t().contiguous(), scheme.bits, k, memory),
         scales=scales.t().contiguous(),
         group_size=group_size,
         bits=scheme.bits,

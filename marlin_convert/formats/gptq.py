@@ -95,8 +95,11 @@ def pack(layer: QuantizedLinear, *, version: int = 1) -> dict[str, Tensor]:
     }
 
 
-def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedLinear:
-    """The layer in qweight, qzeros, scales and g_idx, if there. FormatError when they do not fit together."""
+def unpack(tensors: Mapping[str, Tensor], scheme: Scheme, memory: Tensor | None = None) -> QuantizedLinear:
+    """The layer in qweight, qzeros, scales and g_idx, if there; its codes in memory, if that is given.
+
+    FormatError when they do not fit together.
+    """
     qweight = tensor(tensors, "qweight", (torch.int32,))
     scales = tensor(tensors, "scales", SCALE_DTYPES)
     k, n = qweight.shape[0] * 32 // scheme.bits, qweight.shape[1]
@@ -104,7 +107,7 @@ def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedLinear:
     group_size = scheme.group_rows(k, scales.shape[0], ragged=True)
     zeros, group_of_row = peculiarities(tensors, scheme, k, n)
     return QuantizedLinear.normalized(
-        codes=words.unpack_rows(qweight, scheme.bits, k),
+        codes=words.unpack_rows(qweight, scheme.bits, k, memory),
         scales=scales,
         group_size=group_size,
         bits=scheme.bits,
@@ -129,7 +132,8 @@ def peculiarities(
 def _zeros(qzeros: Tensor, scheme: Scheme, n: int) -> Tensor | None:
     """The zero codes (groups, n) uint8; None when symmetric."""
     # of a symmetric layer all words are one, so that one need be taken apart
-    if scheme.symmetric and bool((qzeros == qzeros[0, 0]).all()):
+    least, most = torch.aminmax(qzeros)
+    if scheme.symmetric and bool(least == most):
         word = words.unpack_columns(qzeros[:1, :1], scheme.bits, min(n, 32 // scheme.bits))
         # files exist that say v1 and store v2; this betrays it, whatever version the config claims
         middle = 1 << (scheme.bits - 1)

@@ -88,7 +88,7 @@ def pack(layer: QuantizedLinear) -> dict[str, Tensor]:
     return {"B": _pack_codes(layer.codes), "s": permute_scales(bounds.float16_scales(layer.scales))}
 
 
-def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedLinear:
+def unpack(tensors: Mapping[str, Tensor], scheme: Scheme, memory: Tensor | None = None) -> QuantizedLinear:
     """The layer in B and s, or under the names of the scheme. FormatError when they do not fit together."""
     b_name, s_name = scheme.names or SUFFIXES
     if b_name == "B" and "B" not in tensors and "qweight" in tensors:
@@ -103,7 +103,7 @@ def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedLinear:
         raise FormatError(f"{b_name} must have columns divisible by 128, has {tuple(packed.shape)}")
     expect_shape(s_name, scales, (scales.shape[0], n), f"{b_name} {tuple(packed.shape)}")
     group_size = scheme.group_rows(k, scales.shape[0])
-    return QuantizedLinear(_unpack_codes(packed), permute_scales(scales), group_size)
+    return QuantizedLinear(_unpack_codes(packed, memory), permute_scales(scales), group_size)
 
 
 def peculiarities(
@@ -147,10 +147,10 @@ def _pack_codes(codes: Tensor) -> Tensor:
     return packed
 
 
-def _unpack_codes(packed: Tensor) -> Tensor:
+def _unpack_codes(packed: Tensor, memory: Tensor | None) -> Tensor:
     """Codes (k, n) uint8 of B (k / 16, 2n) int32."""
     k, n = 16 * packed.shape[0], packed.shape[1] // 2
-    codes = torch.empty(k, n, dtype=torch.uint8, device=packed.device)
+    codes = words.empty_codes(k, n, packed.device, memory)
     rows = codes.view(k // 16, 2, 8, n)
     packed = packed.contiguous()
     step = words.rows_per_slab(packed)

@@ -33,11 +33,11 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
     return words
 
 
-def unpack_rows(words: Tensor, bits: int, k: int) -> Tensor:
+def unpack_rows(words: Tensor, bits: int, k: int, memory: Tensor | None = None) -> Tensor:
     """The k rows of codes (k, n) uint8 that pack_rows made into words (ceil(k * bits / 32), n) int32."""
     n = words.shape[1]
     per_word = 32 // bits
-    codes = torch.empty(words.shape[0] * per_word, n, dtype=torch.uint8, device=words.device)
+    codes = empty_codes(words.shape[0] * per_word, n, words.device, memory)
     fields = codes.view(len(words), 4, per_word // 4, n)
     wide = torch.empty(rows_per_slab(words), n, dtype=torch.int32, device=words.device)
     octet = torch.empty(wide.shape, dtype=torch.uint8, device=words.device)
@@ -53,6 +53,16 @@ def unpack_rows(words: Tensor, bits: int, k: int) -> Tensor:
                     fields[rows, i, 1],
                 )
     return codes[:k]
+
+
+def empty_codes(k: int, n: int, device: torch.device, memory: Tensor | None) -> Tensor:
+    """Codes (k, n) uint8 to be written: in memory, flat uint8 on the device, if it is given and large enough.
+
+    To get fresh memory from the system takes longer than to unpack codes into it.
+    """
+    if memory is None or memory.numel() < k * n:
+        return torch.empty(k, n, dtype=torch.uint8, device=device)
+    return memory[: k * n].view(k, n)
 
 
 def pack_columns(codes: Tensor, bits: int) -> Tensor:

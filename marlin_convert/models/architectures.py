@@ -27,7 +27,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Architecture:
-    """One model family: `blocks` is the module path of its decoder blocks, `parts` what a block runs in order.
+    """A model family: `blocks` is the module path of its decoder blocks, `parts` what a block runs in order.
 
     `attention` is the implementation that transformers computes it with; torch's fused one has no softcap.
     """

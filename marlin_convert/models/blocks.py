@@ -14,24 +14,27 @@ from transformers.utils import logging as transformers_logging
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.errors import SourceError
 from marlin_convert.models.architectures import Architecture, architecture_of
-
-
-def bf16_units() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX)."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+from marlin_convert.solvers.hessian import bf16_units
 
 
 def module_tree(config: dict, directory: Any, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model of a config.json as transformers builds it, with every tensor on the meta device."""
-    settings = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    if hasattr(settings, "quantization_config"):
-        del settings.quantization_config
-    with torch.device("meta"), _quiet_transformers():
-        return AutoModelForCausalLM.from_config(
-            settings,
-            attn_implementation=architecture_of(config).attention,
-            trust_remote_code=trust_remote_code,
-        ).eval()
+    architecture = architecture_of(config)
+    try:
+        settings = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        if hasattr(settings, "quantization_config"):
+            del settings.quantization_config
+        with torch.device("meta"), _quiet_transformers():
+            return AutoModelForCausalLM.from_config(
+                settings,
+                attn_implementation=architecture.attention,
+                trust_remote_code=trust_remote_code,
+            ).eval()
+    except Exception as error:  # a config.json can be wrong in as many ways as there is code reading it
+        raise SourceError(
+            f"transformers cannot build a model from this config.json: {' '.join(str(error).split())}",
+            "it may be damaged, or of a newer version of transformers.",
+        ) from error
 
 
 def block_linears(model: PreTrainedModel, architecture: Architecture) -> dict[str, nn.Linear]:
@@ -106,7 +109,8 @@ class BlockModel:
         value = self.weights.read(full_name)
         if value.shape != expected.shape:
             raise SourceError(
-                f"{full_name} has shape {tuple(value.shape)}, its config.json means {tuple(expected.shape)}."
+                f"{full_name} has shape {tuple(value.shape)}, its config.json means {tuple(expected.shape)}.",
+                "the config.json may be of another model.",
             )
         value = value.to(self.device)
         if not value.isfinite().all():
@@ -115,16 +119,18 @@ class BlockModel:
 
     def _assign(self, module: nn.Module, name: str, value: Tensor) -> None:
         if isinstance(module, nn.Linear) and self._linears_round:
-            module.forward = partial(_rounding_linear, module, self.dtype)
+            module.forward = partial(_rounding_linear, module, self.dtype)  # type: ignore[method-assign]
         parameter = nn.Parameter(value, requires_grad=False)
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # _init_weights leaves it alone
         module._parameters[name] = parameter
 
     def _compute_buffers(self, module: nn.Module) -> None:
         """Give a module the buffers no checkpoint holds (rotary frequencies, embedding scales)."""
-        absent = [name for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
-        for name in absent:
-            module._buffers[name] = torch.empty_like(module._buffers[name], device=self.device)
+        absent = {
+            name: found for name, found in module._buffers.items() if found is not None and found.is_meta
+        }
+        for name, buffer in absent.items():
+            module._buffers[name] = torch.empty_like(buffer, device=self.device)
         if absent:
             self.model._init_weights(module)
 
@@ -211,7 +217,7 @@ class BlockModel:
 
 
 def _rounding_linear(linear: nn.Linear, dtype: torch.dtype, x: Tensor) -> Tensor:
-    """A linear that rounds its input and output to `dtype`, multiplies in its weight's type, answers in the caller's."""
+    """A linear with input and output rounded to `dtype`, which multiplies in its weight's type."""
     rounded = x.to(dtype).to(linear.weight.dtype)
     return nn.functional.linear(rounded, linear.weight, linear.bias).to(dtype).to(x.dtype)
 

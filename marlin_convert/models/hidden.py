@@ -43,6 +43,9 @@ class HiddenStates:
             states = torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
         else:
             path = directory / "hidden_states.bin"
+            if hasattr(os, "posix_fallocate"):  # on a full disk an error here, not a dead process later
+                with path.open("wb") as file:
+                    os.posix_fallocate(file.fileno(), 0, nbytes)
             states = torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
             path.unlink()  # the space is given back with the mapping, even after a kill
         return states.split(max(1, len(self.batches[0])))

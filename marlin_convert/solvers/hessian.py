@@ -1,7 +1,17 @@
 """The Hessian of a linear layer's squared output error: the mean of x^T x over its calibration inputs."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
+
+
+def bf16_units() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX)."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 class Hessian:
@@ -19,26 +29,30 @@ class Hessian:
         """Add the inputs x (..., k)."""
         x = x.reshape(-1, x.shape[-1])
         self.tokens += x.shape[0]
-        if x.is_cuda:
-            self._add_upper(x, {} if x.dtype == torch.float32 else {"out_dtype": torch.float32})
-            return
-        # a CPU has no product of 16-bit tensors with a float32 result, but oneDNN can multiply float32
-        # tensors in bfloat16, which loses nothing where they came from bfloat16
-        precision = "bf16" if x.dtype == torch.bfloat16 else "ieee"
-        before = torch.backends.mkldnn.matmul.fp32_precision
-        torch.backends.mkldnn.matmul.fp32_precision = precision
-        try:
-            self._add_upper(x.float(), {})
-        finally:
-            torch.backends.mkldnn.matmul.fp32_precision = before
-
-    def _add_upper(self, x: Tensor, out: dict[str, torch.dtype]) -> None:
-        """Add to the block columns down to the diagonal: the rest of the matrix is their mirror."""
-        for start in range(0, self.sum.shape[0], self._width):
-            columns = slice(start, start + self._width)
-            self.sum[: columns.stop, columns] += torch.mm(x[:, : columns.stop].T, x[:, columns], **out)
+        with _products_of(x):
+            # a CPU has no product of 16-bit tensors with a float32 result
+            x = x if x.is_cuda else x.float()
+            # block columns down to the diagonal: the rest of the matrix is their mirror
+            for start in range(0, self.sum.shape[0], self._width):
+                columns = slice(start, start + self._width)
+                rows = slice(0, columns.stop)
+                product = partial(torch.mm, out_dtype=torch.float32) if x.dtype.itemsize == 2 else torch.mm
+                self.sum[rows, columns] += product(x[:, rows].T, x[:, columns])
 
     def mean(self) -> Tensor:
         """The mean over all tokens, (k, k) float32; the sum is given up."""
         upper = self.sum.triu_().div_(max(self.tokens, 1))
         return upper.add_(upper.triu(1).T)
+
+
+@contextmanager
+def _products_of(x: Tensor) -> Iterator[None]:
+    """Let oneDNN multiply float32 tensors in bfloat16, which loses nothing where they came from it."""
+    switch: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = switch.fp32_precision
+    if x.dtype == torch.bfloat16 and not x.is_cuda and bf16_units():
+        switch.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        switch.fp32_precision = before

@@ -17,16 +17,18 @@ def search_scales(weight: Tensor, importance: Tensor, group_size: int, bits: int
 
     weight (k, n) float32; importance (k,) weighs the rounding error of each row, in GPTQ the Hessian's
     diagonal. The codes' range is lopsided (-8 .. 7), so a scale takes the sign that puts the weight of
-    largest magnitude on the long side.
+    largest magnitude on the long side. A group too large for any float16 scale gets infinity.
     """
     if weight.is_cuda:
         # imported here because Triton exists only where there is a GPU
         from marlin_convert.solvers import scales_triton
 
-        return scales_triton.search_scales(weight, importance, group_size, bits)
+        return scales_triton.search_scales(
+            weight, importance, group_size, bits, candidates=FRACTIONS, norm=NORM, smallest=SMALLEST
+        )
     k, n = weight.shape
     low = -(2 ** (bits - 1))
-    scales = torch.empty(k // group_size, n, dtype=torch.float32, device=weight.device)
+    scales = torch.full((k // group_size, n), torch.inf, device=weight.device)
     for g in range(k // group_size):
         rows = slice(g * group_size, (g + 1) * group_size)
         w, d = weight[rows], importance[rows, None]

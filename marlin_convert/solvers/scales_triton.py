@@ -1,12 +1,12 @@
 """The scale search as a single GPU kernel: every weight is read once for a group that fits on chip."""
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
-
-from marlin_convert.solvers.scales import FRACTIONS, NORM, SMALLEST
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def _kernel(
         smallest = tl.minimum(smallest, tl.min(w, axis=0))
     extreme = tl.where(largest > -smallest, largest, smallest)
     best_error = tl.full((COLUMNS,), float("inf"), tl.float32)
-    best = tl.zeros((COLUMNS,), tl.float32)
+    best = tl.full((COLUMNS,), float("inf"), tl.float32)
     for candidate in range(COUNT):
         scale = extreme * tl.load(fractions + candidate)
         scale = tl.where(tl.abs(scale) < SMALLEST, SMALLEST, scale).to(tl.float16).to(tl.float32)
@@ -49,16 +49,25 @@ def _kernel(
     tl.store(scales + group.to(tl.int64) * n + column, best, mask=inside)
 
 
-def search_scales(weight: Tensor, importance: Tensor, group_size: int, bits: int) -> Tensor:
+def search_scales(
+    weight: Tensor,
+    importance: Tensor,
+    group_size: int,
+    bits: int,
+    *,
+    candidates: Sequence[float],
+    norm: float,
+    smallest: float,
+) -> Tensor:
     """The scale of every group, as `scales.search_scales` finds it; float32 tensors on a GPU."""
     k, n = weight.shape
     low = -(2 ** (bits - 1))
     scales = torch.empty(k // group_size, n, dtype=torch.float32, device=weight.device)
-    fractions = torch.tensor([fraction / low for fraction in FRACTIONS], device=weight.device)
+    fractions = torch.tensor([fraction / low for fraction in candidates], device=weight.device)
     columns = 32
     _kernel[(triton.cdiv(n, columns), k // group_size)](
         weight, importance, fractions, scales, n, group_size,
-        COUNT=len(FRACTIONS), LOW=low, NORM=NORM, SMALLEST=SMALLEST,
+        COUNT=len(candidates), LOW=low, NORM=norm, SMALLEST=smallest,
         ROWS=min(triton.next_power_of_2(group_size), 128), COLUMNS=columns, num_warps=4,
     )  # fmt: skip
     return scales

@@ -1,0 +1,156 @@
+"""The story of `inspect`: what a checkpoint contains, from its headers and JSON files alone."""
+
+import re
+import shlex
+from math import prod
+from typing import Any
+
+from marlin_convert.checkpoint import manifest as manifests
+from marlin_convert.checkpoint.reader import Checkpoint, TensorInfo, json_file
+from marlin_convert.hub import Source
+
+# The suffix of its codes tells the format of a packed linear, but for GPTQ's and AWQ's. Not asked of the
+# formats themselves: they import torch, which takes longer than everything that is done here.
+CODES = {"B": "marlin", "weight_packed": "compressed-tensors", "qweight": None}
+
+_IN_A_BLOCK = re.compile(r"\.\d+\..*\.weight$")
+_DENSE_SHOWN = 10
+
+
+def inspect(source: Source) -> dict[str, Any]:
+    """What the headers and JSON files of a checkpoint say; SourceError if they are not a checkpoint's."""
+    directory = source.directory
+    checkpoint = Checkpoint.open(directory)
+    manifest = manifests.load(directory) or {}
+    config = checkpoint.quantization_config or {}
+    bits = _bits(config)
+    linears: dict[str, list[TensorInfo]] = {}
+    for info in checkpoint.tensors.values():
+        linears.setdefault(info.name.rpartition(".")[0], []).append(info)
+    packed = {name: _packed(infos, bits) for name, infos in linears.items() if bits and _codes(infos)}
+    weights = sum(one["weights"] for one in packed.values())
+    stored = sum(one["bytes"] for one in packed.values())
+    return {
+        "name": source.name,
+        "commit": source.commit,
+        "model_type": checkpoint.config.get("model_type"),
+        "format": next((one["format"] or config.get("quant_method") for one in packed.values()), None),
+        "bits": bits,
+        "group_sizes": sorted({one["group_size"] for one in packed.values()}),
+        "packed": len(packed),
+        "bits_per_weight": round(8 * stored / weights, 4) if weights else None,
+        "dense": _dense(checkpoint, _object(manifest.get("dense"))),
+        "tensors": len(checkpoint.tensors),
+        "shards": len(checkpoint.weight_files),
+        "bytes": sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()),
+        **{key: manifest.get(key) for key in ("tool", "source", "recipe", "calibration")},
+        "rounded_to_nearest": manifests.rounded_to_nearest(manifest),
+        "verified": _verified(source),
+    }
+
+
+def _bits(config: dict[str, Any]) -> int | None:
+    """Bits of a code as any of the formats' configs says them."""
+    groups = list(_object(config.get("config_groups")).values()) or [{}]
+    said = (
+        config.get("bits")
+        or config.get("w_bit")
+        or _object(_object(groups[0]).get("weights")).get("num_bits")
+    )
+    return said if said in (4, 8) else None
+
+
+def _codes(infos: list[TensorInfo]) -> TensorInfo | None:
+    """The codes among the tensors of a module, if it is packed."""
+    return next((info for info in infos if info.name.rpartition(".")[2] in CODES), None)
+
+
+def _packed(infos: list[TensorInfo], bits: int | None) -> dict[str, Any]:
+    """Format, weights, bytes and group size of a packed linear, which its shapes tell."""
+    codes = _codes(infos)
+    assert codes is not None and bits
+    suffix = codes.name.rpartition(".")[2]
+    weights = prod(codes.shape) * 32 // bits
+    own = [info for info in infos if not info.name.endswith(".bias")]
+    scales = next(
+        (info for info in own if info.code in ("F16", "BF16", "F32") and len(info.shape) == 2), None
+    )
+    rows = None
+    if scales is not None and scales.end > scales.start:
+        groups = scales.shape[1 if suffix == "weight_packed" else 0]
+        rows = -1 if groups == 1 else weights // prod(scales.shape)
+    return {
+        "format": CODES[suffix],
+        "weights": weights,
+        "bytes": sum(info.end - info.start for info in own),
+        "group_size": rows or 0,
+    }
+
+
+def _dense(checkpoint: Checkpoint, reasons: dict[str, Any]) -> dict[str, str | None]:
+    """The matrices of the blocks that are not packed, and why, where the manifest says."""
+    names = [
+        name.removesuffix(".weight")
+        for name, info in checkpoint.tensors.items()
+        if len(info.shape) == 2 and _IN_A_BLOCK.search(name)
+    ]
+    return {name: reasons.get(name) for name in names}
+
+
+def _verified(source: Source) -> dict[str, Any] | None:
+    """The last verification, and whether it was of the manifest that is there now."""
+    if not (source.directory / manifests.VERIFIED).exists():
+        return None
+    report = json_file(source.directory, manifests.VERIFIED)
+    path = source.directory / manifests.MANIFEST
+    return {
+        "passed": report.get("passed") is True,
+        "of_these_files": path.is_file() and manifests.sha256_file(path) == report.get("manifest_sha256"),
+        "checks": {
+            name: _object(check).get("status") for name, check in _object(report.get("checks")).items()
+        },
+    }
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def text(found: dict[str, Any], checkpoint: str, *, verbose: bool = False) -> str:
+    """The contents for a reader; the last line is the next command to type."""
+    sizes = ", ".join("one per column" if size == -1 else str(size) for size in found["group_sizes"])
+    lines = [f"{found['name']}: {found['model_type']}"]
+    if found["packed"]:
+        lines += [
+            f"format       {found['format']}, {found['bits']} bits, group size {sizes}",
+            f"packed       {found['packed']} linears, {found['bits_per_weight']} bits per weight",
+        ]
+    lines.append(f"left dense   {len(found['dense'])} matrices of the blocks")
+    dense = [f"  {name}{f': {reason}' if reason else ''}" for name, reason in found["dense"].items()]
+    shown = dense if verbose else dense[:_DENSE_SHOWN]
+    lines += shown
+    if len(dense) > len(shown):
+        lines.append(f"  ... {len(dense) - len(shown)} more with -v")
+    lines.append(
+        f"on disk      {found['bytes'] / 1e6:,.1f} MB, "
+        f"{found['tensors']} tensors in {found['shards']} weight files"
+    )
+    if found["tool"]:
+        source, recipe = _object(found["source"]), _object(found["recipe"])
+        commit = f" at {source['commit']}" if source.get("commit") else ""
+        lines.append(f"made by      {found['tool']} from {source.get('name')}{commit}")
+        lines.append("recipe       " + ", ".join(f"{key} {value}" for key, value in recipe.items()))
+    lines += [f"  rounded to nearest: {name}" for name in found["rounded_to_nearest"]]
+    lines.append(f"verified     {_verdict(found['verified'])}")
+    if not (found["verified"] and found["verified"]["of_these_files"]):
+        lines.append(f"Next: marlin-convert verify {shlex.quote(checkpoint)}")
+    return "\n".join(lines)
+
+
+def _verdict(verified: dict[str, Any] | None) -> str:
+    if verified is None:
+        return "not yet"
+    if not verified["of_these_files"]:
+        return "not since the manifest changed"
+    checks = ", ".join(f"{name} {status}" for name, status in verified["checks"].items())
+    return f"{'passed' if verified['passed'] else 'not passed'} ({checks})"

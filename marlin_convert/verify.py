@@ -1,0 +1,549 @@
+"""The story of `verify`: named checks of a checkpoint; each passes, fails, or says why it could not run."""
+
+import logging
+import math
+import shlex
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from marlin_convert import __version__, formats
+from marlin_convert.calibration import Calibration, calibrate, load_tokenizer
+from marlin_convert.checkpoint import manifest as manifests
+from marlin_convert.checkpoint.linears import Weights
+from marlin_convert.checkpoint.reader import Checkpoint
+from marlin_convert.checkpoint.writer import write_json
+from marlin_convert.errors import ConvertError, SourceError
+from marlin_convert.evaluate import Comparison, compare
+from marlin_convert.hub import Source
+from marlin_convert.models.architectures import architecture_of
+from marlin_convert.models.blocks import BlockModel, block_linears, module_tree
+from marlin_convert.plan import check_names
+from marlin_convert.quantized import QuantizedLinear, contiguous_groups
+
+log = logging.getLogger("marlin_convert")
+
+# Of a whole weight: rounding to 4 bits stays near 0.1, GPTQ near 0.15.
+WEIGHT_ERROR = 0.5
+# Of the weights of one output: all zeros would be as near.
+OUTPUT_ERROR = 1.0
+# How far perplexity may rise over the source's.
+PERPLEXITY = 2.0
+
+FLOAT16_MAX = torch.finfo(torch.float16).max
+PROBLEMS_SHOWN = 5
+
+Progress = Callable[[range, int], Iterable[int]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked of one verification."""
+
+    checkpoint: Source
+    checks: frozenset[str]
+    device: torch.device
+    source: Source | None = None
+    require_kernel: bool = False
+    strict: bool = False
+    tolerance: float = 1e-3
+    text: str = "builtin"
+    samples: int = 16
+    sequence_length: int = 1024
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Check:
+    """What came of a check: pass, fail or skipped, and why."""
+
+    status: str
+    reason: str
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What came of all checks; `manifest_sha256` says of which files, None without a manifest."""
+
+    checkpoint: str
+    manifest_sha256: str | None
+    checks: dict[str, Check]
+    required: frozenset[str]
+
+    @property
+    def failed(self) -> bool:
+        """Whether a check failed."""
+        return any(check.status == "fail" for check in self.checks.values())
+
+    @property
+    def could_not_run(self) -> list[str]:
+        """The required checks that were skipped."""
+        return [name for name in self.required if self.checks[name].status == "skipped"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report: no times and no paths, so that the same files give the same report."""
+        return {
+            "tool": f"marlin-convert {__version__}",
+            "checkpoint": self.checkpoint,
+            "manifest_sha256": self.manifest_sha256,
+            "checks": {name: asdict(check) for name, check in self.checks.items()},
+            "passed": not self.failed and not self.could_not_run,
+        }
+
+
+@dataclass(frozen=True)
+class _Original:
+    """The model a checkpoint was made from, and the text that both are run on."""
+
+    name: str
+    weights: Weights
+    text: Calibration
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """The checkpoint, opened: its weights, and the model its config.json means."""
+
+    weights: Weights
+    model: PreTrainedModel
+    manifest: dict[str, Any] | None
+
+
+def verify(job: Job, progress: Progress = lambda blocks, total: blocks) -> Verification:
+    """Run the checks; ConvertError when the checkpoint or the source is nothing that can be checked."""
+    original = _open_original(job) if job.source and "numbers" in job.checks else None
+    manifest, problems = _manifest(job)
+    digest = None
+    if manifest is not None:
+        digest = manifests.sha256_file(job.checkpoint.directory / manifests.MANIFEST)
+    subject = _open(job, manifest, problems)
+
+    checks: dict[str, Callable[[], Check]] = {
+        "files": partial(_check_files, subject, manifest, problems),
+        "kernel": _check_kernel,
+    }
+    if subject is not None:
+        checks["layout"] = partial(_check_layout, subject)
+        checks["numbers"] = partial(_check_numbers, job, subject, original, progress)
+    done = {}
+    for name in ("files", "layout", "numbers", "kernel"):
+        if name not in job.checks:
+            done[name] = Check("skipped", "not asked for")
+        elif name not in checks:
+            done[name] = Check("skipped", "the checkpoint cannot be opened")
+        else:
+            done[name] = checks[name]()
+    required = frozenset({"kernel"} if job.require_kernel else ())
+    return Verification(job.checkpoint.name, digest, done, required)
+
+
+def save(done: Verification, job: Job, report: Path | None = None) -> None:
+    """Write the report into a directory that has our manifest, for `push` and `inspect`, and where asked."""
+    if done.manifest_sha256 is not None and job.checkpoint.commit is None:
+        try:
+            write_json(job.checkpoint.directory / manifests.VERIFIED, done.to_dict())
+        except OSError as error:
+            log.warning("the report cannot be written into %s: %s", job.checkpoint.name, error.strerror)
+    if report is not None:
+        try:
+            write_json(report, done.to_dict())
+        except OSError as error:
+            raise ConvertError(f"the report cannot be written to '{report}': {error.strerror}.") from error
+
+
+def _open(job: Job, manifest: dict[str, Any] | None, problems: list[str]) -> _Subject | None:
+    """The checkpoint, or None where it cannot be opened, which `problems` then tell; what is none raises."""
+    directory = job.checkpoint.directory
+    try:
+        checkpoint = Checkpoint.open(directory)
+    except SourceError as error:
+        no_model = manifest is None and not problems and not (directory / "config.json").exists()
+        if no_model or "files" not in job.checks:
+            raise
+        problems.append(str(error))
+        return None
+    try:
+        model = module_tree(checkpoint.config, directory, trust_remote_code=job.trust_remote_code)
+        return _Subject(Weights(checkpoint), model, manifest)
+    except ConvertError:
+        if not problems or "files" not in job.checks:
+            raise
+        return None
+
+
+def _open_original(job: Job) -> _Original:
+    assert job.source is not None
+    weights = Weights(Checkpoint.open(job.source.directory))
+    tokenizer = load_tokenizer(job.source, trust_remote_code=job.trust_remote_code)
+    text = calibrate(
+        tokenizer, job.text, samples=job.samples, length=job.sequence_length, seed=0, held_out=True
+    )
+    return _Original(job.source.name, weights, text)
+
+
+# files
+
+
+def _manifest(job: Job) -> tuple[dict[str, Any] | None, list[str]]:
+    """The manifest, and what is wrong with it or, if the files are checked, with them."""
+    directory = job.checkpoint.directory
+    try:
+        manifest = manifests.load(directory)
+    except SourceError as error:
+        return None, [str(error)]
+    if manifest is None or "files" not in job.checks:
+        return manifest, []
+    return manifest, manifests.check_files(directory, manifest, ignore=(manifests.VERIFIED,))
+
+
+def _check_files(subject: _Subject | None, manifest: dict[str, Any] | None, found: list[str]) -> Check:
+    """Files as in the manifest, tensors as in the architecture, values that float16 can hold."""
+    problems = list(found)
+    counted = [f"{len(manifest['files'])} files" if manifest else "no manifest, so no sha256 to compare"]
+    if subject is not None:
+        weights = subject.weights
+        try:
+            left_out = check_names(weights, subject.model)
+        except SourceError as error:
+            problems.append(str(error))
+            left_out = []
+        packed = weights.packed_names()
+        for name in weights.checkpoint.tensors:
+            if name not in left_out:
+                problems += _value_problems(weights.checkpoint, name, scale=name in packed)
+        counted.append(f"{len(weights.checkpoint.tensors)} tensors")
+    return _verdict(problems, ", ".join(counted), manifest=manifest is not None)
+
+
+def _value_problems(checkpoint: Checkpoint, name: str, *, scale: bool) -> list[str]:
+    """What is wrong with the values of a tensor; of a packed linear, the one with floats is its scales."""
+    info = checkpoint.tensors[name]
+    if not info.dtype.is_floating_point:
+        return []
+    try:
+        tensor = checkpoint.read(name)
+    except SourceError as error:
+        return [str(error)]
+    if tensor.dtype.itemsize == 1:
+        tensor = tensor.float()
+    if not tensor.numel():
+        return [f"{name} is empty"]
+    low, high = (value.item() for value in tensor.aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return [f"{name} holds NaN or Inf"]
+    if max(-low, high) > FLOAT16_MAX:
+        return [f"{name} holds {max(-low, high):g}, which float16 cannot"]
+    if scale and (zeros := int((tensor.half() == 0).sum())):
+        return [f"{name} has {zeros} scales of zero (in float16)"]
+    return []
+
+
+# layout
+
+
+def _check_layout(subject: _Subject) -> Check:
+    """Packed tensors that unpacking and packing leaves as they are; shapes and groups that engines load."""
+    weights, model = subject.weights, subject.model
+    linears = weights.packed_linears()
+    if not linears:
+        return Check("skipped", "no linear is packed")
+    assert weights.scheme is not None
+    problems = _shape_problems(weights, model) + _stage_problems(weights, model)
+    notes = set()
+    for linear in linears:
+        try:
+            layer = weights.quantized(linear)
+        except ConvertError as error:
+            problems.append(str(error))
+            continue
+        problems += _linear_problems(linear, layer, model)
+        found, note = _repack_problems(linear, layer, weights)
+        problems += found
+        notes |= {note} if note else set()
+    summary = "; ".join([f"{len(linears)} {weights.scheme.format} linears", *sorted(notes)])
+    return _verdict(problems, summary, linears=len(linears), notes=sorted(notes))
+
+
+def _shape_problems(weights: Weights, model: PreTrainedModel) -> list[str]:
+    """Dense tensors whose shape is not the architecture's."""
+    tensors = weights.checkpoint.tensors
+    return [
+        f"{name} has shape {tensors[name].shape}, its config.json means {tuple(expected.shape)}"
+        for name, expected in model.state_dict().items()
+        if name in tensors and tensors[name].shape != tuple(expected.shape)
+    ]
+
+
+def _stage_problems(weights: Weights, model: PreTrainedModel) -> list[str]:
+    """Linears that engines fuse into one (q, k and v; gate and up) of which only some are packed."""
+    architecture = architecture_of(weights.checkpoint.config)
+    linears = block_linears(model, architecture)
+    problems = []
+    for number in range(len(model.get_submodule(architecture.blocks))):  # type: ignore[arg-type]
+        for stage in architecture.stages:
+            names = [f"{architecture.blocks}.{number}.{path}" for path in stage]
+            dense = [name for name in names if name in linears and not weights.is_packed(name)]
+            if dense and len(dense) < len(names):
+                problems.append(f"{' and '.join(dense)} dense, what engines fuse with it packed")
+    return problems
+
+
+def _linear_problems(linear: str, layer: QuantizedLinear, model: PreTrainedModel) -> list[str]:
+    problems = []
+    try:
+        module = model.get_submodule(linear)
+    except AttributeError:
+        return [f"{linear} is not in the architecture"]
+    expected = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    if (layer.k, layer.n) != expected:
+        problems.append(
+            f"{linear} has {layer.k} inputs and {layer.n} outputs, its config.json means {expected}"
+        )
+    if layer.group_of_row is not None:
+        problems.append(
+            f"{linear}: the groups of g_idx are not runs of {layer.group_size} rows; vLLM ignores them"
+        )
+    return problems
+
+
+def _repack_problems(linear: str, layer: QuantizedLinear, weights: Weights) -> tuple[list[str], str | None]:
+    """Tensors that unpacking and packing changes, and what could not be compared."""
+    scheme = weights.scheme
+    assert scheme is not None
+    layout = formats.FORMATS[scheme.format]
+    if not hasattr(layout, "pack"):
+        return [], f"{scheme.format} is never written, so not packed again"
+    note = None
+    if layer.scales.dtype != torch.float16:
+        note = f"scales are {str(layer.scales.dtype).removeprefix('torch.')}, only codes are compared"
+        layer = replace(layer, scales=torch.ones_like(layer.scales, dtype=torch.float16))
+    try:
+        version = {"version": scheme.version} if scheme.format == "gptq" else {}
+        packed = layout.pack(layer, **version)
+    except ConvertError as error:
+        return [f"{linear}: {error}"], note
+    again = dict(zip(scheme.names or packed, packed.values(), strict=True))
+    changed = []
+    for suffix, name in weights.stored(linear).items():
+        stored = weights.checkpoint.read(name)
+        if note and stored.is_floating_point():
+            continue
+        if suffix in again and not torch.equal(stored, again[suffix].to(stored.dtype)):
+            changed.append(f"{name} is not what packing its codes again gives")
+    return changed, note
+
+
+# numbers
+
+
+def _check_numbers(job: Job, subject: _Subject, original: _Original | None, progress: Progress) -> Check:
+    """Products of the packed linears and, beside the source, weights and predictions."""
+    rounded = manifests.rounded_to_nearest(subject.manifest or {})
+    problems = [f"{name} was rounded to nearest" for name in rounded] if job.strict else []
+    if original is None and not subject.weights.packed_linears():
+        return Check("skipped", "no linear is packed, and no --source was given")
+    rows, found, unreadable = _compare_weights(job, subject, original)
+    problems += found
+    details: dict[str, Any] = {"tolerance": job.tolerance, "rounded_to_nearest": rounded}
+    details["weights"] = [{key: _json_number(value) for key, value in row.items()} for row in rows]
+    products = [row["product_error"] for row in rows if "product_error" in row]
+    summary = f"{len(products)} products, relative error at most {max(products, default=0.0):.1e}"
+    if original is not None:
+        errors = [row["error"] for row in rows if "product_error" in row and "error" in row]
+        summary += f"; weight error at most {max(errors, default=0.0):.3f}"
+        details["source"] = {"name": original.name}
+        if not unreadable:
+            try:
+                text = _run_text(job, subject, original, progress)
+            except ConvertError as error:
+                problems.append(str(error))
+            else:
+                problems += _text_problems(text)
+                details["text"] = _text_details(original.text, text)
+    if rounded:
+        summary += f"; {len(rounded)} linears rounded to nearest"
+    return _verdict(problems, summary, **details)
+
+
+def _compare_weights(
+    job: Job, subject: _Subject, original: _Original | None
+) -> tuple[list[dict[str, Any]], list[str], bool]:
+    """A row of figures for every weight, what is wrong, and whether some could not be compared."""
+    weights, model = subject.weights, subject.model
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    names = [name for name in model.state_dict() if name in weights or name not in tied]
+    generator = torch.Generator().manual_seed(0)
+    rows, problems, unreadable = [], [], False
+    for name in names:
+        linear = name.removesuffix(".weight")
+        packed = name.endswith(".weight") and weights.is_packed(linear)
+        if original is None and not packed:
+            continue
+        row: dict[str, Any] = {"name": linear if packed else name}
+        try:
+            if packed:
+                layer = weights.quantized(linear)
+                row["product_error"] = _product_error(layer, generator)
+                if not row["product_error"] <= job.tolerance:
+                    problems.append(f"{linear}: product off by {row['product_error']:.2e} relative")
+                weight = layer.dequantize()
+            else:
+                weight = weights.read(name)
+            if original is not None:
+                source = original.weights.read(name)
+                if source.shape != weight.shape:
+                    raise SourceError(
+                        f"{name} has shape {tuple(weight.shape)}, in the source {tuple(source.shape)}"
+                    )
+                row["error"], row["worst_output"] = _weight_error(weight, source)
+                problems += _weight_problems(row)
+        except ConvertError as error:
+            problems.append(str(error))
+            unreadable = True
+        rows.append(row)
+    return rows, problems, unreadable
+
+
+def _product_error(layer: QuantizedLinear, generator: torch.Generator) -> float:
+    """How far x @ dequantized is, in float32, from the sum over groups of s (x (q - z)) in float64."""
+    x = torch.randn(8, layer.k, generator=generator)
+    group = layer.group_of_row
+    if group is None:
+        group = contiguous_groups(layer.k, layer.group_size)
+    expected = torch.zeros(len(x), layer.n, dtype=torch.float64)
+    for g in range(layer.groups):
+        rows = (group == g).nonzero()[:, 0]
+        zero = 1 << (layer.bits - 1) if layer.zeros is None else layer.zeros[g].double()
+        codes = layer.codes[rows].double() - zero
+        expected += layer.scales[g].double() * (x[:, rows].double() @ codes)
+    got = (x @ layer.dequantize().t()).double()
+    return ((got - expected).norm() / expected.norm()).item()
+
+
+def _weight_error(weight: Tensor, source: Tensor) -> tuple[float, float]:
+    """The relative error of a weight, and the largest of one of its outputs."""
+    if weight.dim() < 2:
+        weight, source = weight[None], source[None]
+    wrong, whole = [], []
+    for ours, theirs in zip(weight.flatten(1).split(1024), source.flatten(1).split(1024), strict=True):
+        theirs = theirs.float()
+        wrong.append((ours.float() - theirs).square().sum(1))
+        whole.append(theirs.square().sum(1))
+    off, size = torch.cat(wrong), torch.cat(whole)
+    tiny = torch.finfo(torch.float32).tiny
+    error = (off.sum() / size.sum().clamp_min(tiny)).sqrt().item()
+    return error, (off / size.clamp_min(tiny)).max().sqrt().item()
+
+
+def _weight_problems(row: dict[str, Any]) -> list[str]:
+    if not row["error"] <= WEIGHT_ERROR:
+        return [f"{row['name']} is {row['error']:.2f} from the source's, relative; at most {WEIGHT_ERROR}"]
+    if not row["worst_output"] <= OUTPUT_ERROR:
+        return [
+            f"{row['name']} has an output {row['worst_output']:.2f} from the source's, relative; "
+            f"at most {OUTPUT_ERROR}"
+        ]
+    return []
+
+
+def _run_text(job: Job, subject: _Subject, original: _Original, progress: Progress) -> Comparison:
+    models = [
+        BlockModel(weights, job.device, fast=False, trust_remote_code=job.trust_remote_code)
+        for weights in (original.weights, subject.weights)
+    ]
+    vocabulary = subject.model.config.vocab_size
+    if original.text.ids.max() >= vocabulary:
+        raise SourceError(
+            f"the tokenizer gives id {int(original.text.ids.max())}, there are {vocabulary} embeddings"
+        )
+    return compare(models[0], models[1], original.text.ids, progress)
+
+
+def _text_problems(found: Comparison) -> list[str]:
+    if not (math.isfinite(found.perplexity) and math.isfinite(found.divergence)):
+        return [f"perplexity is {found.perplexity}, divergence {found.divergence}"]
+    if found.perplexity > PERPLEXITY * found.source_perplexity:
+        return [
+            f"perplexity is {found.perplexity:.4g}, the source's {found.source_perplexity:.4g}; "
+            f"at most {PERPLEXITY} times as much"
+        ]
+    return []
+
+
+def _text_details(text: Calibration, found: Comparison) -> dict[str, Any]:
+    samples, length = text.ids.shape
+    return {
+        "name": text.source,
+        "samples": samples,
+        "sequence_length": length,
+        "sha256": text.digest,
+        **{name: _json_number(value) for name, value in asdict(found).items()},
+    }
+
+
+# kernel
+
+
+def _check_kernel() -> Check:
+    if not torch.cuda.is_available():
+        return Check("skipped", "no CUDA GPU here")
+    return Check("skipped", "this version has no kernel yet")
+
+
+def _verdict(problems: list[str], summary: str, **details: Any) -> Check:
+    if not problems:
+        return Check("pass", summary, details)
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return Check("fail", problems[0] + more, {"problems": problems, **details})
+
+
+def _json_number(value: Any) -> Any:
+    """Six digits of a float, None where JSON has no number for it."""
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+def text(done: Verification, checkpoint: str, *, verbose: bool = False) -> str:
+    """The checks as a table, the figures beside the source's, and the next command to type."""
+    lines = []
+    for name, check in done.checks.items():
+        lines.append(f"{name:8} {check.status:8} {check.reason}")
+        problems = check.details.get("problems", [])
+        shown = problems if verbose else problems[:PROBLEMS_SHOWN]
+        if len(problems) > 1:
+            lines += [f"{'':18}{problem}" for problem in shown]
+        if len(problems) > len(shown):
+            lines.append(f"{'':18}... {len(problems) - len(shown)} more with -v")
+    figures = done.checks["numbers"].details
+    lines += [f"rounded to nearest: {name}" for name in figures.get("rounded_to_nearest", [])]
+    if "text" in figures:
+        lines += _figures(figures["source"]["name"], done.checkpoint, figures["text"])
+    if not done.failed and not done.could_not_run:
+        lines.append(f"Next: marlin-convert inspect {shlex.quote(checkpoint)}")
+    return "\n".join(lines)
+
+
+def _figures(source: str, checkpoint: str, text: dict[str, Any]) -> list[str]:
+    """Source and checkpoint side by side."""
+
+    def shown(value: float | None) -> str:
+        return "not finite" if value is None else f"{value:.4f}"
+
+    width = max(len(source), len(checkpoint), 10) + 2
+    return [
+        "",
+        f"{'on ' + text['name']:24}{source:>{width}}{checkpoint:>{width}}",
+        f"{'perplexity':24}{shown(text['source_perplexity']):>{width}}{shown(text['perplexity']):>{width}}",
+        f"{'KL divergence':24}{'':{width}}{shown(text['divergence']):>{width}}",
+        f"{'same likeliest token':24}{'':{width}}{shown(text['agreement']):>{width}}",
+        f"({text['tokens']} predicted tokens, {text['samples']} x {text['sequence_length']})",
+        "",
+    ]

@@ -1,0 +1,54 @@
+"""Fixtures that several test files share."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from marlin_convert.cli import main
+
+# Before torch is imported, and for the processes that tests start: on models this small one thread is as fast
+# as two, and many times faster where other work shares the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def tinypy() -> Path:
+    """A trained Llama of 4 million parameters: 4 blocks, 256 wide, bfloat16, tied embeddings."""
+    return Path(__file__).parent.parent / "examples" / "tinypy-4m"
+
+
+@pytest.fixture(scope="session")
+def quantized(tinypy: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """tinypy in a format: made once, and not to be changed. Calibrated on less than is of any use."""
+
+    @cache
+    def make(format: str) -> Path:
+        output = tmp_path_factory.mktemp("quantized") / format
+        words = f"quantize {tinypy} -o {output} --format {format} --samples 8 --sequence-length 256 -q"
+        result = CliRunner().invoke(main, words.split())
+        assert result.exit_code == 0, result.output
+        return output
+
+    return make
+
+
+@pytest.fixture
+def cli() -> Iterator[Callable[..., Result]]:
+    """Runs a command line in this process; what is not a ConvertError comes out as the exception it is."""
+
+    def run(*words: object) -> Result:
+        result = CliRunner().invoke(main, [str(word) for word in words])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result
+
+    yield run
+    # the command logs to the stderr of its own run, which is gone now
+    for handler in logging.getLogger().handlers[:]:
+        if type(handler) is logging.StreamHandler:
+            logging.getLogger().removeHandler(handler)

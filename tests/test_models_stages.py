@@ -1,0 +1,241 @@
+"""The walk of a block: whatever is kept or computed again, every stage sees the same numbers."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny_models
+import torch
+from torch import Tensor, nn
+
+from marlin_convert import quantize as story
+from marlin_convert.checkpoint.linears import Weights
+from marlin_convert.checkpoint.reader import Checkpoint
+from marlin_convert.errors import ConvertError
+from marlin_convert.hub import Source
+from marlin_convert.models import blocks as blocks_module
+from marlin_convert.models import hidden as hidden_module
+from marlin_convert.models.architectures import FUSED, SPLIT, Part, Stage
+from marlin_convert.models.blocks import BlockModel
+from marlin_convert.models.hidden import HiddenStates
+from marlin_convert.models.stages import BlockWalk
+from marlin_convert.recipe import Recipe
+from marlin_convert.solvers.hessian import Hessian
+
+CPU = torch.device("cpu")
+SAMPLES = 3
+IDS = torch.randint(4096, (SAMPLES, 64), generator=torch.Generator().manual_seed(1))
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@pytest.fixture(autouse=True)
+def one_sample_a_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(hidden_module.TOKENS, "cpu", 64)
+
+
+def rounded(weight: Tensor) -> Tensor:
+    """A stand-in for what the solver does to a weight: coarse, so that it shows in everything after it."""
+    return (weight.float() * 4).round() / 4 + 0.01
+
+
+def open_model(family: str, dtype: torch.dtype, tmp_path: Path) -> tuple[BlockModel, HiddenStates]:
+    source = tiny_models.save(tiny_models.build(family, dtype), tmp_path / "source")
+    model = BlockModel(Weights(Checkpoint.open(source)), CPU)
+    return model, HiddenStates(model, IDS)
+
+
+def walk_blocks(
+    model: BlockModel,
+    hidden: HiddenStates,
+    keep_bytes: int,
+    stages: Callable[[list[Stage]], list[Stage]] = lambda stages: stages,
+) -> SimpleNamespace:
+    """Walk every block; the Hessians, the inputs that stages saw, the last hidden states, parts replayed."""
+    seen = SimpleNamespace(hessians={}, inputs={}, replayed=0, order=[])
+    parts = model.architecture.parts
+    for number in range(len(model)):
+        block = model.load(number)
+
+        def observe(stage: Stage, x: Tensor, number: int = number) -> None:
+            hessian = seen.hessians.setdefault((number, stage), Hessian(x.shape[-1], x.device))
+            hessian.add(x)
+            seen.inputs.setdefault((number, stage), []).append(x.clone())
+
+        def solve(stage: Stage, number: int = number) -> None:
+            seen.order.append((number, stage))
+            for linear in (f"{model.name(number)}.{name}" for name in stage):
+                model.replace(linear, rounded(model.model.get_submodule(linear).weight))
+
+        walk = BlockWalk(
+            block, parts, len(hidden), lambda i, b=block, n=number: hidden.forward(i, b, n), observe, solve,
+            keep_bytes=keep_bytes, dtype=model.dtype,
+        )  # fmt: skip
+        walk.run(stages([stage for part in parts for stage in part.stages]), hidden.put)
+        seen.replayed += walk.replayed
+        model.unload(number)
+    seen.hidden = torch.cat([hidden.state(i) for i in range(len(hidden))])
+    return seen
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma2", "gemma3_text"])
+def test_keeping_everything_or_nothing_gives_the_same_bits(family: str, dtype: str, tmp_path: Path) -> None:
+    runs = {}
+    for keep in (1 << 40, 40_000, 0):
+        model, hidden = open_model(family, DTYPES[dtype], tmp_path / str(keep))
+        runs[keep] = walk_blocks(model, hidden, keep)
+    everything, some, nothing = runs.values()
+    for other in (some, nothing):
+        assert torch.equal(everything.hidden, other.hidden)
+        assert everything.hessians.keys() == other.hessians.keys()
+        for key, hessian in everything.hessians.items():
+            assert torch.equal(hessian.sum, other.hessians[key].sum), key
+    # attention's output is needed at gate/up, at down and at the end; the mlp's at the end
+    assert everything.replayed == 0
+    assert 0 < some.replayed < nothing.replayed
+    assert nothing.replayed == (3 + 1) * SAMPLES * 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_without_bf16_units_it_is_the_same_too(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks_module, "bf16_units", lambda: False)
+    runs = []
+    for keep in (1 << 40, 0):
+        model, hidden = open_model("qwen3", DTYPES[dtype], tmp_path / str(keep))
+        runs.append(walk_blocks(model, hidden, keep))
+    assert torch.equal(runs[0].hidden, runs[1].hidden)
+    for key, hessian in runs[0].hessians.items():
+        assert torch.equal(hessian.sum, runs[1].hessians[key].sum)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma2"])
+def test_the_walk_leaves_what_a_plain_forward_gives(family: str, dtype: str, tmp_path: Path) -> None:
+    """So a run that is resumed, which only runs the finished blocks, goes on with the same bits."""
+    model, hidden = open_model(family, DTYPES[dtype], tmp_path / "walked")
+    walked = walk_blocks(model, hidden, 1 << 40)
+    model, hidden = open_model(family, DTYPES[dtype], tmp_path / "advanced")
+    for number in range(len(model)):
+        block = model.load(number)
+        for stage in model.architecture.stages:
+            for linear in (f"{model.name(number)}.{name}" for name in stage):
+                model.replace(linear, rounded(model.model.get_submodule(linear).weight))
+        hidden.advance(block, number)
+        model.unload(number)
+    advanced = torch.cat([hidden.state(i) for i in range(len(hidden))])
+    assert torch.equal(walked.hidden, advanced)
+
+
+@pytest.mark.parametrize("keep_bytes", [1 << 40, 0])
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma3_text"])
+def test_a_stage_sees_its_input_with_the_stages_before_it_replaced(
+    family: str, keep_bytes: int, tmp_path: Path
+) -> None:
+    model, hidden = open_model(family, torch.float32, tmp_path)
+    entering = [hidden.state(i).clone() for i in range(len(hidden))]
+    seen = walk_blocks(model, hidden, keep_bytes)
+    assert seen.order == [(number, stage) for number in range(2) for stage in model.architecture.stages]
+
+    block = model.load(0)
+    inputs: dict[str, Tensor] = {}
+    for stage in model.architecture.stages:
+        hook = block.get_submodule(stage[0]).register_forward_pre_hook(
+            lambda _, args: inputs.update(x=args[0])
+        )
+        for i, state in enumerate(entering):
+            with torch.no_grad():
+                block(state, **hidden._calls[1][0])
+            torch.testing.assert_close(seen.inputs[0, stage][i], inputs["x"], rtol=1e-5, atol=1e-5)
+        hook.remove()
+        for name in stage:
+            linear = block.get_submodule(name)
+            linear.weight = nn.Parameter(rounded(linear.weight), requires_grad=False)
+
+
+@pytest.mark.parametrize("keep_bytes", [1 << 40, 0])
+def test_stages_can_be_passed_over(keep_bytes: int, tmp_path: Path) -> None:
+    model, hidden = open_model("llama", torch.float32, tmp_path / "a")
+    seen = walk_blocks(model, hidden, keep_bytes, lambda stages: [stages[1], stages[2]])
+    assert [stage for _, stage in seen.order] == 2 * [
+        ("self_attn.o_proj",),
+        ("mlp.gate_proj", "mlp.up_proj"),
+    ]
+    model, hidden = open_model("llama", torch.float32, tmp_path / "b")
+    for number in range(len(model)):
+        block = model.load(number)
+        for name in ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj"):
+            model.replace(f"{model.name(number)}.{name}", rounded(block.get_submodule(name).weight))
+        hidden.advance(block, number)
+        model.unload(number)
+    assert torch.equal(seen.hidden, torch.cat([hidden.state(i) for i in range(len(hidden))]))
+
+
+def test_the_modules_of_a_block_are_left_as_they_were(tmp_path: Path) -> None:
+    model, hidden = open_model("llama", torch.float32, tmp_path)
+    walk_blocks(model, hidden, 1 << 40)
+    for module in model.blocks.modules():
+        assert "forward" not in vars(module)
+        assert not module._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    "parts, family",
+    [
+        # gate/up never runs inside attention's part, and its stage comes after down
+        ((SPLIT[0], Part("mlp", (("mlp.never",),))), "llama"),
+        ((*SPLIT, Part("mlp", (("mlp.gate_proj",),))), "llama"),
+        (FUSED, "llama"),
+    ],
+)
+def test_a_wrong_row_of_the_table_raises(parts: tuple[Part, ...], family: str, tmp_path: Path) -> None:
+    model, hidden = open_model(family, torch.float32, tmp_path)
+    block = model.load(0)
+    walk = BlockWalk(
+        block, parts, len(hidden), lambda i: hidden.forward(i, block, 0), lambda stage, x: None,
+        lambda stage: None, keep_bytes=1 << 40, dtype=model.dtype,
+    )  # fmt: skip
+    with pytest.raises((RuntimeError, AttributeError)):
+        walk.run([stage for part in parts for stage in part.stages], hidden.put)
+
+
+def convert(source: Path, output: Path, **settings: object) -> dict:
+    recipe = Recipe(samples=4, sequence_length=64, calibration=str(tiny_models.text(output.parent)))
+    job = story.Job(Source(source, source.name, None), output, recipe.changed(settings), CPU)
+    return story.quantize(job).manifest
+
+
+def test_a_skipped_stage_stays_dense(tmp_path: Path) -> None:
+    source = tiny_models.save(tiny_models.build("llama"), tmp_path / "source")
+    manifest = convert(source, tmp_path / "out", skip=("*.down_proj", "model.layers.0.self_attn.[qkv]_proj"))
+    skipped = {f"model.layers.{i}.mlp.down_proj" for i in range(2)}
+    skipped |= {f"model.layers.0.self_attn.{name}_proj" for name in "qkv"}
+    assert set(manifest["dense"]) == skipped
+    assert len(manifest["linears"]) == 14 - len(skipped)
+    before, after = Checkpoint.open(source), Checkpoint.open(tmp_path / "out")
+    for name in skipped:
+        assert torch.equal(before.read(f"{name}.weight"), after.read(f"{name}.weight"))
+
+
+def test_half_a_stage_cannot_be_skipped(tmp_path: Path) -> None:
+    source = tiny_models.save(tiny_models.build("llama"), tmp_path / "source")
+    with pytest.raises(ConvertError, match=r"q_proj.*k_proj.*v_proj") as refused:
+        convert(source, tmp_path / "out", skip=("*.q_proj",))
+    assert "--skip 'model.layers.0.self_attn.k_proj'" in (refused.value.hint or "")
+
+
+@pytest.mark.parametrize("directory", [None, "spilled"])
+def test_hidden_states_in_a_file_are_the_same(
+    directory: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, hidden = open_model("llama", torch.bfloat16, tmp_path)
+    monkeypatch.setattr(hidden_module, "free_memory", lambda device: 0)
+    folder = tmp_path / directory if directory else None
+    if folder:
+        folder.mkdir()
+    other = HiddenStates(model, IDS, folder)
+    assert all(torch.equal(hidden.state(i), other.state(i)) for i in range(len(hidden)))
+    assert folder is None or not list(folder.iterdir())

@@ -1,0 +1,566 @@
+"""A model that is already quantized: its codes reach every format untouched, or are refused first."""
+
+import hashlib
+import json
+import shutil
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from marlin_convert import recipe
+from marlin_convert.checkpoint.linears import Weights
+from marlin_convert.checkpoint.manifest import MANIFEST
+from marlin_convert.checkpoint.reader import Checkpoint
+from marlin_convert.errors import ConvertError
+from marlin_convert.formats import compressed_tensors, gptq, marlin
+from marlin_convert.hub import Source
+from marlin_convert.quantize import Job, quantize
+from marlin_convert.quantized import QuantizedLinear, contiguous_groups, same_codes
+
+GROUP_SIZE = 32
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "dtype": "float16",
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 4096,
+}
+LINEARS = {
+    "self_attn.q_proj": (128, 128),
+    "self_attn.k_proj": (128, 64),
+    "self_attn.v_proj": (128, 64),
+    "self_attn.o_proj": (128, 128),
+    "mlp.gate_proj": (128, 256),
+    "mlp.up_proj": (128, 256),
+    "mlp.down_proj": (256, 128),
+}
+FIRST = "model.layers.0.self_attn.q_proj"
+
+
+def random_linear(k, n, seed, bits=4, group_size=GROUP_SIZE, asymmetric=False, act_order=False, least_zero=1):
+    """Random codes and positive scales that float16 and bfloat16 both hold."""
+    g = torch.Generator().manual_seed(seed)
+    rows = k if group_size == -1 else group_size
+    shape = (-(-k // rows), n)
+    zeros = order = None
+    if asymmetric:
+        zeros = torch.randint(least_zero, 1 << bits, shape, generator=g, dtype=torch.uint8)
+        zeros[0, :2] = torch.tensor([least_zero, (1 << bits) - 1], dtype=torch.uint8)
+    if act_order:
+        order = contiguous_groups(k, rows)[torch.randperm(k, generator=g)]
+    codes = torch.randint(0, 1 << bits, (k, n), generator=g, dtype=torch.uint8)
+    scales = torch.randint(1, 128, shape, generator=g).half() / 16384
+    return QuantizedLinear(codes, scales, rows, bits, zeros, order)
+
+
+def random_linears(blocks=2, **kind):
+    shapes = {f"model.layers.{i}.{name}": shape for i in range(blocks) for name, shape in LINEARS.items()}
+    return {name: random_linear(k, n, seed, **kind) for seed, (name, (k, n)) in enumerate(shapes.items())}
+
+
+def save(directory, linears, pack, quantization_config, blocks=2):
+    """A model of these linears as its maker leaves it: one file, config.json, a tokenizer."""
+    g = torch.Generator().manual_seed(1)
+    directory.mkdir()
+    tensors = {}
+    for name in ("model.embed_tokens", "lm_head"):
+        tensors[f"{name}.weight"] = torch.randn(4096, 128, generator=g).half() * 0.02
+    norms = [
+        f"model.layers.{i}.{name}_layernorm" for i in range(blocks) for name in ("input", "post_attention")
+    ]
+    for name in [*norms, "model.norm"]:
+        tensors[f"{name}.weight"] = torch.ones(128).half()
+    for name, layer in linears.items():
+        tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in pack(layer).items()}
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    config = CONFIG | {"num_hidden_layers": blocks, "quantization_config": quantization_config}
+    (directory / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(__file__).parents[1] / "examples" / "tinypy-4m" / name, directory)
+    return directory
+
+
+def read(directory):
+    """Every packed linear of a checkpoint."""
+    weights = Weights(Checkpoint.open(directory))
+    return {name: weights.quantized(name) for name in weights.packed_linears()}
+
+
+def repack(source, output, format, **settings):
+    job = Job(
+        source=Source(source, source.name, None),
+        output=output,
+        recipe=recipe.load(recipe.DEFAULT).changed({"format": format}),
+        device=torch.device("cpu"),
+        **settings,
+    )
+    quantize(job)
+    return output
+
+
+def digests(directory):
+    return {
+        path: (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
+        for path in sorted(directory.iterdir())
+    }
+
+
+def equal(a, b):
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, layer in expected.items():
+        assert same_codes(found[name].codes, layer.codes), name
+        assert torch.equal(found[name].scales.float(), layer.scales.float()), name
+        assert (found[name].bits, found[name].group_size) == (layer.bits, layer.group_size)
+        assert equal(found[name].zeros, layer.zeros), name
+        assert equal(found[name].group_of_row, layer.group_of_row), name
+
+
+# The sources: what the linears are like, how they are stored, and what the config of their maker says.
+
+
+def gptq_config(**other):
+    return {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": GROUP_SIZE,
+        "sym": True,
+        "desc_act": False,
+    } | other
+
+
+def compressed_config(**weights):
+    weights = {
+        "num_bits": 4,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "group",
+        "group_size": GROUP_SIZE,
+    } | weights
+    group = {"targets": ["Linear"], "weights": weights}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": group},
+    }
+
+
+AWQ_CONFIG = {
+    "quant_method": "awq",
+    "bits": 4,
+    "group_size": GROUP_SIZE,
+    "zero_point": True,
+    "version": "gemm",
+}
+
+
+def pack_awq(layer):
+    """AutoAWQ's layout, nibble by nibble."""
+
+    def words(codes):
+        fields = codes.long().reshape(len(codes), -1, 8)[:, :, [0, 2, 4, 6, 1, 3, 5, 7]]
+        packed = sum(fields[:, :, f] << (4 * f) for f in range(8))
+        return torch.where(packed >= 2**31, packed - 2**32, packed).int()
+
+    zeros = torch.full(layer.scales.shape, 8) if layer.zeros is None else layer.zeros
+    return {"qweight": words(layer.codes), "qzeros": words(zeros), "scales": layer.scales}
+
+
+def without(suffix, pack):
+    return lambda layer: {name: tensor for name, tensor in pack(layer).items() if name != suffix}
+
+
+def pack_awq_marlin(layer):
+    packed = marlin.pack(layer)
+    return {"qweight": packed["B"], "scales": packed["s"]}
+
+
+def pack_old_compressed(layer):
+    """As before compressed-tensors 0.19: bfloat16 scales of a bfloat16 model, a g_idx that says nothing."""
+    packed = compressed_tensors.pack(layer)
+    packed["weight_scale"] = packed["weight_scale"].bfloat16()
+    return packed | {"weight_g_idx": torch.full((layer.k,), -1, dtype=torch.int32)}
+
+
+gptq_v2 = partial(gptq.pack, version=2)
+ASYMMETRIC, ACT_ORDER = {"asymmetric": True}, {"act_order": True}
+SOURCES = {
+    "gptq": ({}, gptq.pack, gptq_config(checkpoint_format="gptq")),
+    "gptq-v2": ({}, gptq_v2, gptq_config(checkpoint_format="gptq_v2", format="gptq_v2")),
+    "gptq-channel": ({"group_size": -1}, gptq.pack, gptq_config(group_size=-1)),
+    "gptq-no-g_idx": ({}, without("g_idx", gptq.pack), gptq_config()),
+    "gptq-static-groups": ({}, gptq.pack, gptq_config(desc_act=True, static_groups=True)),
+    "gptq-labelled-asymmetric": ({}, gptq.pack, gptq_config(sym=False)),
+    "gptq-8bit": ({"bits": 8}, gptq.pack, gptq_config(bits=8)),
+    "gptq-asymmetric": (ASYMMETRIC, gptq.pack, gptq_config(sym=False)),
+    "gptq-asymmetric-labelled-symmetric": (ASYMMETRIC, gptq.pack, gptq_config()),
+    "gptq-v2-asymmetric": (ASYMMETRIC, gptq_v2, gptq_config(sym=False, checkpoint_format="gptq_v2")),
+    "gptq-v2-zero-0": (
+        {"asymmetric": True, "least_zero": 0},
+        gptq_v2,
+        gptq_config(sym=False, checkpoint_format="gptq_v2"),
+    ),
+    "gptq-act-order": (ACT_ORDER, gptq.pack, gptq_config(desc_act=True)),
+    "gptq-act-order-unlabelled": (ACT_ORDER, gptq.pack, gptq_config()),
+    "gptq-v2-act-order": (
+        ACT_ORDER | ASYMMETRIC,
+        gptq_v2,
+        gptq_config(desc_act=True, sym=False, checkpoint_format="gptq_v2"),
+    ),
+    "marlin": ({}, marlin.pack, gptq_config(checkpoint_format="marlin")),
+    "marlin-0.7": ({}, marlin.pack, gptq_config(is_marlin_format=True)),
+    "awq-marlin": ({}, pack_awq_marlin, AWQ_CONFIG | {"version": "marlin", "zero_point": False}),
+    "awq": ({}, pack_awq, AWQ_CONFIG),
+    "awq-asymmetric": (ASYMMETRIC, pack_awq, AWQ_CONFIG),
+    "compressed-tensors": ({}, compressed_tensors.pack, compressed_config()),
+    "compressed-tensors-old": ({}, pack_old_compressed, compressed_config()),
+    "compressed-tensors-channel": (
+        {"group_size": -1},
+        compressed_tensors.pack,
+        compressed_config(strategy="channel", group_size=None),
+    ),
+    "compressed-tensors-8bit": ({"bits": 8}, compressed_tensors.pack, compressed_config(num_bits=8)),
+    "compressed-tensors-asymmetric": (
+        ASYMMETRIC,
+        compressed_tensors.pack,
+        compressed_config(symmetric=False),
+    ),
+}
+# What a format cannot hold, and what the message says of it.
+REFUSED = {
+    ("gptq-8bit", "marlin"): "marlin holds 4 bits, not 8",
+    ("gptq-asymmetric", "marlin"): "marlin has no zero points, and the layer is not symmetric",
+    ("gptq-asymmetric-labelled-symmetric", "marlin"): "marlin has no zero points",
+    ("gptq-v2-asymmetric", "marlin"): "marlin has no zero points",
+    ("gptq-v2-zero-0", "marlin"): "marlin has no zero points",
+    ("gptq-v2-zero-0", "gptq"): "gptq stores zero points minus one, and some of the layer are 0",
+    ("gptq-act-order", "marlin"): "marlin has no group order, and the groups of the layer follow activation",
+    ("gptq-act-order", "compressed-tensors"): "compressed-tensors has no group order",
+    ("gptq-act-order-unlabelled", "marlin"): "marlin has no group order",
+    ("gptq-act-order-unlabelled", "compressed-tensors"): "compressed-tensors has no group order",
+    ("gptq-v2-act-order", "marlin"): "marlin has no zero points",
+    ("gptq-v2-act-order", "compressed-tensors"): "compressed-tensors has no group order",
+    ("awq-asymmetric", "marlin"): "marlin has no zero points",
+    ("compressed-tensors-8bit", "marlin"): "marlin holds 4 bits, not 8",
+    ("compressed-tensors-asymmetric", "marlin"): "marlin has no zero points",
+}
+TARGETS = ("marlin", "gptq", "compressed-tensors")
+EVERY = [(source, target) for source in SOURCES for target in TARGETS]
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory):
+    """A source by name: (directory, its linears); made once, and not to be changed."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            kind, pack, config = SOURCES[name]
+            linears = random_linears(**kind)
+            made[name] = save(tmp_path_factory.mktemp("sources") / name, linears, pack, config), linears
+        return made[name]
+
+    return make
+
+
+@pytest.fixture
+def refuse(cli, tmp_path):
+    """Run a repack that must be refused before anything is written; what it prints."""
+
+    def run(source, *words, format="marlin"):
+        before = digests(source)
+        result = cli(
+            "quantize", source, "-o", tmp_path / "out", "--format", format, "--device", "cpu", *words
+        )
+        assert result.exit_code == 1, result.output
+        assert "Error: " in result.stderr and "Traceback" not in result.output
+        assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+        assert digests(source) == before
+        return result.stderr
+
+    return run
+
+
+@pytest.mark.parametrize("source, target", [pair for pair in EVERY if pair not in REFUSED])
+def test_codes_and_scales_are_the_sources(make, tmp_path, source, target):
+    directory, linears = make(source)
+    before = digests(directory)
+    output = repack(directory, tmp_path / "out", target)
+    assert_same(read(output), linears)
+    assert digests(directory) == before
+
+    dense, copied = (load_file(path / "model.safetensors") for path in (directory, output))
+    norms = [name for name in dense if "norm" in name]
+    for name in [*norms, "model.embed_tokens.weight", "lm_head.weight"]:
+        assert torch.equal(copied[name], dense[name])
+    config = json.loads((output / "config.json").read_text())["quantization_config"]
+    symmetric = all(layer.zeros is None for layer in linears.values())
+    if target == "compressed-tensors":
+        assert config["config_groups"]["group_0"]["weights"]["symmetric"] is symmetric
+    else:
+        act_order = any(layer.group_of_row is not None for layer in linears.values())
+        assert (config["sym"], config["desc_act"]) == (symmetric, act_order)
+        assert (config["bits"], config["group_size"]) == (
+            linears[FIRST].bits,
+            SOURCES[source][0].get("group_size", 32),
+        )
+    manifest = json.loads((output / MANIFEST).read_text())
+    assert manifest["requantized"] is False and manifest["calibration"] is None
+    assert manifest["source"]["quantization"] == Weights(Checkpoint.open(directory)).scheme.format
+    assert {row["name"] for row in manifest["linears"]} == linears.keys()
+
+
+@pytest.mark.parametrize("source, target", REFUSED)
+def test_what_a_format_cannot_hold_is_refused(make, refuse, source, target):
+    said = refuse(make(source)[0], format=target)
+    assert f"{FIRST} has 128 inputs and 128 outputs; " in said
+    assert REFUSED[source, target] in said and "(and 13 more linears)" in said
+    assert "Hint: --requantize" in said
+
+
+@pytest.mark.parametrize(
+    "chain", [("marlin", "compressed-tensors", "gptq"), ("compressed-tensors", "marlin", "gptq")]
+)
+def test_a_chain_of_formats_ends_where_it_began(quantized, tmp_path, chain):
+    directory = quantized("gptq")
+    for number, format in enumerate(chain):
+        directory = repack(directory, tmp_path / str(number), format)
+    for name in ("model.safetensors", "config.json", "quantize_config.json"):
+        assert (directory / name).read_bytes() == (quantized("gptq") / name).read_bytes()
+
+
+@pytest.mark.parametrize("source", ["gptq-asymmetric", "gptq-8bit"])
+def test_what_marlin_cannot_hold_goes_there_and_back(make, tmp_path, source):
+    there = repack(make(source)[0], tmp_path / "there", "compressed-tensors")
+    back = repack(there, tmp_path / "back", "gptq")
+    first, again = (load_file(path / "model.safetensors") for path in (make(source)[0], back))
+    assert first.keys() == again.keys()
+    assert all(torch.equal(again[name], first[name]) for name in first)
+
+
+def test_one_asymmetric_linear_makes_all_store_zero_points(tmp_path):
+    linears = random_linears()
+    linears[FIRST] = random_linear(128, 128, 0, asymmetric=True)
+    source = save(tmp_path / "source", linears, gptq.pack, gptq_config())
+    output = repack(source, tmp_path / "out", "compressed-tensors")
+    assert_same(read(output), linears)
+    tensors = Checkpoint.open(output).tensors
+    assert sum(name.endswith(".weight_zero_point") for name in tensors) == len(linears)
+
+
+def test_the_one_linear_that_does_not_fit_is_named(tmp_path, refuse):
+    name = "model.layers.1.mlp.up_proj"
+    linears = random_linears()
+    linears[name] = random_linear(128, 256, 0, act_order=True)
+    said = refuse(save(tmp_path / "source", linears, gptq.pack, gptq_config(desc_act=True)))
+    assert f"Error: {name} has 128 inputs and 256 outputs; marlin has no group order" in said
+
+
+def test_many_blocks_and_shards(tmp_path):
+    """Names in a file go 1, 10, 2; blocks are written as they are numbered."""
+    linears = random_linears(blocks=11)
+    source = save(tmp_path / "source", linears, gptq.pack, gptq_config(), blocks=11)
+    threads = torch.get_num_threads()
+    output = repack(source, tmp_path / "out", "marlin", max_shard_size=200_000)
+    assert len(list(output.glob("model-*.safetensors"))) > 5
+    assert_same(read(output), linears)
+    assert torch.get_num_threads() == threads
+
+
+def test_an_interrupted_repack_is_resumed(make, tmp_path):
+    source, _ = make("gptq")
+    whole = repack(source, tmp_path / "whole", "marlin")
+
+    def stop(blocks, total):
+        yield 0
+        progress = tmp_path / "out.partial" / "progress.json"
+        while not json.loads(progress.read_text())["done"]["blocks"]:
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    job = Job(
+        Source(source, source.name, None), tmp_path / "out", recipe.load(recipe.DEFAULT), torch.device("cpu")
+    )
+    with pytest.raises(KeyboardInterrupt):
+        quantize(job, stop)
+    begun = []
+    quantize(replace(job, resume=True), lambda blocks, total: begun.append(blocks.start) or blocks)
+    assert begun == [1]
+    assert digests(job.output).keys() - digests(whole).keys() == {
+        job.output / path.name for path in whole.iterdir()
+    }
+    for path in whole.iterdir():
+        assert (job.output / path.name).read_bytes() == path.read_bytes()
+
+
+def test_the_group_size_of_the_source_is_kept(make, cli, refuse, tmp_path):
+    source, linears = make("gptq")
+    said = refuse(source, "--group-size", "128")
+    assert "quantized with group size 32, which a repack keeps, not 128" in said
+    assert "Hint: --requantize" in said
+    done = cli("quantize", source, "-o", tmp_path / "same", "--group-size", "32", "-q")
+    assert done.exit_code == 0, done.output
+    assert_same(read(tmp_path / "same"), linears)
+
+
+def test_a_group_size_that_is_never_written_is_refused(tmp_path, refuse):
+    source = save(tmp_path / "source", random_linears(group_size=16), gptq.pack, gptq_config(group_size=16))
+    assert "quantized with group size 16; 128, 64, 32 and -1 can be written" in refuse(source, format="gptq")
+
+
+def test_scales_beyond_float16_are_refused(tmp_path, refuse):
+    linears = random_linears()
+
+    def pack(layer):
+        packed = compressed_tensors.pack(layer)
+        packed["weight_scale"] = packed["weight_scale"].bfloat16()
+        if layer is linears["model.layers.1.mlp.down_proj"]:
+            packed["weight_scale"][5, 3] = 1e-9
+        return packed
+
+    said = refuse(save(tmp_path / "source", linears, pack, compressed_config()), format="gptq")
+    assert (
+        "Error: model.layers.1.mlp.down_proj: 1 of 1024 scales cannot be represented exactly in float16"
+        in said
+    )
+
+
+def test_damage_is_named(tmp_path, cli):
+    linears = random_linears()
+
+    def pack(layer):
+        packed = gptq.pack(layer)
+        if layer is linears["model.layers.1.mlp.down_proj"]:
+            packed["scales"][0, 0] = float("nan")
+        return packed
+
+    source = save(tmp_path / "source", linears, pack, gptq_config())
+    result = cli("quantize", source, "-o", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "Error: model.layers.1.mlp.down_proj: 1 of 1024 scales are not finite" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_tensors_of_another_shape_are_refused(tmp_path, refuse):
+    linears = random_linears() | {"model.layers.1.mlp.up_proj": random_linear(128, 320, 0)}
+    said = refuse(save(tmp_path / "source", linears, gptq.pack, gptq_config()))
+    assert "model.layers.1.mlp.up_proj.qweight has shape (16, 320), its config.json means (16, 256)" in said
+
+
+def test_missing_tensors_are_refused(tmp_path, refuse):
+    said = refuse(save(tmp_path / "source", random_linears(), without("scales", gptq.pack), gptq_config()))
+    assert f"{FIRST}.scales is not in source" in said
+
+
+def test_gptq_tensors_called_marlin_are_refused(tmp_path, refuse):
+    said = refuse(save(tmp_path / "source", random_linears(), gptq.pack, gptq_config(format="marlin")))
+    assert "says marlin, but no tensor of it is called '*.B'" in said and "checkpoint_format" in said
+
+
+def test_skip_cannot_undo_a_quantization(make, refuse):
+    said = refuse(make("gptq")[0], "--skip", "*.down_proj")
+    assert "matches model.layers.0.mlp.down_proj, which is quantized in the source" in said
+
+
+def test_biases_that_are_zero_and_not_of_the_model_are_left_out(tmp_path, refuse):
+    linears = random_linears()
+    extra = {FIRST: torch.zeros(128).half()}
+
+    def pack(layer):
+        bias = next((bias for name, bias in extra.items() if linears[name] is layer), None)
+        return gptq.pack(layer) | ({} if bias is None else {"bias": bias})
+
+    source = save(tmp_path / "zero", linears, pack, gptq_config())
+    assert_same(read(repack(source, tmp_path / "done", "marlin")), linears)
+    extra[FIRST][7] = 0.5
+    said = refuse(save(tmp_path / "used", linears, pack, gptq_config()))
+    assert f"{FIRST}.bias in used not of the architecture" in said
+
+
+@pytest.fixture
+def with_packed_head(tmp_path):
+    """A GPTQ model whose output projection is quantized too."""
+    source = save(tmp_path / "source", random_linears(), gptq.pack, gptq_config(lm_head=True))
+    head = random_linear(128, 4096, 99)
+    tensors = load_file(source / "model.safetensors")
+    del tensors["lm_head.weight"]
+    tensors |= {f"lm_head.{suffix}": tensor for suffix, tensor in gptq.pack(head).items()}
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    return source, head
+
+
+def test_a_quantized_head_is_refused(with_packed_head, refuse):
+    said = refuse(with_packed_head[0])
+    assert "Error: lm_head is quantized in the source; only the linears of the blocks are repacked" in said
+    assert "Hint: --requantize" in said
+
+
+def requantize(cli, source, output, *words):
+    command = [
+        "quantize",
+        source,
+        "-o",
+        output,
+        "--requantize",
+        "--samples",
+        4,
+        "--sequence-length",
+        128,
+        "-q",
+        *words,
+    ]
+    result = cli(*command)
+    assert result.exit_code == 0, result.output
+    return json.loads((output / MANIFEST).read_text())
+
+
+def test_requantizing_writes_a_quantized_head_dense(with_packed_head, cli, tmp_path):
+    source, head = with_packed_head
+    requantize(cli, source, tmp_path / "out")
+    written = load_file(tmp_path / "out" / "model.safetensors")["lm_head.weight"]
+    assert torch.equal(written, head.dequantize(torch.float16))
+    assert "lm_head.qweight" not in Checkpoint.open(tmp_path / "out").tensors
+
+
+@pytest.mark.parametrize("source", ["gptq-asymmetric", "gptq-act-order", "gptq-8bit", "awq-asymmetric"])
+def test_requantizing_is_the_way_out(make, cli, tmp_path, source):
+    directory, linears = make(source)
+    manifest = requantize(cli, directory, tmp_path / "out", "--group-size", "64", "--skip", "*.down_proj")
+    assert manifest["requantized"] is True
+    assert manifest["source"]["quantization"] == Weights(Checkpoint.open(directory)).scheme.format
+    assert manifest["recipe"]["group_size"] == 64
+    solved = read(tmp_path / "out")
+    assert solved.keys() == {name for name in linears if "down_proj" not in name}
+    for name, layer in solved.items():
+        original = linears[name].dequantize()
+        error = (layer.dequantize() - original).norm() / original.norm()
+        assert layer.group_size == 64 and layer.zeros is None and error < 0.35
+    # what is left dense was quantized before: it is what it stood for
+    skipped = load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.mlp.down_proj.weight"]
+    assert torch.equal(skipped, linears["model.layers.0.mlp.down_proj"].dequantize(torch.float16))
+
+
+def test_a_repack_is_planned_without_a_write(make, cli, tmp_path):
+    result = cli("quantize", make("gptq")[0], "-o", tmp_path / "out", "--dry-run", "--json")
+    plan = json.loads(result.stdout)
+    assert plan["repack"] and "its codes are kept" in " ".join(plan["notes"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_errors_reach_a_caller_of_the_library(make, tmp_path):
+    with pytest.raises(ConvertError, match="no zero points"):
+        repack(make("gptq-asymmetric")[0], tmp_path / "out", "marlin")

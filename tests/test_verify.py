@@ -1,0 +1,427 @@
+"""verify: it passes what is right, and every check fails for the damage it is there to find."""
+
+import hashlib
+import json
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from safetensors.torch import load_file, save_file
+
+from marlin_convert.checkpoint.linears import Weights
+from marlin_convert.checkpoint.manifest import MANIFEST, VERIFIED
+from marlin_convert.checkpoint.reader import Checkpoint
+from marlin_convert.evaluate import compare
+from marlin_convert.models.blocks import BlockModel
+
+FORMATS = ["marlin", "gptq", "compressed-tensors"]
+SCALES = {"marlin": "s", "gptq": "scales", "compressed-tensors": "weight_scale"}
+CODES = {"marlin": "B", "gptq": "qweight", "compressed-tensors": "weight_packed"}
+WEIGHTS = "model.safetensors"
+Q = "model.layers.1.self_attn.q_proj"
+SMALL_TEXT = ("--samples", 8, "--sequence-length", 256)
+
+
+@pytest.fixture
+def copy(quantized, tmp_path) -> Callable[[str], Path]:
+    """A copy, to be damaged, of tinypy in a format."""
+    return lambda format: shutil.copytree(quantized(format), tmp_path / format)
+
+
+@pytest.fixture
+def report(cli) -> Callable[..., dict]:
+    """The report of verify, whose exit code must fit it."""
+
+    def run(directory, *words):
+        result = cli("verify", directory, "--json", "-q", *words)
+        report = json.loads(result.stdout)
+        assert result.exit_code == (0 if report["passed"] else 3)
+        return report
+
+    return run
+
+
+def damage(directory: Path, change: Callable[[dict], object], *, manifest: bool = True) -> Path:
+    """Change the tensors, and make the manifest again so that no digest tells."""
+    tensors = load_file(directory / WEIGHTS)
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / WEIGHTS)
+    if manifest:
+        make_manifest_again(directory)
+    return directory
+
+
+def make_manifest_again(directory: Path) -> None:
+    manifest = json.loads((directory / MANIFEST).read_text())
+    for name, entry in manifest["files"].items():
+        content = (directory / name).read_bytes()
+        entry |= {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
+    (directory / MANIFEST).write_text(json.dumps(manifest))
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def statuses(report: dict) -> dict[str, str]:
+    return {name: check["status"] for name, check in report["checks"].items()}
+
+
+def fails(report: dict, name: str, *words: str) -> None:
+    """That check fails, with all the words in its reason and problems."""
+    check = report["checks"][name]
+    assert check["status"] == "fail", check
+    text = " ".join([check["reason"], *check["details"]["problems"]])
+    assert all(word in text for word in words), text
+
+
+# What is right
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_we_write_passes(format, copy, report):
+    directory = copy(format)
+    found = report(directory)
+    assert statuses(found) == {"files": "pass", "layout": "pass", "numbers": "pass", "kernel": "skipped"}
+    digest = hashlib.sha256((directory / MANIFEST).read_bytes()).hexdigest()
+    assert found["manifest_sha256"] == digest
+    written = (directory / VERIFIED).read_bytes()
+    assert json.loads(written) == found
+    assert str(directory.parent).encode() not in written
+    # the report is no part of what is checked, and the same files give the same report
+    assert report(directory) == found
+    assert (directory / VERIFIED).read_bytes() == written
+
+
+@pytest.mark.parametrize("format", FORMATS[1:])
+def test_what_a_peer_wrote_passes_without_a_manifest(format, copy, report, tmp_path):
+    directory = copy(format)
+    (directory / MANIFEST).unlink()
+    (directory / "recipe.yaml").unlink()
+    found = report(directory, "--report", tmp_path / "report.json")
+    assert statuses(found)["files"] == "pass" and "no manifest" in found["checks"]["files"]["reason"]
+    assert found["manifest_sha256"] is None and not (directory / VERIFIED).exists()
+    assert json.loads((tmp_path / "report.json").read_text()) == found
+
+
+def test_figures_beside_the_source(copy, tinypy, cli):
+    directory = copy("marlin")
+    result = cli("verify", directory, "--source", tinypy, *SMALL_TEXT)
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert lines[-1] == f"Next: marlin-convert inspect {directory}"
+    text = json.loads((directory / VERIFIED).read_text())["checks"]["numbers"]["details"]["text"]
+    assert 4 < text["source_perplexity"] < text["perplexity"] < 1.2 * text["source_perplexity"] < 20
+    assert 0.005 < text["divergence"] < 0.2 and 0.8 < text["agreement"] < 1
+    assert text["tokens"] == 8 * 255
+    assert f"{text['perplexity']:.4f}" in result.stdout and f"{text['divergence']:.4f}" in result.stdout
+
+
+def test_a_repack_has_the_codes_of_its_source(copy, quantized, report):
+    found = report(copy("marlin"), "--source", quantized("gptq"), *SMALL_TEXT)
+    details = found["checks"]["numbers"]["details"]
+    assert all(row["error"] == 0 for row in details["weights"])
+    assert details["text"]["divergence"] == pytest.approx(0, abs=1e-9) and details["text"]["agreement"] == 1
+
+
+def test_scales_a_peer_wrote_in_bfloat16(copy, report):
+    def change(tensors):
+        for name in tensors:
+            if name.endswith("weight_scale"):
+                tensors[name] = tensors[name].bfloat16()
+
+    found = report(damage(copy("compressed-tensors"), change))
+    assert found["passed"] and "only codes are compared" in found["checks"]["layout"]["reason"]
+
+
+def test_awq_is_read(copy, report):
+    """AWQ's words hold eight columns in an order of its own; only symmetric codes are here."""
+    directory = copy("gptq")
+    weights = Weights(Checkpoint.open(directory))
+
+    def packed(values):
+        eights = values.to(torch.int32).reshape(len(values), -1, 8)[..., [0, 2, 4, 6, 1, 3, 5, 7]]
+        return (eights << torch.arange(0, 32, 4, dtype=torch.int32)).sum(-1, dtype=torch.int32)
+
+    def change(tensors):
+        for linear in weights.packed_linears():
+            layer = weights.quantized(linear)
+            tensors[f"{linear}.qweight"] = packed(layer.codes)
+            tensors[f"{linear}.qzeros"] = packed(torch.full(layer.scales.shape, 8))
+            del tensors[f"{linear}.g_idx"]
+
+    awq = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
+    edit_json(directory / "config.json", quantization_config=awq)
+    found = report(damage(directory, change))
+    assert found["passed"] and "not packed again" in found["checks"]["layout"]["reason"]
+
+
+def test_a_dense_model_has_nothing_to_unpack(tinypy, report):
+    assert statuses(report(tinypy)) == {
+        "files": "pass", "layout": "skipped", "numbers": "skipped", "kernel": "skipped",
+    }  # fmt: skip
+
+
+# files
+
+
+def test_a_flipped_byte(copy, report):
+    directory = copy("marlin")
+    content = bytearray((directory / WEIGHTS).read_bytes())
+    content[-1000] ^= 1
+    (directory / WEIGHTS).write_bytes(content)
+    fails(report(directory), "files", WEIGHTS, "sha256")
+
+
+def test_an_extra_and_a_missing_file(copy, report):
+    directory = copy("marlin")
+    (directory / "extra.txt").write_text("x")
+    (directory / "tokenizer.json").unlink()
+    fails(report(directory), "files", "'extra.txt' is not in the manifest", "'tokenizer.json' is missing")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    ("value", "words"), [(0.0, "1 scales of zero"), (float("nan"), "NaN"), (float("inf"), "NaN or Inf")]
+)
+def test_a_scale_that_is_none(format, value, words, copy, report):
+    name = f"{Q}.{SCALES[format]}"
+
+    def change(tensors):
+        tensors[name][1, 1] = value
+
+    found = report(damage(copy(format), change))
+    fails(found, "files", name, words)
+    fails(found, "layout", Q)
+
+
+def test_values_that_float16_cannot_hold(copy, report):
+    def change(tensors):
+        tensors["model.norm.weight"][3] = 1e6
+
+    fails(report(damage(copy("gptq"), change)), "files", "model.norm.weight", "float16 cannot")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("kind", ["norm", "scales", "codes"])
+def test_a_missing_tensor(format, kind, copy, report):
+    name = {
+        "norm": "model.layers.0.input_layernorm.weight",
+        "scales": f"{Q}.{SCALES[format]}",
+        "codes": f"{Q}.{CODES[format]}",
+    }[kind]
+    found = report(damage(copy(format), lambda tensors: tensors.pop(name)))
+    assert not found["passed"]
+    fails(found, "layout" if kind == "scales" else "files", name.rpartition(".")[0])
+
+
+def test_tensors_too_many(copy, report, tmp_path):
+    def foreign(tensors):
+        tensors["model.layers.9.mlp.up_proj.B"] = tensors[f"{Q}.B"].clone()
+        tensors["model.layers.9.mlp.up_proj.s"] = tensors[f"{Q}.s"].clone()
+
+    fails(report(damage(copy("marlin"), foreign)), "files", "model.layers.9", "not of the architecture")
+
+    def twice(tensors):
+        tensors[f"{Q}.weight"] = torch.zeros(256, 256, dtype=torch.bfloat16)
+
+    fails(report(damage(copy("gptq"), twice)), "files", Q, "both dense and packed")
+
+
+@pytest.mark.parametrize("manifest", [True, False])
+def test_a_truncated_file(manifest, copy, report):
+    directory = copy("gptq")
+    content = (directory / WEIGHTS).read_bytes()
+    (directory / WEIGHTS).write_bytes(content[:-1000])
+    if not manifest:
+        (directory / MANIFEST).unlink()
+    found = report(directory)
+    fails(found, "files", WEIGHTS, "truncated")
+    assert statuses(found)["layout"] == "skipped"
+
+
+# layout
+
+
+def test_what_engines_fuse_is_packed_together(copy, report):
+    def change(tensors):
+        for suffix in ("B", "s"):
+            del tensors[f"{Q}.{suffix}"]
+        tensors[f"{Q}.weight"] = torch.ones(256, 256, dtype=torch.bfloat16)
+
+    found = report(damage(copy("marlin"), change))
+    assert statuses(found)["files"] == "pass"
+    fails(found, "layout", Q, "dense", "packed")
+
+
+def test_groups_that_follow_activation_order(copy, report):
+    def change(tensors):
+        order = torch.randperm(256, generator=torch.Generator().manual_seed(0))
+        tensors[f"{Q}.g_idx"] = tensors[f"{Q}.g_idx"][order]
+
+    fails(report(damage(copy("gptq"), change)), "layout", Q, "g_idx")
+
+
+def test_zeros_of_another_version(copy, report):
+    def change(tensors):
+        tensors[f"{Q}.qzeros"].fill_(-0x77777778)
+
+    fails(report(damage(copy("gptq"), change)), "layout", f"{Q}.qzeros", "packing")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_linear_of_another_shape(format, copy, report):
+    def change(tensors):
+        for name in [name for name in tensors if name.startswith(Q)]:
+            tensors[name] = tensors[name.replace("self_attn.q_proj", "mlp.up_proj")].clone()
+
+    fails(report(damage(copy(format), change)), "layout", Q, "256 inputs and 768 outputs")
+
+
+def test_a_config_of_another_shape(copy, report):
+    directory = copy("marlin")
+    edit_json(directory / "config.json", vocab_size=4000, intermediate_size=1024)
+    make_manifest_again(directory)
+    fails(report(directory), "layout", "model.embed_tokens.weight", "mlp.down_proj")
+
+
+@pytest.mark.parametrize("group_size", [64, -1])
+def test_a_config_of_another_group_size(group_size, copy, report):
+    directory = copy("marlin")
+    config = json.loads((directory / "config.json").read_text())["quantization_config"]
+    edit_json(directory / "config.json", quantization_config=config | {"group_size": group_size})
+    make_manifest_again(directory)
+    fails(report(directory), "layout", Q, "groups")
+
+
+# numbers
+
+
+def test_swapped_scales_show_beside_the_source(copy, tinypy, report):
+    name = f"{Q}.scales"
+
+    def change(tensors):
+        row = tensors[name][0]
+        pair = [int(row.argmin()), int(row.argmax())]
+        tensors[name][:, pair] = tensors[name][:, pair[::-1]]
+
+    directory = damage(copy("gptq"), change)
+    assert report(directory)["passed"]
+    fails(report(directory, "--source", tinypy, *SMALL_TEXT), "numbers", Q, "an output")
+
+
+def test_a_wrong_permutation_shows_beside_the_source(copy, tinypy, report):
+    def change(tensors):
+        for name in tensors:
+            if name.endswith(".s"):
+                tensors[name] = tensors[name].reshape(-1, 4, 8).transpose(1, 2).reshape(tensors[name].shape)
+
+    directory = damage(copy("marlin"), change)
+    found = report(directory, "--source", tinypy, *SMALL_TEXT)
+    assert [statuses(found)[name] for name in ("files", "layout")] == ["pass", "pass"]
+    fails(found, "numbers", Q, "perplexity")
+
+
+def test_another_model_as_source(copy, report, tmp_path):
+    other = tiny_models.save(tiny_models.build("llama"), tmp_path / "other")
+    fails(report(copy("marlin"), "--source", other, *SMALL_TEXT), "numbers", "in the source")
+
+
+def test_a_product_beyond_the_tolerance(copy, report):
+    fails(report(copy("marlin"), "--tolerance", 1e-12), "numbers", Q, "product")
+
+
+def test_linears_rounded_to_nearest(copy, report, cli):
+    directory = copy("marlin")
+    rows = json.loads((directory / MANIFEST).read_text())["linears"]
+    rows[3]["rounded_to_nearest"] = True
+    edit_json(directory / MANIFEST, linears=rows)
+    assert f"rounded to nearest: {rows[3]['name']}" in cli("verify", directory).stdout.splitlines()
+    fails(report(directory, "--strict"), "numbers", rows[3]["name"])
+
+
+def test_a_model_compared_with_itself(tmp_path):
+    """Block by block, the perplexity is the one that transformers computes."""
+    model = tiny_models.build("qwen3")
+    weights = Weights(Checkpoint.open(tiny_models.save(model, tmp_path / "model")))
+    ids = torch.randint(0, 4096, (3, 300), generator=torch.Generator().manual_seed(0))
+    one, other = (BlockModel(weights, torch.device("cpu"), fast=False) for _ in range(2))
+    found = compare(one, other, ids)
+    with torch.no_grad():
+        expected = model(input_ids=ids, labels=ids).loss.exp().item()
+    assert found.perplexity == found.source_perplexity == pytest.approx(expected, rel=1e-4)
+    assert asdict(found) | {"tokens": 3 * 299, "divergence": 0, "agreement": 1} == asdict(found)
+
+
+# kernel, options, and what can be no checkpoint
+
+
+def test_the_kernel_check_never_passes_unrun(copy, cli):
+    directory = copy("marlin")
+    result = cli("verify", directory, "--require-kernel")
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1].startswith("Error: the kernel check is required and could not run")
+    assert not json.loads((directory / VERIFIED).read_text())["passed"]
+
+
+def test_checks_that_were_not_asked_for_are_said_to_be_skipped(copy, report):
+    found = report(copy("marlin"), "--checks", "layout")
+    assert statuses(found) == {
+        "files": "skipped", "layout": "pass", "numbers": "skipped", "kernel": "skipped",
+    }  # fmt: skip
+    assert found["checks"]["files"]["reason"] == "not asked for"
+
+
+def test_wrong_usage(quantized, cli):
+    result = cli("verify", quantized("marlin"), "--checks", "files,magic")
+    assert result.exit_code == 2 and "magic" in result.stderr
+
+
+def test_no_checkpoint(tmp_path, cli):
+    for directory in (tmp_path, tmp_path / "absent"):
+        result = cli("verify", directory)
+        assert result.exit_code == 1 and result.stderr.splitlines()[-2].startswith("Error: ")
+
+
+def test_an_unknown_format_is_no_difference(copy, cli):
+    directory = copy("gptq")
+    (directory / MANIFEST).unlink()
+    edit_json(directory / "config.json", quantization_config={"quant_method": "bitsandbytes"})
+    result = cli("verify", directory)
+    assert result.exit_code == 1 and "bitsandbytes" in result.stderr
+
+
+def test_a_report_that_cannot_be_written(copy, tmp_path, cli):
+    directory = copy("marlin")
+    result = cli("verify", directory, "--checks", "layout", "--report", tmp_path / "absent" / "report.json")
+    assert result.exit_code == 1 and "absent" in result.stderr
+    assert (directory / VERIFIED).exists()
+
+
+def test_text_that_is_too_short(quantized, tinypy, tmp_path, cli):
+    (tmp_path / "short.txt").write_text("short")
+    words = ("--source", tinypy, "--text", tmp_path / "short.txt")
+    result = cli("verify", quantized("marlin"), *words)
+    assert result.exit_code == 1 and "16384" in result.stderr
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_damage_never_gives_a_traceback(seed, copy, cli):
+    """Bytes of headers and JSON files change, with and without a manifest that tells."""
+    draw = random.Random(seed)
+    directory = copy(draw.choice(FORMATS))
+    names = ["config.json", WEIGHTS, WEIGHTS, MANIFEST]
+    known = draw.random() < 0.5
+    if not known:
+        (directory / MANIFEST).unlink()
+    path = directory / draw.choice(names if known else names[:-1])
+    content = bytearray(path.read_bytes())
+    for _ in range(draw.choice([1, 2, 8])):
+        content[draw.randrange(min(len(content), 20_000))] = draw.randrange(256)
+    path.write_bytes(content)
+    assert cli("verify", directory).exit_code in ((0, 1, 3) if path.name == MANIFEST or not known else (1, 3))
