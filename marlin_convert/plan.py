@@ -1,5 +1,6 @@
 """The plan: what becomes of every linear and every tensor, known from headers before a weight is read."""
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from marlin_convert import formats
 from marlin_convert.checkpoint.linears import Weights
@@ -17,6 +19,8 @@ from marlin_convert.models.architectures import Architecture, Stage, architectur
 from marlin_convert.models.blocks import block_linears, module_tree
 from marlin_convert.quantized import QuantizedLinear
 from marlin_convert.recipe import Recipe
+
+log = logging.getLogger("marlin_convert")
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -148,6 +152,8 @@ def make_plan(
         assert weights.scheme is not None
         recipe = _with_group_size_of_source(recipe, weights.scheme.group_size, group_size)
         bits = weights.scheme.bits
+    else:
+        recipe = _within_positions(recipe, model)
 
     left_out = check_names(weights, model)
     linears = block_linears(model, architecture)
@@ -168,8 +174,6 @@ def make_plan(
         for fate in fates
         if fate.packed
     }
-    embeddings = model.get_input_embeddings()
-    assert isinstance(embeddings, torch.nn.Embedding)
     owner: dict[str, tuple[str, str]] = {}
     specs = tuple(_specs(weights, model, architecture, packed, recipe, owner, left_out))
     return Plan(
@@ -185,7 +189,7 @@ def make_plan(
         left_out=tuple(left_out),
         notes=tuple(_notes(fates, recipe, weights if repack else None)),
         source_bytes=sum(info.end - info.start for info in checkpoint.tensors.values()),
-        vocabulary=embeddings.num_embeddings,
+        vocabulary=model.config.get_text_config().vocab_size,
         quantization_config=layout.quantization_config(
             bits=bits,
             group_size=recipe.group_size,
@@ -209,6 +213,17 @@ def _with_group_size_of_source(recipe: Recipe, stored: int, asked: int | None) -
             f"the source is quantized with group size {stored}; 128, 64, 32 and -1 can be written.",
             "--requantize solves again from the dequantized weights.",
         ) from error
+
+
+def _within_positions(recipe: Recipe, model: PreTrainedModel) -> Recipe:
+    """The recipe with sequences no longer than the model was made for."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None or recipe.sequence_length <= limit:
+        return recipe
+    log.warning(
+        "calibration sequences of %d tokens, not %d: the model's limit", limit, recipe.sequence_length
+    )
+    return recipe.changed({"sequence_length": limit})
 
 
 def _notes(fates: Sequence[Fate], recipe: Recipe, repacked: Weights | None) -> Iterator[str]:

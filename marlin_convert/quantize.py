@@ -5,20 +5,15 @@ A source that is already quantized is repacked: its codes take the place of cali
 
 import errno
 import logging
-import os
 import platform
 import shutil
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import transformers
@@ -28,27 +23,18 @@ from marlin_convert import __version__
 from marlin_convert.calibration import Calibration, calibrate, load_tokenizer, shown
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.manifest import MANIFEST, sha256_file
-from marlin_convert.checkpoint.reader import Checkpoint, json_file
+from marlin_convert.checkpoint.reader import Checkpoint
+from marlin_convert.checkpoint.unfinished import UnfinishedRun
 from marlin_convert.checkpoint.writer import ShardWriter, publish, write_json
+from marlin_convert.codes import Codes, Repack, Solve
 from marlin_convert.errors import ConvertError, FormatError, SourceError
 from marlin_convert.hub import Source
-from marlin_convert.models.architectures import Stage
-from marlin_convert.models.blocks import BlockModel
-from marlin_convert.models.hidden import HiddenStates, memory_for_activations
-from marlin_convert.models.stages import BlockWalk
-from marlin_convert.plan import Fate, Plan, make_plan
-from marlin_convert.quantized import QuantizedLinear, same_codes
+from marlin_convert.plan import Plan, make_plan
 from marlin_convert.recipe import Recipe
-from marlin_convert.solvers.gptq import Solution, solve
-from marlin_convert.solvers.hessian import Hessian
 
 log = logging.getLogger("marlin_convert")
 
-PROGRESS = "progress.json"
 RECIPE = "recipe.yaml"
-
-# Linears of a repack in work at once, where there are as many processors: hashing keeps up with no more.
-WORKERS = 4
 
 
 @dataclass(frozen=True)
@@ -71,14 +57,9 @@ class Job:
     trust_remote_code: bool = False
 
     @property
-    def partial(self) -> Path:
-        """Where an unfinished run is kept."""
-        return self.output.with_name(self.output.name + ".partial")
-
-    @property
-    def staging(self) -> Path:
-        """What becomes `output` by one rename at the end."""
-        return self.partial / "checkpoint"
+    def run(self) -> UnfinishedRun:
+        """What there is of the output until it is complete."""
+        return UnfinishedRun(self.output)
 
 
 @dataclass(frozen=True)
@@ -89,19 +70,6 @@ class Report:
     plan: Plan
     seconds: float
     replayed: int  # times a part of a block was computed again for want of memory, over all micro-batches
-
-
-Packed = tuple[dict[str, Tensor], dict[str, Any]]  # tensors of a linear, and what the manifest says of it
-
-
-class Codes(Protocol):
-    """Where the codes of a block come from: solved, or unpacked from a quantized source."""
-
-    replayed: int
-
-    def block(self, number: int) -> Iterator[Packed]:
-        """Every packed linear of a block."""
-        ...
 
 
 def plan_job(job: Job) -> tuple[Weights, Plan]:
@@ -128,15 +96,17 @@ def quantize(
     weights, plan = plan_job(job)
     calibration = None if plan.repack else _calibration(job, plan)
     settings = _settings(job, plan, weights, calibration)
-    done = _earlier_run(job, settings)
+    run = job.run
+    done = run.earlier(settings, resume=job.resume, discard=job.overwrite)
     replayed = 0
-    manifest = _published(job)
+    manifest = run.published() if job.resume else None
     try:
         if manifest is None:
-            _begin(job, settings, done)
+            run.begin(settings, done)
             files, rows, replayed = _convert(job, plan, weights, calibration, settings, done, progress)
             manifest = _assemble(job, plan, weights, settings, rows, files)
-            publish(job.staging, job.output, job.overwrite)
+            run.complete()
+            publish(run.staging, job.output, job.overwrite)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise ConvertError(
@@ -148,9 +118,9 @@ def quantize(
             "choose another directory, or mend this one and continue with --resume.",
         ) from error
     finally:
-        if not _finished_blocks(job):
-            shutil.rmtree(job.partial, ignore_errors=True)
-    shutil.rmtree(job.partial)
+        if not run.blocks:
+            run.forget()
+    run.forget()
     return Report(manifest, plan, time.monotonic() - started, replayed)
 
 
@@ -166,11 +136,15 @@ def _convert(
     """Write the shards; returns their sha256, the manifest's row of every linear, and the parts replayed."""
     rows: list[dict[str, Any]] = done["linears"]
     with ExitStack() as stack:
-        writer = stack.enter_context(ShardWriter(job.staging, plan.specs, job.max_shard_size))
+        writer = stack.enter_context(ShardWriter(job.run.staging, plan.specs, job.max_shard_size))
         writer.resume(done["tensors"])
         codes: Codes
         if calibration is not None and done["blocks"] < plan.blocks:
-            codes = Solve(job, plan, weights, calibration, writer, done["blocks"])
+            codes = Solve(
+                plan, weights, calibration, job.device,
+                directory=job.run.directory, trust_remote_code=job.trust_remote_code,
+            )  # fmt: skip
+            codes.skip(done["blocks"], writer)
         else:
             codes = stack.enter_context(Repack(plan, weights, done["blocks"]))
         names = iter(writer.order[done["tensors"] :])
@@ -184,177 +158,11 @@ def _convert(
                     writer.write(name, packed.pop(name) if name in packed else _dense(weights, plan, name))
                     name = next(names, None)
             finished = {"blocks": number + 1, "linears": list(rows)}
-            writer.checkpoint(partial(_save_progress, job, settings, finished))
+            writer.checkpoint(partial(job.run.save, settings, finished))
         while name is not None:
             writer.write(name, _dense(weights, plan, name))
             name = next(names, None)
         return writer.close(), rows, codes.replayed
-
-
-class Repack:
-    """The codes of a source that is already quantized, untouched.
-
-    A few linears are read and packed ahead of the one asked for. Inside its context torch uses one thread for
-    every operation: threads that share one wait for each other, and on a busy machine do little else.
-    """
-
-    replayed = 0
-
-    def __init__(self, plan: Plan, weights: Weights, done: int):
-        """Begin with the linears of block `done`, in the order in which they are written."""
-        self._plan = plan
-        self._weights = weights
-        fates = {fate.linear: fate for number in range(done, plan.blocks) for fate in plan.packed_in(number)}
-        order = dict.fromkeys(plan.owner[spec.name][0] for spec in plan.specs if spec.name in plan.owner)
-        self._todo = iter([fates[linear] for linear in order if linear in fates])
-        self._ahead: deque[Future[Packed]] = deque()
-        self._threads = torch.get_num_threads()
-        self._workers = min(WORKERS, self._threads)
-        self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="repack")
-        largest = max((fate.k * fate.n for fate in fates.values()), default=0)
-        # the codes of a linear, and those it is checked with, for every linear in work
-        self._memory: SimpleQueue[Tensor] = SimpleQueue()
-        for _ in range(self._workers):
-            self._memory.put(torch.empty(2, largest, dtype=torch.uint8))
-
-    def __enter__(self) -> "Repack":
-        torch.set_num_threads(1)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(self._threads)
-
-    def block(self, number: int) -> Iterator[Packed]:
-        """The linears of a block, each unpacked from the source's layout and packed in the plan's."""
-        for _ in self._plan.packed_in(number):
-            missing = self._workers + 1 - len(self._ahead)
-            self._ahead.extend(self._pool.submit(self._repack, fate) for fate in islice(self._todo, missing))
-            yield self._ahead.popleft().result()
-
-    def _repack(self, fate: Fate) -> Packed:
-        row = {"name": fate.linear, "k": fate.k, "n": fate.n}
-        memory = self._memory.get()
-        try:
-            layer = self._weights.quantized(fate.linear, memory[0])
-            return _pack(fate.linear, layer, self._plan, memory[1]), row
-        finally:
-            self._memory.put(memory)
-
-
-class Solve:
-    """The codes that the solver finds for a dense source, one block after another."""
-
-    def __init__(
-        self, job: Job, plan: Plan, weights: Weights, calibration: Calibration, writer: ShardWriter, done: int
-    ):
-        """Embed the calibration text and take it through the blocks that an earlier run has finished."""
-        self._plan = plan
-        self._recipe = plan.recipe
-        self._model = BlockModel(weights, job.device, trust_remote_code=job.trust_remote_code)
-        self._hidden = HiddenStates(self._model, calibration.ids, job.partial)
-        self.replayed = 0
-        for number in range(done):
-            log.debug("block %d was finished before, running the text through it", number)
-            block = self._model.load(number)
-            for fate in plan.packed_in(number):
-                stored = {suffix: writer.read(f"{fate.linear}.{suffix}") for suffix in plan.suffixes}
-                self._model.replace(fate.linear, plan.unpack(stored).dequantize(self._model.dtype))
-            self._hidden.advance(block, number)
-            self._model.unload(number)
-
-    def block(self, number: int) -> Iterator[Packed]:
-        """Solve the block stage by stage, with the inputs that the stages before leave it."""
-        model, hidden = self._model, self._hidden
-        path = model.name(number)
-        stages = self._plan.stages(path)
-        block = model.load(number)
-        hessians: dict[Stage, Hessian] = {}
-        solved: list[Packed] = []
-
-        def observe(stage: Stage, x: Tensor) -> None:
-            if stage not in hessians:
-                hessians[stage] = Hessian(x.shape[-1], x.device)
-            hessians[stage].add(x)
-
-        def solve_stage(stage: Stage) -> None:
-            solved.extend(self._solve([f"{path}.{name}" for name in stage], hessians.pop(stage).mean()))
-
-        walk = BlockWalk(
-            block, model.architecture.parts, len(hidden), lambda i: hidden.forward(i, block, number),
-            observe, solve_stage, keep_bytes=memory_for_activations(model.device), dtype=model.dtype,
-        )  # fmt: skip
-        walk.run(stages, hidden.put)
-        self.replayed += walk.replayed
-        model.unload(number)
-        yield from solved
-
-    def _solve(self, linears: list[str], hessian: Tensor) -> Iterator[Packed]:
-        """Solve the linears of a stage as one matrix and put the dequantized weights into the model."""
-        if not hessian.isfinite().all():
-            raise SourceError(
-                f"the inputs of {linears[0]} are not finite; the model overflows on this text.",
-                "its weights may be damaged, or their type too narrow for them.",
-            )
-        model = self._model
-        weights: list[Tensor] = [model.model.get_parameter(f"{linear}.weight") for linear in linears]
-        k = hessian.shape[0]
-        group_size = k if self._recipe.group_size == -1 else self._recipe.group_size
-        found = solve(
-            torch.cat(weights), hessian, bits=self._plan.bits, group_size=group_size,
-            damping=self._recipe.damping, sweeps=self._recipe.sweeps,
-        )  # fmt: skip
-        start = 0
-        for linear, weight in zip(linears, weights, strict=True):
-            columns = slice(start, start + len(weight))
-            start += len(weight)
-            layer = QuantizedLinear(
-                found.codes[:, columns].contiguous(), found.scales[:, columns].contiguous(), group_size
-            )
-            model.replace(linear, layer.dequantize(model.dtype))
-            row = _row(linear, layer, found, columns)
-            log.debug("%s: relative output error %.4f", linear, row["error"])
-            yield _pack(linear, layer, self._plan), row
-
-
-def _row(linear: str, layer: QuantizedLinear, found: Solution, columns: slice) -> dict[str, Any]:
-    """What the manifest says of a solved linear; `error` is ||x(W - W_q)|| / ||xW|| on the calibration."""
-    energy = found.energy[columns].sum().item()
-    error = (max(found.error[columns].sum().item(), 0.0) / energy) ** 0.5 if energy > 0 else 0.0
-    row = {
-        "name": linear,
-        "k": layer.k,
-        "n": layer.n,
-        "error": float(f"{error:.6g}"),
-        "damping": found.damping,
-    }
-    if found.damping is None:
-        row["rounded_to_nearest"] = True
-        log.warning("%s: its Hessian could not be factorised; weights are rounded to nearest", linear)
-    return row
-
-
-def _pack(
-    linear: str, layer: QuantizedLinear, plan: Plan, memory: Tensor | None = None
-) -> dict[str, Tensor]:
-    """The tensors of a packed linear by full name; what was packed is unpacked again, in memory, and compared."""
-    try:
-        packed = plan.pack(layer)
-    except FormatError as error:
-        raise FormatError(f"{linear}: {error}.", error.hint) from error
-    again = plan.unpack(packed, memory)
-    if not (
-        same_codes(again.codes, layer.codes)
-        and torch.equal(again.scales.float(), layer.scales.float())
-        and all(
-            one is other or (one is not None and other is not None and torch.equal(one, other))
-            for one, other in ((again.zeros, layer.zeros), (again.group_of_row, layer.group_of_row))
-        )
-    ):
-        raise RuntimeError(
-            f"{linear} does not survive {plan.recipe.format}; this is a bug, nothing was published"
-        )
-    return {f"{linear}.{suffix}": tensor for suffix, tensor in packed.items()}
 
 
 def _dense(weights: Weights, plan: Plan, name: str) -> Tensor:
@@ -438,12 +246,8 @@ def _check_output(job: Job, plan: Plan) -> None:
         raise ConvertError(
             f"'{job.output}' cannot be the output: it comes by a rename.", "give a directory to be made."
         )
-    if os.path.lexists(job.partial) and not _ours(job.partial):
-        raise ConvertError(
-            f"'{job.partial}' is in the way: it is not an unfinished run.",
-            "move it, or choose another output directory.",
-        )
-    if _published(job):
+    job.run.check_ours()
+    if job.resume and job.run.published():
         return
     replaceable = job.output.is_dir() and (job.overwrite or not any(job.output.iterdir()))
     if job.output.exists() and not replaceable:
@@ -453,83 +257,11 @@ def _check_output(job: Job, plan: Plan) -> None:
         )
     place = next(parent for parent in output.parents if parent.exists())
     free = shutil.disk_usage(place).free
-    present = sum(path.stat().st_size for path in job.staging.glob("*")) if job.staging.is_dir() else 0
-    if plan.output_bytes > free + present:
+    if plan.output_bytes > free + job.run.staged_bytes:
         raise ConvertError(
             f"no space left: the output takes {plan.output_bytes:,} bytes, {free:,} are free.",
             "free some, or choose a directory on another disk.",
         )
-
-
-def _ours(partial: Path) -> bool:
-    """Whether a directory is what an unfinished run leaves, and may be removed."""
-    if partial.is_symlink() or not partial.is_dir():
-        return False
-    names = {path.name for path in partial.iterdir()}
-    return PROGRESS in names or names <= {PROGRESS + ".tmp"}
-
-
-def _published(job: Job) -> dict[str, Any] | None:
-    """The manifest of an output that was in place when the run to be resumed was stopped."""
-    if not job.resume or not (job.partial / PROGRESS).exists() or not (job.output / MANIFEST).exists():
-        return None
-    digest = json_file(job.partial, PROGRESS).get("manifest")
-    if digest != sha256_file(job.output / MANIFEST):
-        return None
-    return json_file(job.output, MANIFEST)
-
-
-def _earlier_run(job: Job, settings: dict[str, Any]) -> dict[str, Any]:
-    """What an interrupted run has finished; nothing without --resume, ConvertError if it differs."""
-    nothing: dict[str, Any] = {"blocks": 0, "tensors": 0, "linears": []}
-    if not _finished_blocks(job):
-        return nothing
-    earlier = json_file(job.partial, PROGRESS)
-    done = earlier["done"]
-    if not job.resume:
-        if not job.overwrite:
-            raise ConvertError(
-                f"'{job.partial}' holds an interrupted run that has finished {done['blocks']} blocks.",
-                "continue it with --resume, or remove the directory.",
-            )
-        return nothing
-    for name, then, now in _differences(earlier["settings"], settings):
-        raise ConvertError(
-            f"cannot resume '{job.partial}': it was started with {name} {then!r}, not {now!r}.",
-            "use the settings it was started with, or remove the directory.",
-        )
-    log.info("resuming at block %d", done["blocks"])
-    return done
-
-
-def _differences(then: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(then, dict) and isinstance(now, dict):
-        # in the order of `now`: what was chosen is named before what follows from it
-        for key in {**now, **then}:
-            yield from _differences(then.get(key), now.get(key), f"{name}.{key}".removeprefix("."))
-    elif then != now:
-        yield name, then, now
-
-
-def _finished_blocks(job: Job) -> int:
-    """How many blocks an unfinished run has safely on disk."""
-    if not (job.partial / PROGRESS).exists():
-        return 0
-    return json_file(job.partial, PROGRESS)["done"]["blocks"]
-
-
-def _save_progress(job: Job, settings: dict[str, Any], finished: dict[str, Any], tensors: int) -> None:
-    """Note how far the run is: from here --resume goes on."""
-    write_json(job.partial / PROGRESS, {"settings": settings, "done": {**finished, "tensors": tensors}})
-
-
-def _begin(job: Job, settings: dict[str, Any], done: dict[str, Any]) -> None:
-    """Make the directory everything is written to; what an abandoned run left there goes."""
-    if not done["blocks"] and job.partial.exists():
-        shutil.rmtree(job.partial)
-    job.partial.mkdir(parents=True, exist_ok=True)
-    _save_progress(job, settings, {"blocks": done["blocks"], "linears": done["linears"]}, done["tensors"])
-    job.staging.mkdir(exist_ok=True)
 
 
 def _assemble(
@@ -541,7 +273,7 @@ def _assemble(
     files: dict[str, str],
 ) -> dict[str, Any]:
     """Put everything but the weights into the output: config, tokenizer, licences, recipe, manifest."""
-    staging = job.staging
+    staging = job.run.staging
     config = {key: value for key, value in weights.checkpoint.config.items() if key != "quantization_config"}
     if plan.recipe.dtype != "auto":
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = plan.recipe.dtype
@@ -570,7 +302,4 @@ def _assemble(
         },
     }
     write_json(staging / MANIFEST, manifest)
-    # a run that is stopped between its last rename and its clean-up is known by this
-    progress = json_file(job.partial, PROGRESS) | {"manifest": sha256_file(staging / MANIFEST)}
-    write_json(job.partial / PROGRESS, progress)
     return manifest

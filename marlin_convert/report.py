@@ -50,9 +50,20 @@ def plan_text(plan: Plan, job: "Job") -> str:
         )
     needs = estimate(plan, job.device)
     lines.append(f"  on {job.device}: about {_time(needs.seconds)}, {_size(needs.memory)} of memory")
-    lines += [f"  left out: {name}" for name in plan.left_out]
+    lines += [f"  {line}" for line in left_out(plan)]
     lines += [f"  note: {note}" for note in plan.notes]
     return "\n".join(lines)
+
+
+def left_out(plan: Plan) -> list[str]:
+    """The source tensors that are not written, those of one name on one line; the manifest lists them all."""
+    names: dict[str, list[str]] = {}
+    for name in plan.left_out:
+        names.setdefault(".".join(name.split(".")[-2:]), []).append(name)
+    return [
+        f"left out: {group[0]}" + f" and {len(group) - 1} like it" * (len(group) > 1)
+        for group in names.values()
+    ]
 
 
 def summary(done: "Report") -> dict[str, Any]:
@@ -78,7 +89,7 @@ def summary_text(done: "Report", job: "Job") -> str:
         lines.append(f"{f'mean of {len(errors)} linears':48} {'':7} {'':7} {mean:8.4f}")
     lines += [f"rounded to nearest: {row['name']}" for row in rows if row.get("rounded_to_nearest")]
     lines += [f"left dense: {fate.linear} ({fate.reason})" for fate in plan.dense]
-    lines += [f"left out: {name}" for name in plan.left_out]
+    lines += left_out(plan)
     lines += [f"note: {note}" for note in plan.notes]
     lines.append(
         f"{len(plan.packed)} linears at {plan.bits_per_weight:.3f} bits per weight, "

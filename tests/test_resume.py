@@ -131,7 +131,7 @@ def check_finished(output: Path, whole: dict[str, bytes]) -> None:
     assert {path.name for path in output.parent.iterdir()} == {output.name}
 
 
-PROGRESS, COPY = ("marlin_convert.quantize:_save_progress", 3), ("shutil:copyfile", -1)
+PROGRESS, COPY = ("marlin_convert.checkpoint.unfinished:UnfinishedRun.save", 3), ("shutil:copyfile", -1)
 
 
 def test_killed_twice_it_goes_on_to_the_same_bytes(
@@ -155,10 +155,10 @@ def test_killed_twice_it_goes_on_to_the_same_bytes(
 
 
 PLACES = [
-    ("marlin_convert.quantize:_save_progress", -1),
-    ("marlin_convert.quantize:_save_progress", 1),
-    ("marlin_convert.quantize:_save_progress", -2),
-    ("marlin_convert.quantize:_save_progress", 5),
+    ("marlin_convert.checkpoint.unfinished:UnfinishedRun.save", -1),
+    ("marlin_convert.checkpoint.unfinished:UnfinishedRun.save", 1),
+    ("marlin_convert.checkpoint.unfinished:UnfinishedRun.save", -2),
+    ("marlin_convert.checkpoint.unfinished:UnfinishedRun.save", 5),
     ("marlin_convert.checkpoint.writer:ShardWriter._put", 1),
     ("marlin_convert.checkpoint.writer:ShardWriter._put", 30),
     ("marlin_convert.checkpoint.writer:ShardWriter._put", -45),

@@ -14,7 +14,11 @@ from transformers.utils import logging as transformers_logging
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.errors import SourceError
 from marlin_convert.models.architectures import Architecture, architecture_of
-from marlin_convert.solvers.hessian import bf16_units
+
+
+def bf16_units() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX)."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def module_tree(config: dict, directory: Any, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -67,8 +71,8 @@ class BlockModel:
         self.dtype = weights.dtype("model.embed_tokens.weight")
         self.compute_dtype = torch.float32 if device.type == "cpu" else self.dtype
         self._linears_round = fast and self.compute_dtype != self.dtype
-        bf16_products = self._linears_round and self.dtype == torch.bfloat16 and bf16_units()
-        self._product_dtype = torch.bfloat16 if bf16_products else self.compute_dtype
+        self.bf16_products = self._linears_round and self.dtype == torch.bfloat16 and bf16_units()
+        self._product_dtype = torch.bfloat16 if self.bf16_products else self.compute_dtype
         self.architecture = architecture_of(checkpoint.config)
         self.model = module_tree(checkpoint.config, checkpoint.directory, trust_remote_code=trust_remote_code)
         blocks = self.model.get_submodule(self.architecture.blocks)

@@ -43,9 +43,9 @@ def _kernel(
 def round_block(
     target: Tensor, w: Tensor, scale: Tensor, feedback: Tensor, errors: Tensor, bits: int
 ) -> Tensor:
-    """Round the rows of one block in order, as `gptq._round_block` does; all (b, n) but feedback (b, b), float32.
+    """Round the rows of one block in order, as `gptq._round_block` does.
 
-    Updates `errors`, returns signed codes int8.
+    All float32, (b, n) but feedback (b, b). Updates `errors`, returns signed codes int8.
     """
     rows, n = w.shape
     codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)

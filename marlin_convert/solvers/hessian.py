@@ -9,18 +9,15 @@ import torch
 from torch import Tensor
 
 
-def bf16_units() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX)."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
 class Hessian:
     """Sums x^T x, (k, k) float32, over all inputs x of a layer (GPTQ, arXiv 2210.17323, section 3).
 
-    Products of 16-bit inputs are exact in the float32 sums, on tensor cores as on a CPU's bfloat16 units.
+    Products of 16-bit inputs are exact in the float32 sums, on tensor cores as on a CPU's bfloat16 units;
+    `bf16_units` says that the CPU has some.
     """
 
-    def __init__(self, k: int, device: torch.device):
+    def __init__(self, k: int, device: torch.device, *, bf16_units: bool = False):
+        self._bf16_units = bf16_units
         self.sum = torch.zeros(k, k, dtype=torch.float32, device=device)
         self.tokens = 0
         self._width = 2048 if device.type == "cuda" else 512
@@ -29,7 +26,7 @@ class Hessian:
         """Add the inputs x (..., k)."""
         x = x.reshape(-1, x.shape[-1])
         self.tokens += x.shape[0]
-        with _products_of(x):
+        with _bf16_products(x.dtype == torch.bfloat16 and self._bf16_units):
             # a CPU has no product of 16-bit tensors with a float32 result
             x = x if x.is_cuda else x.float()
             # block columns down to the diagonal: the rest of the matrix is their mirror
@@ -46,11 +43,11 @@ class Hessian:
 
 
 @contextmanager
-def _products_of(x: Tensor) -> Iterator[None]:
+def _bf16_products(wanted: bool) -> Iterator[None]:
     """Let oneDNN multiply float32 tensors in bfloat16, which loses nothing where they came from it."""
     switch: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = switch.fp32_precision
-    if x.dtype == torch.bfloat16 and not x.is_cuda and bf16_units():
+    if wanted:
         switch.fp32_precision = "bf16"
     try:
         yield

@@ -1,0 +1,114 @@
+"""OUT.partial: what a run has finished so far, kept so that a run stopped at any moment can go on."""
+
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from marlin_convert.checkpoint.manifest import MANIFEST, sha256_file
+from marlin_convert.checkpoint.reader import json_file
+from marlin_convert.checkpoint.writer import write_json
+from marlin_convert.errors import ConvertError
+
+log = logging.getLogger("marlin_convert")
+
+PROGRESS = "progress.json"
+
+
+class UnfinishedRun:
+    """The directory beside an output in which a run works until the output is complete.
+
+    Its progress.json holds the `settings` that decide every byte of the output, and what is `done`: finished
+    blocks, tensors safely on disk, and the manifest's rows of their linears.
+    """
+
+    def __init__(self, output: Path):
+        self.output = output
+        self.directory = output.with_name(output.name + ".partial")
+        self.staging = self.directory / "checkpoint"  # becomes `output` by one rename
+        self._progress = self.directory / PROGRESS
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks are finished and safely on disk."""
+        return json_file(self.directory, PROGRESS)["done"]["blocks"] if self._progress.exists() else 0
+
+    @property
+    def staged_bytes(self) -> int:
+        """Bytes that are already taken on the disk."""
+        return sum(path.stat().st_size for path in self.staging.glob("*")) if self.staging.is_dir() else 0
+
+    def check_ours(self) -> None:
+        """ConvertError if what stands in the directory's place is not what a run leaves."""
+        if not self.directory.is_symlink() and not self.directory.exists():
+            return
+        if not self.directory.is_symlink() and self.directory.is_dir():
+            names = {path.name for path in self.directory.iterdir()}
+            if PROGRESS in names or names <= {PROGRESS + ".tmp"}:
+                return
+        raise ConvertError(
+            f"'{self.directory}' is in the way: it is not an unfinished run.",
+            "move it, or choose another output directory.",
+        )
+
+    def published(self) -> dict[str, Any] | None:
+        """The output's manifest if the run was stopped between its last rename and its clean-up."""
+        if not self._progress.exists() or not (self.output / MANIFEST).exists():
+            return None
+        digest = json_file(self.directory, PROGRESS).get("manifest")
+        return json_file(self.output, MANIFEST) if digest == sha256_file(self.output / MANIFEST) else None
+
+    def earlier(self, settings: dict[str, Any], *, resume: bool, discard: bool) -> dict[str, Any]:
+        """What is done already and can be gone on from: nothing, unless `resume`.
+
+        ConvertError if an earlier run would be lost without `discard`, or was started with other settings.
+        """
+        nothing: dict[str, Any] = {"blocks": 0, "tensors": 0, "linears": []}
+        if not self.blocks:
+            return nothing
+        if not resume:
+            if not discard:
+                raise ConvertError(
+                    f"'{self.directory}' holds an interrupted run that has finished {self.blocks} blocks.",
+                    "continue it with --resume, or remove the directory.",
+                )
+            return nothing
+        progress = json_file(self.directory, PROGRESS)
+        for name, then, now in _differences(progress["settings"], settings):
+            raise ConvertError(
+                f"cannot resume '{self.directory}': it was started with {name} {then!r}, not {now!r}.",
+                "use the settings it was started with, or remove the directory.",
+            )
+        log.info("resuming at block %d", self.blocks)
+        return progress["done"]
+
+    def begin(self, settings: dict[str, Any], done: dict[str, Any]) -> None:
+        """Make the directory; what an abandoned run left there goes."""
+        if not done["blocks"] and self.directory.exists():
+            shutil.rmtree(self.directory)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.save(settings, {"blocks": done["blocks"], "linears": done["linears"]}, done["tensors"])
+        self.staging.mkdir(exist_ok=True)
+
+    def save(self, settings: dict[str, Any], finished: dict[str, Any], tensors: int) -> None:
+        """Note how far the run is: from here --resume goes on."""
+        write_json(self._progress, {"settings": settings, "done": {**finished, "tensors": tensors}})
+
+    def complete(self) -> None:
+        """Note that the staged files are complete, so that they are known wherever the run is stopped."""
+        digest = sha256_file(self.staging / MANIFEST)
+        write_json(self._progress, json_file(self.directory, PROGRESS) | {"manifest": digest})
+
+    def forget(self) -> None:
+        """Remove the directory."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _differences(then: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(then, dict) and isinstance(now, dict):
+        # in the order of `now`: what was chosen is named before what follows from it
+        for key in {**now, **then}:
+            yield from _differences(then.get(key), now.get(key), f"{name}.{key}".removeprefix("."))
+    elif then != now:
+        yield name, then, now

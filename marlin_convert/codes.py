@@ -1,0 +1,222 @@
+"""Where the codes of a block come from: solved on calibration text, or kept from a quantized source."""
+
+import logging
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from marlin_convert.calibration import Calibration
+from marlin_convert.checkpoint.linears import Weights
+from marlin_convert.checkpoint.writer import ShardWriter
+from marlin_convert.errors import FormatError, SourceError
+from marlin_convert.models.architectures import Stage
+from marlin_convert.models.blocks import BlockModel
+from marlin_convert.models.hidden import HiddenStates, memory_for_activations
+from marlin_convert.models.stages import BlockWalk
+from marlin_convert.plan import Fate, Plan
+from marlin_convert.quantized import QuantizedLinear, same_codes
+from marlin_convert.solvers.gptq import Solution, solve
+from marlin_convert.solvers.hessian import Hessian
+
+log = logging.getLogger("marlin_convert")
+
+# Linears of a repack in work at once, where there are as many processors: hashing keeps up with no more.
+WORKERS = 4
+
+Packed = tuple[dict[str, Tensor], dict[str, Any]]  # tensors of a linear, and what the manifest says of it
+
+
+class Codes(Protocol):
+    """Where the codes of a block come from: solved, or unpacked from a quantized source."""
+
+    replayed: int
+
+    def block(self, number: int) -> Iterator[Packed]:
+        """Every packed linear of a block."""
+        ...
+
+
+class Repack:
+    """The codes of a source that is already quantized, untouched.
+
+    A few linears are read and packed ahead of the one asked for. Inside its context torch uses one thread for
+    every operation: threads that share one wait for each other, and on a busy machine do little else.
+    """
+
+    replayed = 0
+
+    def __init__(self, plan: Plan, weights: Weights, done: int):
+        """Begin with the linears of block `done`, in the order in which they are written."""
+        self._plan = plan
+        self._weights = weights
+        fates = {fate.linear: fate for number in range(done, plan.blocks) for fate in plan.packed_in(number)}
+        order = dict.fromkeys(plan.owner[spec.name][0] for spec in plan.specs if spec.name in plan.owner)
+        self._todo = iter([fates[linear] for linear in order if linear in fates])
+        self._ahead: deque[Future[Packed]] = deque()
+        self._threads = torch.get_num_threads()
+        self._workers = min(WORKERS, self._threads)
+        self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="repack")
+        largest = max((fate.k * fate.n for fate in fates.values()), default=0)
+        # the codes of a linear, and those it is checked with, for every linear in work
+        self._memory: SimpleQueue[Tensor] = SimpleQueue()
+        for _ in range(self._workers):
+            self._memory.put(torch.empty(2, largest, dtype=torch.uint8))
+
+    def __enter__(self) -> "Repack":
+        torch.set_num_threads(1)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(self._threads)
+
+    def block(self, number: int) -> Iterator[Packed]:
+        """The linears of a block, each unpacked from the source's layout and packed in the plan's."""
+        for _ in self._plan.packed_in(number):
+            missing = self._workers + 1 - len(self._ahead)
+            self._ahead.extend(self._pool.submit(self._repack, fate) for fate in islice(self._todo, missing))
+            yield self._ahead.popleft().result()
+
+    def _repack(self, fate: Fate) -> Packed:
+        row = {"name": fate.linear, "k": fate.k, "n": fate.n}
+        memory = self._memory.get()
+        try:
+            layer = self._weights.quantized(fate.linear, memory[0])
+            return _pack(fate.linear, layer, self._plan, memory[1]), row
+        finally:
+            self._memory.put(memory)
+
+
+class Solve:
+    """The codes that the solver finds for a dense source, one block after another."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        weights: Weights,
+        calibration: Calibration,
+        device: torch.device,
+        *,
+        directory: Path,
+        trust_remote_code: bool,
+    ):
+        """Embed the calibration text; `directory` is for hidden states that no memory can hold."""
+        self._plan = plan
+        self._recipe = plan.recipe
+        self._model = BlockModel(weights, device, trust_remote_code=trust_remote_code)
+        self._hidden = HiddenStates(self._model, calibration.ids, directory)
+        self.replayed = 0
+
+    def skip(self, done: int, writer: ShardWriter) -> None:
+        """Take the text through the blocks that an earlier run has finished, with the codes it wrote."""
+        plan = self._plan
+        for number in range(done):
+            log.debug("block %d was finished before, running the text through it", number)
+            block = self._model.load(number)
+            for fate in plan.packed_in(number):
+                stored = {suffix: writer.read(f"{fate.linear}.{suffix}") for suffix in plan.suffixes}
+                self._model.replace(fate.linear, plan.unpack(stored).dequantize(self._model.dtype))
+            self._hidden.advance(block, number)
+            self._model.unload(number)
+
+    def block(self, number: int) -> Iterator[Packed]:
+        """Solve the block stage by stage, with the inputs that the stages before leave it."""
+        model, hidden = self._model, self._hidden
+        path = model.name(number)
+        stages = self._plan.stages(path)
+        block = model.load(number)
+        hessians: dict[Stage, Hessian] = {}
+        solved: list[Packed] = []
+
+        def observe(stage: Stage, x: Tensor) -> None:
+            if stage not in hessians:
+                hessians[stage] = Hessian(x.shape[-1], x.device, bf16_units=model.bf16_products)
+            hessians[stage].add(x)
+
+        def solve_stage(stage: Stage) -> None:
+            solved.extend(self._solve([f"{path}.{name}" for name in stage], hessians.pop(stage).mean()))
+
+        walk = BlockWalk(
+            block, model.architecture.parts, len(hidden), lambda i: hidden.forward(i, block, number),
+            observe, solve_stage, keep_bytes=memory_for_activations(model.device), dtype=model.dtype,
+        )  # fmt: skip
+        walk.run(stages, hidden.put)
+        self.replayed += walk.replayed
+        model.unload(number)
+        yield from solved
+
+    def _solve(self, linears: list[str], hessian: Tensor) -> Iterator[Packed]:
+        """Solve the linears of a stage as one matrix and put the dequantized weights into the model."""
+        if not hessian.isfinite().all():
+            raise SourceError(
+                f"the inputs of {linears[0]} are not finite; the model overflows on this text.",
+                "its weights may be damaged, or their type too narrow for them.",
+            )
+        model = self._model
+        weights: list[Tensor] = [model.model.get_parameter(f"{linear}.weight") for linear in linears]
+        k = hessian.shape[0]
+        group_size = k if self._recipe.group_size == -1 else self._recipe.group_size
+        found = solve(
+            torch.cat(weights), hessian, bits=self._plan.bits, group_size=group_size,
+            damping=self._recipe.damping, sweeps=self._recipe.sweeps,
+        )  # fmt: skip
+        start = 0
+        for linear, weight in zip(linears, weights, strict=True):
+            columns = slice(start, start + len(weight))
+            start += len(weight)
+            layer = QuantizedLinear(
+                found.codes[:, columns].contiguous(), found.scales[:, columns].contiguous(), group_size
+            )
+            model.replace(linear, layer.dequantize(model.dtype))
+            row = _row(linear, layer, found, columns)
+            log.debug("%s: relative output error %.4f", linear, row["error"])
+            yield _pack(linear, layer, self._plan), row
+
+
+def _row(linear: str, layer: QuantizedLinear, found: Solution, columns: slice) -> dict[str, Any]:
+    """What the manifest says of a solved linear; `error` is ||x(W - W_q)|| / ||xW|| on the calibration."""
+    energy = found.energy[columns].sum().item()
+    error = (max(found.error[columns].sum().item(), 0.0) / energy) ** 0.5 if energy > 0 else 0.0
+    row = {
+        "name": linear,
+        "k": layer.k,
+        "n": layer.n,
+        "error": float(f"{error:.6g}"),
+        "damping": found.damping,
+    }
+    if found.damping is None:
+        row["rounded_to_nearest"] = True
+        log.warning("%s: its Hessian could not be factorised; weights are rounded to nearest", linear)
+    return row
+
+
+def _pack(linear: str, layer: QuantizedLinear, plan: Plan, memory: Tensor | None = None) -> dict[str, Tensor]:
+    """The tensors of a packed linear by full name; what was packed is unpacked again and compared.
+
+    The codes it is compared with are put in `memory`, if that is given.
+    """
+    try:
+        packed = plan.pack(layer)
+    except FormatError as error:
+        hint = error.hint or f"leave it dense with --skip '{linear}'."
+        raise FormatError(f"{linear}: {error}.", hint) from error
+    again = plan.unpack(packed, memory)
+    if not (
+        same_codes(again.codes, layer.codes)
+        and torch.equal(again.scales.float(), layer.scales.float())
+        and all(
+            one is other or (one is not None and other is not None and torch.equal(one, other))
+            for one, other in ((again.zeros, layer.zeros), (again.group_of_row, layer.group_of_row))
+        )
+    ):
+        raise RuntimeError(
+            f"{linear} does not survive {plan.recipe.format}; this is a bug, nothing was published"
+        )
+    return {f"{linear}.{suffix}": tensor for suffix, tensor in packed.items()}
