@@ -86,6 +86,7 @@ def time_peer(model: Path, tokens: Path, output: Path) -> dict:
 
 def parts(model: Path, output: Path) -> None:
     """One conversion with the GPU waited for around every part."""
+    import marlin_convert.codes as codes
     import marlin_convert.models.stages as stages
     import marlin_convert.quantize as story
     import marlin_convert.solvers.gptq as gptq
@@ -114,19 +115,19 @@ def parts(model: Path, output: Path) -> None:
     timed(stages.BlockWalk, "run", "forwards")
     timed(Hessian, "add", "hessians: products")
     timed(Hessian, "mean", "hessians: mirror")
-    timed(story, "solve", "solve: rest")
+    timed(codes, "solve", "solve: rest")
     timed(gptq, "search_scales", "solve: scale search")
     timed(gptq, "_factorise", "solve: cholesky")
     timed(gptq, "_descent", "solve: descent matrix")
     timed(gptq, "_sweep", "solve: sweeps")
-    timed(story, "_pack", "pack and compare")
+    timed(codes, "_pack", "pack and compare")
     timed(story, "_dense", "dense tensors")
     timed(BlockModel, "load", "load block")
     timed(BlockModel, "__init__", "model outside blocks")
     timed(BlockModel, "replace", "dequantized weights in")
-    timed(story, "HiddenStates", "embed")
+    timed(codes, "HiddenStates", "embed")
     timed(story.ShardWriter, "write", "hand to writer")
-    timed(story.ShardWriter, "sync", "wait for disk")
+    timed(story.ShardWriter, "close", "wait for disk")
     job = story.Job(
         resolve(str(model)), output, recipe.load("w4a16-g128").changed({"samples": SAMPLES, "sequence_length": LENGTH}),
         torch.device("cuda:0"),

@@ -131,7 +131,7 @@ def main() -> None:
         )
         print("|  load | repack s (cpu) | copy twice s (cpu) | ratio (cpu) |")
         print("|-------|----------------|--------------------|-------------|")
-        measured(copy_twice, source, output)  # or the first to run pays for memory that was never in use
+        measured(copy_twice, source, output)  # else the first to run pays for memory that was never in use
         for _ in range(options.repeats):
             load = os.getloadavg()[0]
             ours, ours_cpu = measured(repack, source, output)

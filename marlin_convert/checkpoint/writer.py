@@ -28,8 +28,8 @@ DTYPE_CODES = {getattr(torch, name): code for code, (name, _) in DTYPES.items()}
 # Tensors waiting for the disk: enough to keep it busy, few enough not to count as memory.
 QUEUE = 4
 
-# Bytes of one write: they are still in the processor's cache after hashing, and the system's page cache need not
-# find large runs of free pages, which was seen to cost five times the copy itself.
+# Bytes of one write: they are still in the processor's cache after hashing, and the page cache need not find
+# long runs of free pages for them, which was seen to cost five times the copy itself.
 CHUNK = 1 << 22
 
 
