@@ -85,7 +85,8 @@ class ShardWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        # what is still queued is a few tensors and perhaps a finished block: not worth losing
+        self._pool.shutdown()
         if self._file is not None:
             self._file.close()
 
