@@ -410,7 +410,9 @@ def test_text_that_is_too_short(quantized, tinypy, tmp_path, cli):
     assert result.exit_code == 1 and "16384" in result.stderr
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize(
+    "seed", [*range(20), *(pytest.param(seed, marks=pytest.mark.fuzz) for seed in range(20, 320))]
+)
 def test_random_damage_never_gives_a_traceback(seed, copy, cli):
     """Bytes of headers and JSON files change, with and without a manifest that tells."""
     draw = random.Random(seed)

@@ -25,8 +25,8 @@ from marlin_convert.errors import ConvertError, SourceError
 
 DTYPE_CODES = {getattr(torch, name): code for code, (name, _) in DTYPES.items()}
 
-# Tensors waiting for the disk: enough to keep it busy, few enough not to count as memory.
-QUEUE = 4
+# Tensors waiting for the disk: those of one block, so that solving the next one need not wait for it.
+QUEUE = 16
 
 # Bytes of one write: they are still in the processor's cache after hashing, and the page cache need not find
 # long runs of free pages for them, which was seen to cost five times the copy itself.
