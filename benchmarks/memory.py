@@ -17,14 +17,21 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 HERE = Path(__file__).resolve().parent
+FORMATTER = argparse.RawDescriptionHelpFormatter
 
 
 def make_model(directory: Path, layers: int) -> int:
     """A random model; returns the bytes of its weights."""
     config = LlamaConfig(
-        vocab_size=4096, hidden_size=1024, intermediate_size=4096, num_hidden_layers=layers, dtype="bfloat16",
-        num_attention_heads=16, num_key_value_heads=8, max_position_embeddings=2048,
-    )  # fmt: skip
+        vocab_size=4096,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=layers,
+        dtype="bfloat16",
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        max_position_embeddings=2048,
+    )
     torch.manual_seed(0)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
     AutoTokenizer.from_pretrained(HERE.parent / "examples" / "tinypy-4m").save_pretrained(directory)
@@ -33,7 +40,7 @@ def make_model(directory: Path, layers: int) -> int:
 
 def main() -> None:
     """Print a row for every number of layers."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=FORMATTER)
     parser.add_argument("--device", default="cpu")
     chosen = parser.parse_args()
     print(f"{'layers':>6} {'model MB':>9} {'peak MB':>8}")
@@ -42,10 +49,24 @@ def main() -> None:
             model = Path(temporary) / f"model-{layers}"
             size = make_model(model, layers)
             process = subprocess.Popen(
-                [sys.executable, "-m", "marlin_convert", "quantize", str(model), "-o", f"{model}-marlin", "-q",
-                 "--device", chosen.device, "--samples", "16", "--sequence-length", "512"],
+                [
+                    sys.executable,
+                    "-m",
+                    "marlin_convert",
+                    "quantize",
+                    str(model),
+                    "-o",
+                    f"{model}-marlin",
+                    "-q",
+                    "--device",
+                    chosen.device,
+                    "--samples",
+                    "16",
+                    "--sequence-length",
+                    "512",
+                ],
                 cwd=HERE.parent,
-            )  # fmt: skip
+            )
             _, status, usage = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
             if process.returncode:

@@ -28,6 +28,7 @@ from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.models.blocks import BlockModel
 
 HERE = Path(__file__).resolve().parent
+FORMATTER = argparse.RawDescriptionHelpFormatter
 RUNNERS = {"llmc": "llm_compressor.py", "gptqm": "gptqmodel_.py"}
 THREADS = "2"
 
@@ -41,12 +42,14 @@ def processor() -> str:
 
 
 def run(command: list[str]) -> dict[str, float]:
-    """Run a command to its end: wall and CPU seconds and peak memory, as the operating system counted them."""
+    """Run a command to its end; its CPU seconds and peak MB, as the operating system counted them."""
     environment = os.environ | {
         name: THREADS for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     }
     with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=HERE.parent)
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=HERE.parent
+        )
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
@@ -58,14 +61,15 @@ def run(command: list[str]) -> dict[str, float]:
 def quality(model: Path, checkpoint: Path, ids: torch.Tensor) -> evaluate.Comparison:
     """A checkpoint against the model it was made from."""
     pair = [
-        BlockModel(Weights(Checkpoint.open(path)), torch.device("cpu"), fast=False) for path in (model, checkpoint)
+        BlockModel(Weights(Checkpoint.open(path)), torch.device("cpu"), fast=False)
+        for path in (model, checkpoint)
     ]
     return evaluate.compare(pair[0], pair[1], ids)
 
 
 def main() -> None:
     """Print a row for every run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=FORMATTER)
     parser.add_argument("model", type=Path)
     parser.add_argument("environments", type=Path)
     parser.add_argument("--text", default="builtin")
@@ -86,14 +90,34 @@ def main() -> None:
             output = Path(temporary) / name.replace(":", "-")
             if name == "ours":
                 command = [
-                    sys.executable, "-m", "marlin_convert", "quantize", str(chosen.model), "-o", str(output), "--device", "cpu",
-                    "--samples", str(chosen.samples), "--sequence-length", str(chosen.length),
-                ]  # fmt: skip
+                    sys.executable,
+                    "-m",
+                    "marlin_convert",
+                    "quantize",
+                    str(chosen.model),
+                    "-o",
+                    str(output),
+                    "--device",
+                    "cpu",
+                    "--samples",
+                    str(chosen.samples),
+                    "--sequence-length",
+                    str(chosen.length),
+                ]
             else:
                 peer, _, setting = name.partition(":")
                 python = chosen.environments / peer / "bin" / "python"
-                command = [str(python), str(HERE / "peers" / RUNNERS[peer]), str(chosen.model), str(tokens), str(output),
-                           "--setting", setting, "--threads", THREADS]  # fmt: skip
+                command = [
+                    str(python),
+                    str(HERE / "peers" / RUNNERS[peer]),
+                    str(chosen.model),
+                    str(tokens),
+                    str(output),
+                    "--setting",
+                    setting,
+                    "--threads",
+                    THREADS,
+                ]
             cost = run(command)
             found = quality(chosen.model, output, held_out)
             if not rows:
@@ -107,8 +131,11 @@ def main() -> None:
         peers = {name: row for name, row in rows.items() if name != "ours"}
         if "ours" in rows and peers:
             ours = rows["ours"]
-            print(f"KL, ours / best peer: {ours['kl'] / min(row['kl'] for row in peers.values()):.3f}")
-            print(f"CPU seconds, ours / fastest peer: {ours['cpu'] / min(row['cpu'] for row in peers.values()):.3f}")
+            for figure, label in (
+                ("kl", "KL, ours / best peer"),
+                ("cpu", "CPU seconds, ours / fastest peer"),
+            ):
+                print(f"{label}: {ours[figure] / min(row[figure] for row in peers.values()):.3f}")
         print(json.dumps(rows))
 
 

@@ -30,9 +30,15 @@ def make_model(directory: Path, layers: int) -> Path:
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers,
-        num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192, dtype="bfloat16",
-    )  # fmt: skip
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+        dtype="bfloat16",
+    )
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
@@ -61,10 +67,26 @@ def time_ours(model: Path, output: Path) -> dict:
     """The whole command, as a user runs it."""
     started = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-m", "marlin_convert", "quantize", str(model), "-o", str(output),
-         "--samples", str(SAMPLES), "--sequence-length", str(LENGTH), "--json", "-q"],
-        check=True, capture_output=True, text=True, cwd=HERE.parent,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "marlin_convert",
+            "quantize",
+            str(model),
+            "-o",
+            str(output),
+            "--samples",
+            str(SAMPLES),
+            "--sequence-length",
+            str(LENGTH),
+            "--json",
+            "-q",
+        ],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=HERE.parent,
+    )
     summary = json.loads(done.stdout)
     return {
         "command": time.perf_counter() - started,
@@ -77,10 +99,21 @@ def time_peer(model: Path, tokens: Path, output: Path) -> dict:
     """llm-compressor at its defaults, batches of 8."""
     started = time.perf_counter()
     subprocess.run(
-        [sys.executable, str(HERE / "peers" / "llm_compressor.py"), str(model), str(tokens), str(output),
-         "--batch-size", "8", "--threads", "16"],
-        check=True, capture_output=True, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            str(HERE / "peers" / "llm_compressor.py"),
+            str(model),
+            str(tokens),
+            str(output),
+            "--batch-size",
+            "8",
+            "--threads",
+            "16",
+        ],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     return {"command": time.perf_counter() - started}
 
 
@@ -129,9 +162,11 @@ def parts(model: Path, output: Path) -> None:
     timed(story.ShardWriter, "write", "hand to writer")
     timed(story.ShardWriter, "close", "wait for disk")
     job = story.Job(
-        resolve(str(model)), output, recipe.load("w4a16-g128").changed({"samples": SAMPLES, "sequence_length": LENGTH}),
+        resolve(str(model)),
+        output,
+        recipe.load("w4a16-g128").changed({"samples": SAMPLES, "sequence_length": LENGTH}),
         torch.device("cuda:0"),
-    )  # fmt: skip
+    )
     blocks = []
     marks = []
 

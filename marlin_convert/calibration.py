@@ -123,7 +123,7 @@ def _documents(source: str, held_out: bool) -> Iterator[str | list[dict[str, Any
 
 
 def _builtin(held_out: bool) -> Iterator[str]:
-    """The language reference and library sources of this CPython; every fourth document is held out."""
+    """The language reference and library sources of this CPython; a fourth of them, by name, is held out."""
     import pydoc_data.topics
 
     library = Path(sysconfig.get_path("stdlib"))
@@ -135,12 +135,17 @@ def _builtin(held_out: bool) -> Iterator[str]:
         and not path.parent.name.startswith("config-")
     )
     topics = sorted(pydoc_data.topics.topics)
-    for number, topic in enumerate(topics):
-        if (number % 4 == 3) == held_out:
+    for topic in topics:
+        if _is_held_out(topic) == held_out:
             yield pydoc_data.topics.topics[topic]
-    for number, name in enumerate(sources):
-        if (number % 4 == 3) == held_out:
+    for name in sources:
+        if _is_held_out(name) == held_out:
             yield (library / name).read_text("utf-8", errors="replace")
+
+
+def _is_held_out(name: str) -> bool:
+    """Whether a document is kept from calibration: the same wherever and beside whatever it is installed."""
+    return hashlib.sha256(name.encode()).digest()[0] % 4 == 0
 
 
 def _from_file(path: Path) -> Iterator[str | list[dict[str, Any]]]:
@@ -187,8 +192,11 @@ def _from_parquet(path: Path) -> Iterator[str]:
         import pyarrow.parquet
     except ImportError as error:
         raise ConvertError("this dataset is stored as parquet.", "pip install pyarrow.") from error
-    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(columns=["text"]):
-        yield from batch.column("text").to_pylist()
+    file = pyarrow.parquet.ParquetFile(path)
+    if "text" not in file.schema_arrow.names:
+        raise SourceError(f"{path.name} has no column 'text'.", "choose a dataset with plain text.")
+    for batch in file.iter_batches(columns=["text"]):
+        yield from (text for text in batch.column("text").to_pylist() if text)
 
 
 def _from_hub(source: str) -> Iterator[str | list[dict[str, Any]]]:

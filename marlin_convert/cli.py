@@ -3,6 +3,7 @@
 import gc
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -69,7 +70,11 @@ def output_options(command: Callable) -> Callable:
 
 @contextmanager
 def imports() -> Iterator[None]:
-    """Import without looking for garbage: all of it stays, and the search takes a quarter of the time."""
+    """Import without looking for garbage: all of it stays, and the search takes a quarter of the time.
+
+    OpenMP reads its settings then: its threads shall sleep and not spin while there is nothing for them.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     gc.disable()
     yield
     gc.freeze()
@@ -118,6 +123,12 @@ def pick_device(name: str) -> "torch.device":
         count = torch.cuda.device_count()
         raise ConvertError(f"there is no device {name!r}: {count} CUDA GPUs found.", "pass --device cpu.")
     return device
+
+
+def check_report(report: Path | None) -> None:
+    """Refuse a --report that could not be written after all the work."""
+    if report and not report.absolute().parent.is_dir():
+        raise click.BadParameter(f"there is no directory '{report.parent}'.", param_hint="--report")
 
 
 def parse_size(context: click.Context, parameter: click.Parameter, value: str) -> int:
@@ -206,16 +217,16 @@ def quantize(
         from marlin_convert import report as reports
         from marlin_convert.hub import resolve
 
-    if report and not report.absolute().parent.is_dir():
-        raise click.BadParameter(f"there is no directory '{report.parent}'.", param_hint="--report")
+    check_report(report)
     settings["group_size"] = int(settings["group_size"]) if settings["group_size"] else None
     settings["skip"] = settings["skip"] or None
+    chosen, where = recipes.load(recipe).changed(settings), pick_device(device)
     job = story.Job(
         source=resolve(model, revision, code=trust_remote_code),
         output=output,
-        recipe=recipes.load(recipe).changed(settings),
+        recipe=chosen,
         group_size=settings["group_size"],
-        device=pick_device(device),
+        device=where,
         max_shard_size=max_shard_size,
         requantize=requantize,
         resume=resume,
@@ -281,12 +292,14 @@ def parse_checks(context: click.Context, parameter: click.Parameter, value: str)
     "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to run the text."
 )
 @click.option("--revision", help="Branch, tag or commit of a Hub CHECKPOINT.")
+@click.option("--source-revision", help="Branch, tag or commit of a Hub --source.")
 @click.option("--trust-remote-code", is_flag=True, help="Allow code from the model repository to run.")
 @click.option("--report", type=click.Path(path_type=Path, dir_okay=False), help="Also write the report here.")
 @output_options
 def verify(
     checkpoint: str,
     source: str | None,
+    source_revision: str | None,
     device: str,
     revision: str | None,
     report: Path | None,
@@ -311,10 +324,11 @@ def verify(
     from marlin_convert import verify as story
     from marlin_convert.hub import resolve
 
+    check_report(report)
     code = settings["trust_remote_code"]
     job = story.Job(
         checkpoint=resolve(checkpoint, revision, code=code),
-        source=resolve(source, code=code) if source else None,
+        source=resolve(source, source_revision, code=code) if source else None,
         device=pick_device(device),
         **settings,
     )

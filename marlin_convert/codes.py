@@ -175,12 +175,14 @@ class Solve:
                 found.codes[:, columns].contiguous(), found.scales[:, columns].contiguous(), group_size
             )
             model.replace(linear, layer.dequantize(model.dtype))
-            row = _row(linear, layer, found, columns)
+            row = _row(linear, layer, found, columns, self._recipe.damping)
             log.debug("%s: relative output error %.4f", linear, row["error"])
             yield _pack(linear, layer, self._plan), row
 
 
-def _row(linear: str, layer: QuantizedLinear, found: Solution, columns: slice) -> dict[str, Any]:
+def _row(
+    linear: str, layer: QuantizedLinear, found: Solution, columns: slice, asked: float
+) -> dict[str, Any]:
     """What the manifest says of a solved linear; `error` is ||x(W - W_q)|| / ||xW|| on the calibration."""
     energy = found.energy[columns].sum().item()
     error = (max(found.error[columns].sum().item(), 0.0) / energy) ** 0.5 if energy > 0 else 0.0
@@ -191,6 +193,8 @@ def _row(linear: str, layer: QuantizedLinear, found: Solution, columns: slice) -
         "error": float(f"{error:.6g}"),
         "damping": found.damping,
     }
+    if found.damping is not None and found.damping > asked:
+        log.warning("%s: its Hessian needed damping %g, not %g", linear, found.damping, asked)
     if found.damping is None:
         row["rounded_to_nearest"] = True
         log.warning("%s: its Hessian could not be factorised; weights are rounded to nearest", linear)

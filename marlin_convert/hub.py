@@ -6,7 +6,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from marlin_convert.checkpoint.reader import json_file
 from marlin_convert.errors import SourceError
+from marlin_convert.models.architectures import architecture_of
 
 _PART = r"(?![.-])[\w.-]{1,96}(?<![.-])"
 _REPOSITORY = re.compile(f"{_PART}(/{_PART})?", re.ASCII)
@@ -17,12 +19,12 @@ _FILES = [
     "*.json",
     "*.jinja",
     "*.txt",
-    "*.model",
+    "*.model*",
     "*.tiktoken",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
+    *("LICENSE*", "NOTICE*", "USE_POLICY*", "license*", "notice*", "use_policy*"),
 ]
+# Second copies of the weights that some repositories carry.
+_NOT = ["consolidated*", "*/*.safetensors", "original/*", "onnx/*"]
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,18 @@ def resolve(model: str, revision: str | None = None, *, code: bool = False) -> S
         raise SourceError(
             f"'{model}' is neither a directory nor a Hub id.", "a Hub id looks like 'org/name'."
         )
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import hf_hub_download, snapshot_download
 
     with hub_errors(model):
+        # the architecture first: a model that is refused is not worth its gigabytes
+        config = Path(hf_hub_download(model, "config.json", revision=revision))
+        architecture_of(json_file(config.parent, config.name))
         patterns = _FILES + (["*.py"] if code else [])
-        directory = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+        directory = Path(
+            snapshot_download(
+                model, revision=config.parent.name, allow_patterns=patterns, ignore_patterns=_NOT
+            )
+        )
     return Source(directory, model, directory.name)
 
 

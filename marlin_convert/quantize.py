@@ -5,6 +5,7 @@ A source that is already quantized is repacked: its codes take the place of cali
 
 import errno
 import logging
+import os
 import platform
 import shutil
 import time
@@ -118,6 +119,7 @@ def quantize(
             "choose another directory, or mend this one and continue with --resume.",
         ) from error
     finally:
+        run.release()
         if not run.blocks:
             run.forget()
     run.forget()
@@ -158,6 +160,8 @@ def _convert(
                     writer.write(name, packed.pop(name) if name in packed else _dense(weights, plan, name))
                     name = next(names, None)
             finished = {"blocks": number + 1, "linears": list(rows)}
+            if packed:
+                continue  # tensors of odd sizes come last of all: until they are written nothing is finished
             writer.checkpoint(partial(job.run.save, settings, finished))
         while name is not None:
             writer.write(name, _dense(weights, plan, name))
@@ -249,8 +253,9 @@ def _check_output(job: Job, plan: Plan) -> None:
     job.run.check_ours()
     if job.resume and job.run.published():
         return
-    replaceable = job.output.is_dir() and (job.overwrite or not any(job.output.iterdir()))
-    if job.output.exists() and not replaceable:
+    empty = job.output.is_dir() and not job.output.is_symlink() and not any(job.output.iterdir())
+    replaceable = empty or (job.output.is_dir() and job.overwrite)
+    if os.path.lexists(job.output) and not replaceable:
         raise ConvertError(
             f"'{job.output}' already exists and is not empty.",
             "choose another directory, or pass --overwrite.",
@@ -274,7 +279,9 @@ def _assemble(
 ) -> dict[str, Any]:
     """Put everything but the weights into the output: config, tokenizer, licences, recipe, manifest."""
     staging = job.run.staging
-    config = {key: value for key, value in weights.checkpoint.config.items() if key != "quantization_config"}
+    # _name_or_path is where somebody once had the source
+    left_out = ("quantization_config", "_name_or_path")
+    config = {key: value for key, value in weights.checkpoint.config.items() if key not in left_out}
     if plan.recipe.dtype != "auto":
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = plan.recipe.dtype
     config["quantization_config"] = plan.quantization_config

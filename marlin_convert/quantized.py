@@ -16,7 +16,6 @@ class QuantizedLinear:
     bits          4 or 8
     zeros         (groups, n) uint8 zero codes; None: symmetric, all of them 2**(bits - 1)
     group_of_row  (k,) int32, only when it is not row // group_size (activation order)
-    bias          (n,), or None
 
     ValueError when the shapes or dtypes do not fit together: a bug of the caller, never of the model.
     """
@@ -27,7 +26,6 @@ class QuantizedLinear:
     bits: int = 4
     zeros: Tensor | None = None
     group_of_row: Tensor | None = None
-    bias: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.codes.dtype != torch.uint8 or self.codes.dim() != 2:
@@ -53,7 +51,6 @@ class QuantizedLinear:
         bits: int = 4,
         zeros: Tensor | None = None,
         group_of_row: Tensor | None = None,
-        bias: Tensor | None = None,
     ) -> "QuantizedLinear":
         """The layer, zeros None if all are the middle code, group_of_row None if it is row // group_size."""
         if zeros is not None and bool((zeros == 1 << (bits - 1)).all()):
@@ -62,7 +59,7 @@ class QuantizedLinear:
             group_of_row = group_of_row.to(torch.int32)
             if torch.equal(group_of_row, contiguous_groups(codes.shape[0], group_size, codes.device)):
                 group_of_row = None
-        return cls(codes, scales, group_size, bits, zeros, group_of_row, bias)
+        return cls(codes, scales, group_size, bits, zeros, group_of_row)
 
     @property
     def k(self) -> int:

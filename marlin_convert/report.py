@@ -99,10 +99,10 @@ def summary_text(done: "Report", job: "Job") -> str:
         lines.append(
             f"computed again for want of memory: {done.replayed} parts of blocks, over all micro-batches"
         )
-    source = job.source.name if job.source.commit else job.source.directory
-    lines.append(
-        f"Next: marlin-convert verify {shlex.quote(str(job.output))} --source {shlex.quote(str(source))}"
-    )
+    source = shlex.quote(str(job.source.directory))
+    if job.source.commit:
+        source = f"{job.source.name} --source-revision {job.source.commit}"
+    lines.append(f"Next: marlin-convert verify {shlex.quote(str(job.output))} --source {source}")
     return "\n".join(lines)
 
 

@@ -83,6 +83,12 @@ class Verification:
         return any(check.status == "fail" for check in self.checks.values())
 
     @property
+    def passed(self) -> bool:
+        """Whether files, layout and numbers passed, and nothing else failed or was required in vain."""
+        needed = all(self.checks[name].status == "pass" for name in ("files", "layout", "numbers"))
+        return needed and not self.failed and not self.could_not_run
+
+    @property
     def could_not_run(self) -> list[str]:
         """The required checks that were skipped."""
         return [name for name in self.required if self.checks[name].status == "skipped"]
@@ -94,7 +100,7 @@ class Verification:
             "checkpoint": self.checkpoint,
             "manifest_sha256": self.manifest_sha256,
             "checks": {name: asdict(check) for name, check in self.checks.items()},
-            "passed": not self.failed and not self.could_not_run,
+            "passed": self.passed,
         }
 
 
@@ -145,8 +151,9 @@ def verify(job: Job, progress: Progress = lambda blocks, total: blocks) -> Verif
 
 
 def save(done: Verification, job: Job, report: Path | None = None) -> None:
-    """Write the report into a directory that has our manifest, for `push` and `inspect`, and where asked."""
-    if done.manifest_sha256 is not None and job.checkpoint.commit is None:
+    """Write the report of a whole verification into a directory that has our manifest, and where asked."""
+    whole = {"files", "layout", "numbers"} <= job.checks
+    if whole and done.manifest_sha256 is not None and job.checkpoint.commit is None:
         try:
             write_json(job.checkpoint.directory / manifests.VERIFIED, done.to_dict())
         except OSError as error:
@@ -424,7 +431,7 @@ def _product_error(layer: QuantizedLinear, generator: torch.Generator) -> float:
         codes = layer.codes[rows].double() - zero
         expected += layer.scales[g].double() * (x[:, rows].double() @ codes)
     got = (x @ layer.dequantize().t()).double()
-    return ((got - expected).norm() / expected.norm()).item()
+    return ((got - expected).norm() / expected.norm().clamp_min(torch.finfo(torch.float32).tiny)).item()
 
 
 def _weight_error(weight: Tensor, source: Tensor) -> tuple[float, float]:
@@ -458,6 +465,9 @@ def _run_text(job: Job, subject: _Subject, original: _Original, progress: Progre
         BlockModel(weights, job.device, fast=False, trust_remote_code=job.trust_remote_code)
         for weights in (original.weights, subject.weights)
     ]
+    blocks = [len(model) for model in models]
+    if blocks[0] != blocks[1]:
+        raise SourceError(f"the source has {blocks[0]} blocks, the checkpoint {blocks[1]}")
     vocabulary = subject.model.config.vocab_size
     if original.text.ids.max() >= vocabulary:
         raise SourceError(

@@ -233,7 +233,7 @@ import resource, sys, torch
 from pathlib import Path
 from marlin_convert.checkpoint.writer import ShardWriter, TensorSpec
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
-specs = [TensorSpec(str(i), torch.uint8, (10_000,)) for i in range(20)]
+specs = [TensorSpec(str(i), torch.uint8, (10_000,)) for i in range(60)]
 with ShardWriter(Path(sys.argv[1]), specs, 10**9) as writer:
     failures = []
     def attempt(act, *arguments):
@@ -241,7 +241,7 @@ with ShardWriter(Path(sys.argv[1]), specs, 10**9) as writer:
             return act(*arguments)
         except OSError as error:
             failures.append(error)
-    for i in range(20):
+    for i in range(60):
         attempt(writer.write, str(i), torch.full((10_000,), i, dtype=torch.uint8))
         if i == 1:
             print(writer.sync())
@@ -254,7 +254,7 @@ with ShardWriter(Path(sys.argv[1]), specs, 10**9) as writer:
 """
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
     assert done.stdout.split() == ["2", str(errno.EFBIG)], done.stderr
-    tensors = {str(i): torch.full((10_000,), i, dtype=torch.uint8) for i in range(20)}
+    tensors = {str(i): torch.full((10_000,), i, dtype=torch.uint8) for i in range(60)}
     with ShardWriter(tmp_path, specs_of(tensors), 10**9) as writer:
         writer.resume(2)
         for name in writer.order[2:]:

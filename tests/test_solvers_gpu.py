@@ -1,8 +1,12 @@
 """The GPU's block loop against the CPU's: the same numbers up to rounding."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from click.testing import CliRunner
 
+from marlin_convert.cli import main
 from marlin_convert.solvers.gptq import solve
 from marlin_convert.solvers.hessian import Hessian
 
@@ -49,3 +53,17 @@ def test_hessian_is_exact_in_float32() -> None:
     torch.testing.assert_close(
         hessian.mean().cpu().double(), exact, rtol=0, atol=1e-5 * exact.abs().max().item()
     )
+
+
+def test_a_model_is_quantized_on_the_gpu_and_verified(tinypy: Path, tmp_path: Path) -> None:
+    """The whole path: blocks read ahead on a stream of their own, solved, written behind, verified."""
+    output, text = tmp_path / "out", ["--samples", "8", "--sequence-length", "256"]
+    runner = CliRunner()
+    made = runner.invoke(main, ["quantize", str(tinypy), "-o", str(output), "--device", "cuda", *text])
+    assert made.exit_code == 0, made.output
+    again = runner.invoke(main, ["quantize", str(tinypy), "-o", f"{output}-2", "--device", "cuda", *text])
+    assert again.exit_code == 0, again.output
+    weights = [(path / "model.safetensors").read_bytes() for path in (output, tmp_path / "out-2")]
+    assert weights[0] == weights[1]
+    checked = runner.invoke(main, ["verify", str(output), "--source", str(tinypy), "--samples", "4"])
+    assert checked.exit_code == 0, checked.output

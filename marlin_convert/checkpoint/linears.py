@@ -126,7 +126,10 @@ class Weights:
         if name in self.checkpoint.tensors:
             return self.checkpoint.tensors[name].dtype
         config = self.checkpoint.config
-        return getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float16"))
+        name = str(config.get("dtype") or config.get("torch_dtype") or "float16").removeprefix("torch.")
+        if name not in ("float16", "bfloat16", "float32"):
+            raise SourceError(f"config.json says dtype {name!r}.", "float16, bfloat16 or float32 is meant.")
+        return getattr(torch, name)
 
     def read(self, name: str) -> Tensor:
         """A parameter as floats: as stored, or dequantized to float32."""

@@ -1,10 +1,11 @@
 """OUT.partial: what a run has finished so far, kept so that a run stopped at any moment can go on."""
 
+import fcntl
 import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from marlin_convert.checkpoint.manifest import MANIFEST, sha256_file
 from marlin_convert.checkpoint.reader import json_file
@@ -14,6 +15,7 @@ from marlin_convert.errors import ConvertError
 log = logging.getLogger("marlin_convert")
 
 PROGRESS = "progress.json"
+LOCK = "lock"
 
 
 class UnfinishedRun:
@@ -28,6 +30,7 @@ class UnfinishedRun:
         self.directory = output.with_name(output.name + ".partial")
         self.staging = self.directory / "checkpoint"  # becomes `output` by one rename
         self._progress = self.directory / PROGRESS
+        self._lock_file: IO[str] | None = None
 
     @property
     def blocks(self) -> int:
@@ -45,7 +48,7 @@ class UnfinishedRun:
             return
         if not self.directory.is_symlink() and self.directory.is_dir():
             names = {path.name for path in self.directory.iterdir()}
-            if PROGRESS in names or names <= {PROGRESS + ".tmp"}:
+            if PROGRESS in names or names <= {PROGRESS + ".tmp", LOCK}:
                 return
         raise ConvertError(
             f"'{self.directory}' is in the way: it is not an unfinished run.",
@@ -84,12 +87,30 @@ class UnfinishedRun:
         return progress["done"]
 
     def begin(self, settings: dict[str, Any], done: dict[str, Any]) -> None:
-        """Make the directory; what an abandoned run left there goes."""
-        if not done["blocks"] and self.directory.exists():
-            shutil.rmtree(self.directory)
+        """Make the directory, for this process alone; what an abandoned run left there goes."""
         self.directory.mkdir(parents=True, exist_ok=True)
+        self._lock()
+        if not done["blocks"]:
+            shutil.rmtree(self.staging, ignore_errors=True)
+        for leftover in self.staging.glob("*.tmp"):
+            leftover.unlink()
         self.save(settings, {"blocks": done["blocks"], "linears": done["linears"]}, done["tensors"])
         self.staging.mkdir(exist_ok=True)
+
+    def _lock(self) -> None:
+        """Keep other processes out until this one ends; ConvertError if one is at work here."""
+        self._lock_file = (self.directory / LOCK).open("w")
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConvertError(
+                f"another process is at work in '{self.directory}'.", "wait for it, or choose another output."
+            ) from error
+
+    def release(self) -> None:
+        """Let other processes in again."""
+        if self._lock_file is not None:
+            self._lock_file.close()
 
     def save(self, settings: dict[str, Any], finished: dict[str, Any], tensors: int) -> None:
         """Note how far the run is: from here --resume goes on."""

@@ -79,6 +79,7 @@ class BlockModel:
         assert isinstance(blocks, nn.ModuleList)
         self.blocks = blocks
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="block-reader")
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ahead: dict[int, Future[dict[tuple[str, str], Tensor]]] = {}
         self._load_outside()
 
@@ -158,7 +159,7 @@ class BlockModel:
     def _fetch_block(self, i: int) -> dict[tuple[str, str], Tensor]:
         """The parameters of block i on the device, by module path inside the block and name."""
         values = {}
-        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        stream = self._stream
         with torch.cuda.stream(stream):
             for path, module in self.blocks[i].named_modules():
                 for name, parameter in module._parameters.items():

@@ -63,12 +63,14 @@ class BlockWalk:
         self._room = keep_bytes
         self._dtype = dtype
         self._current = 0
+        self._stages: Sequence[Stage] = ()
         self._inputs: dict[int, Tensor] = {}  # of the last stage of the part being walked, by micro-batch
         self._outputs: dict[tuple[str, int], Tensor] = {}  # of finished parts
 
     @torch.no_grad()
     def run(self, stages: Sequence[Stage], finish: Callable[[int, Tensor], None]) -> None:
         """Solve `stages`, in order; `finish(i, output)` takes the block's output of every micro-batch."""
+        self._stages = stages
         with self._finished_parts() as finished:
             for part in self.parts:
                 for stage in part.stages:
@@ -129,7 +131,7 @@ class BlockWalk:
                     else:
                         output = whole(*args, **kwargs)
                         output = output[0] if part.pair else output
-                        self.replayed += 1
+                        self.replayed += part.last in self._stages
                     kept = output.to(self._dtype)
                     if part is not self.parts[-1] and self._fits(kept):
                         self._outputs[part.module, i] = kept
