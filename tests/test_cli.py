@@ -163,7 +163,11 @@ def test_ctrl_c_is_130(tinypy, tmp_path):
     out = tmp_path / "out"
     words = ["quantize", str(tinypy), "-o", str(out), "--samples", "4", "--sequence-length", "128"]
     with subprocess.Popen(
-        [sys.executable, "-m", "marlin_convert", *words], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "marlin_convert", *words],
+        stderr=subprocess.PIPE,
+        text=True,
+        # tests that run in the background inherit a SIGINT that is ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         assert process.stderr is not None
         for line in process.stderr:

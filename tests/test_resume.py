@@ -259,7 +259,14 @@ def test_ctrl_c(
     """Before a block is done nothing is left; after one, what --resume goes on with."""
     output = tmp_path / "out"
     command = [sys.executable, "-m", "marlin_convert", *map(str, words), "-o", str(output)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        # tests that run in the background inherit a SIGINT that is ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
         while process.poll() is None:
             if partial(output).is_dir() if early else blocks_done(output):
                 process.send_signal(signal.SIGINT)
