@@ -120,7 +120,7 @@ def quantize(
         ) from error
     finally:
         run.release()
-        if not run.blocks:
+        if not run.is_others and not run.blocks:
             run.forget()
     run.forget()
     return Report(manifest, plan, time.monotonic() - started, replayed)

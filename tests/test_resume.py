@@ -16,6 +16,7 @@ import tiny_models
 import torch
 
 from marlin_convert import quantize as story
+from marlin_convert.checkpoint.unfinished import UnfinishedRun
 from marlin_convert.errors import ConvertError
 from marlin_convert.hub import Source
 from marlin_convert.recipe import Recipe
@@ -458,3 +459,17 @@ def test_a_disk_that_fills_up_while_the_hidden_states_go_to_a_file(
     with pytest.raises(ConvertError, match="no space left"):
         story.quantize(job(tinypy, small_disk / "out", longer, samples=96))
     assert {path.name for path in small_disk.iterdir()} == {"filler"}
+
+
+def test_another_process_at_work_is_left_alone(tinypy: Path, text: Path, tmp_path: Path) -> None:
+    """Also before its first block is finished, when there is nothing yet that a resume could use."""
+    output = tmp_path / "out"
+    other = UnfinishedRun(output)
+    other.begin({}, {"blocks": 0, "tensors": 0, "linears": []})
+    (other.staging / "model.safetensors").write_bytes(b"begun")
+    with pytest.raises(ConvertError, match="another process is at work"):
+        story.quantize(job(tinypy, output, text))
+    assert (other.staging / "model.safetensors").read_bytes() == b"begun"
+    other.release()
+    story.quantize(job(tinypy, output, text))
+    assert output.is_dir() and not other.directory.exists()

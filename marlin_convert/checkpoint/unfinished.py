@@ -30,6 +30,7 @@ class UnfinishedRun:
         self.directory = output.with_name(output.name + ".partial")
         self.staging = self.directory / "checkpoint"  # becomes `output` by one rename
         self._progress = self.directory / PROGRESS
+        self.is_others = False  # another process was found at work in it
         self._lock_file: IO[str] | None = None
 
     @property
@@ -103,6 +104,7 @@ class UnfinishedRun:
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            self.is_others = True
             raise ConvertError(
                 f"another process is at work in '{self.directory}'.", "wait for it, or choose another output."
             ) from error
