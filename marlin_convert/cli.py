@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,12 +46,13 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings=CONTEXT)
 @click.version_option(__version__, prog_name="marlin-convert")
 def main() -> None:
-    """Quantize Hugging Face language models to 4 bits, write them in the MARLIN layout, and check the result.
+    """Quantize Hugging Face language models to 4 bits, write them in the MARLIN layout, check, and publish.
 
     \b
     Example:
       marlin-convert quantize Qwen/Qwen3-0.6B -o qwen3-marlin
       marlin-convert verify qwen3-marlin --source Qwen/Qwen3-0.6B
+      marlin-convert push qwen3-marlin me/Qwen3-0.6B-MARLIN --also gptq
 
     Exit status: 0 done, 1 it could not be done, 2 wrong usage, 3 verify found a difference, 130 interrupted.
     """
@@ -101,6 +102,30 @@ def block_progress(quiet: bool) -> Callable[[range, int], Iterable[int]]:
                 log.info("block %d of %d done", number + 1, total)
 
     return progress
+
+
+def file_progress(quiet: bool) -> Callable[[Sequence[str]], Iterable[str]]:
+    """A bar over the files that are checked, on a terminal."""
+
+    def progress(names: Sequence[str]) -> Iterable[str]:
+        from tqdm import tqdm
+
+        return tqdm(names, desc="checking", unit="file", disable=True if quiet else None)
+
+    return progress
+
+
+@contextmanager
+def upload_bars(quiet: bool) -> Iterator[None]:
+    """Let the Hub's client draw its bars on a terminal only."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    silent = (quiet or not sys.stderr.isatty()) and not are_progress_bars_disabled()
+    if silent:
+        disable_progress_bars()
+    yield
+    if silent:
+        enable_progress_bars()
 
 
 def pick_device(name: str) -> "torch.device":
@@ -342,6 +367,56 @@ def verify(
         sys.exit(3)
     for name in done.could_not_run:
         raise ConvertError(f"the {name} check is required and could not run: {done.checks[name].reason}.")
+
+
+def parse_formats(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
+    """The names in a list like gptq,compressed-tensors, each once."""
+    names = tuple(dict.fromkeys(name.strip() for name in value.split(","))) if value else ()
+    for name in names:
+        if name not in ("gptq", "compressed-tensors"):
+            raise click.BadParameter(f"{name!r} is not gptq or compressed-tensors.")
+    return names
+
+
+@main.command(context_settings=CONTEXT)
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("repo_id")
+@click.option("--private/--public", default=None, help="For a new repository.  [default: private]")
+@click.option("--revision", "branch", default="main", show_default=True, help="Push to this branch.")
+@click.option("--create-pr", is_flag=True, help="Open a pull request instead.")
+@click.option("--message", help="Commit message.")
+@click.option("--base-model", metavar="ID", help="Hub id of the original, if it cannot be found.")
+@click.option("--license", metavar="ID", help="Only if the source's card names none.")
+@click.option(
+    "--also",
+    callback=parse_formats,
+    metavar="FORMAT[,FORMAT]",
+    help="Push the same codes as gptq, compressed-tensors to a branch of that name, for stock engines.",
+)
+@click.option("--allow-unverified", is_flag=True, help="Publish anyway; the card will say so.")
+@click.option("--dry-run", is_flag=True, help="List files, sizes, hashes and the card; upload nothing.")
+@output_options
+def push(
+    checkpoint: Path, repo_id: str, dry_run: bool, as_json: bool, quiet: bool, verbose: int, **settings: Any
+) -> None:
+    """Publish CHECKPOINT (a directory) to REPO_ID on the Hugging Face Hub.
+
+    Refuses unless `verify` passed on exactly these files. What goes up is what the manifest lists, the
+    manifest, the report of verify and a model card, in one commit; nothing else that lies in the directory.
+
+    The token is HF_TOKEN or that of 'hf auth login'. After an interruption, run the same command again.
+    """
+    set_up_logging(quiet, verbose)
+    from marlin_convert import push as story
+    from marlin_convert import report as reports
+
+    job = story.Job(checkpoint, repo_id, **settings)
+    with upload_bars(quiet):
+        done = story.push(job, dry_run=dry_run, progress=file_progress(quiet))
+    if as_json:
+        click.echo(json.dumps(reports.push_json(done, job), indent=2))
+    elif not quiet:
+        click.echo(reports.push_text(done, job))
 
 
 @main.command(context_settings=CONTEXT)

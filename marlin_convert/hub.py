@@ -5,15 +5,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from marlin_convert.checkpoint.reader import json_file
 from marlin_convert.errors import SourceError
 from marlin_convert.models.architectures import architecture_of
 
 _PART = r"(?![.-])[\w.-]{1,96}(?<![.-])"
-_REPOSITORY = re.compile(f"{_PART}(/{_PART})?", re.ASCII)
+_REPOSITORY = re.compile(f"({_PART}/)?{_PART}", re.ASCII)
 
-# What a conversion reads: never pickles, and code only if it was asked for.
+# What a conversion and `verify` read: never pickles, and code only if it was asked for.
 _FILES = [
     "*.safetensors",
     "*.json",
@@ -21,8 +22,12 @@ _FILES = [
     "*.txt",
     "*.model*",
     "*.tiktoken",
-    *("LICENSE*", "NOTICE*", "USE_POLICY*", "license*", "notice*", "use_policy*"),
-]
+    "README.md",
+    "recipe.yaml",
+    # in any case, which the patterns of the client tell apart
+    *("".join(f"[{x.upper()}{x}]" if x.isalpha() else x for x in word) + "*"
+      for word in ("license", "notice", "use_policy")),
+]  # fmt: skip
 # Second copies of the weights that some repositories carry.
 _NOT = ["consolidated*", "*/*.safetensors", "original/*", "onnx/*"]
 
@@ -67,10 +72,19 @@ def resolve(model: str, revision: str | None = None, *, code: bool = False) -> S
     return Source(directory, model, directory.name)
 
 
+def is_repository(name: str) -> bool:
+    """Whether `name` has the form of a repository one can push to: namespace/name."""
+    return "/" in name and _REPOSITORY.fullmatch(name) is not None
+
+
 @contextmanager
 def hub_errors(repository: str) -> Iterator[None]:
-    """Turn what goes wrong with the Hub into a SourceError with a sentence and a hint."""
+    """Turn what goes wrong with the Hub into a SourceError with a sentence and a hint.
+
+    Only calls of the client stand inside: what cannot be understood of an answer is a ValueError or KeyError.
+    """
     from huggingface_hub import errors
+    from huggingface_hub.utils import httpx
 
     try:
         yield
@@ -88,15 +102,45 @@ def hub_errors(repository: str) -> Iterator[None]:
         raise SourceError(
             f"{repository!r} has no such revision.", "--revision takes a branch, a tag or a commit."
         ) from error
-    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
+    except errors.LocalEntryNotFoundError as error:
         raise SourceError(
             f"{repository!r} is not in the local cache and the Hub did not give it.",
             "check the network and HF_HUB_OFFLINE.",
         ) from error
+    except errors.OfflineModeIsEnabled as error:
+        raise SourceError(
+            f"{repository!r} is not in the local cache, and HF_HUB_OFFLINE forbids to ask the Hub.",
+            "unset HF_HUB_OFFLINE.",
+        ) from error
     except errors.HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else "no answer"
-        raise SourceError(f"the Hub answered {status} for {repository!r}.", "try again later.") from error
+        raise _refusal(repository, error.response) from error
     except errors.HFValidationError as error:
         raise SourceError(
             f"{repository!r} is neither there nor a Hub id.", "a Hub id looks like 'org/name'."
         ) from error
+    except httpx.HTTPStatusError as error:  # of what is not the Hub itself: its storage
+        raise _refusal(repository, error.response) from error
+    except (httpx.HTTPError, ConnectionError, TimeoutError) as error:
+        raise SourceError(
+            f"the connection to the Hub broke, about {repository!r} ({type(error).__name__}).",
+            "check the network and HF_ENDPOINT, and run the same command again.",
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise SourceError(
+            f"the Hub gave an answer about {repository!r} that is no answer ({type(error).__name__}).",
+            "check HF_ENDPOINT, and run the same command again.",
+        ) from error
+
+
+_HINTS = {
+    401: "the token is not accepted: run 'hf auth login', or set HF_TOKEN.",
+    403: "the token may not do that: make one with write access at huggingface.co/settings/tokens.",
+    429: "too many requests: wait some minutes, then run the same command again.",
+}
+
+
+def _refusal(repository: str, response: Any) -> SourceError:
+    """What a status of the Hub means."""
+    status = response.status_code if response is not None else None
+    hint = _HINTS.get(status or 0, "try again later; what is uploaded already stays there.")
+    return SourceError(f"the Hub answered {status or 'nothing'} for {repository!r}.", hint)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from marlin_convert import __version__
 from marlin_convert.calibration import Calibration, calibrate, load_tokenizer, shown
+from marlin_convert.card import read_facts
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.manifest import MANIFEST, sha256_file
 from marlin_convert.checkpoint.reader import Checkpoint
@@ -234,6 +235,7 @@ def _settings(job: Job, plan: Plan, weights: Weights, calibration: Calibration |
         },
         "device": device,
         "max_shard_size": job.max_shard_size,
+        "trust_remote_code": job.trust_remote_code,
     }
 
 
@@ -289,7 +291,7 @@ def _assemble(
     if plan.recipe.format == "gptq":
         write_json(staging / "quantize_config.json", plan.quantization_config)
     (staging / RECIPE).write_text(_published_recipe(plan).dump(), "utf-8")
-    for name in weights.checkpoint.companions():
+    for name in weights.checkpoint.companions(code=job.trust_remote_code):
         (staging / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(weights.checkpoint.directory / name, staging / name)
     for path in staging.rglob("*"):
@@ -299,7 +301,7 @@ def _assemble(
     source = {key: value for key, value in settings["source"].items() if key != "fingerprint"}
     manifest = {
         **settings,
-        "source": source,
+        "source": {**source, "card": read_facts(job.source.directory)},
         "bits_per_weight": round(plan.bits_per_weight, 4),
         "linears": rows,
         "dense": {fate.linear: fate.reason for fate in plan.dense},

@@ -2,11 +2,14 @@
 
 import html as markup
 import shlex
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from marlin_convert.plan import Plan
 
 if TYPE_CHECKING:
+    from marlin_convert.push import Job as PushJob
+    from marlin_convert.push import Outcome
     from marlin_convert.quantize import Job, Report
 
 WORST = 5
@@ -103,6 +106,50 @@ def summary_text(done: "Report", job: "Job") -> str:
     if job.source.commit:
         source = f"{job.source.name} --source-revision {job.source.commit}"
     lines.append(f"Next: marlin-convert verify {shlex.quote(str(job.output))} --source {source}")
+    return "\n".join(lines)
+
+
+def push_json(done: "Outcome", job: "PushJob") -> dict[str, Any]:
+    """What was pushed or, after a dry run, would be: every branch with its files, and where it is now."""
+    pushed = {one.branch: asdict(one) for one in done.pushed}
+    return {
+        "repository": job.repository,
+        "warnings": done.warnings,
+        "branches": [
+            {
+                "branch": release.branch,
+                "format": release.format,
+                "files": {
+                    name: {"size": file.size, "sha256": file.sha256} for name, file in release.files.items()
+                },
+                "not_pushed": release.left,
+                "card": release.card,
+                "pushed": pushed.get(release.branch),
+            }
+            for release in done.releases
+        ],
+    }
+
+
+def push_text(done: "Outcome", job: "PushJob") -> str:
+    """Where everything is now, and the next command; after a dry run the files, hashes and cards."""
+    lines = []
+    for release in done.releases if not done.pushed else ():
+        size = sum(file.size for file in release.files.values())
+        lines.append(f"{job.repository}, branch {release.branch}: {len(release.files)} files, {_size(size)}")
+        lines += [f"  {file.sha256}  {file.size:>12}  {name}" for name, file in release.files.items()]
+        lines += ["", *(f"  {line}".rstrip() for line in release.card.splitlines()), ""]
+    for one in done.pushed:
+        lines.append(
+            f"{one.branch}: {one.url}" + "" if one.changed else f"{one.branch}: {one.url} (unchanged)"
+        )
+        lines += [f"  removed: {name}" for name in one.removed]
+        lines += [f"  pull request: {one.pull_request}"] if one.pull_request else []
+    if not done.pushed:
+        lines.append("Nothing was uploaded.")
+    else:
+        revision = "" if job.branch == "main" else f" --revision {job.branch}"
+        lines.append(f"Next: marlin-convert verify {job.repository}{revision}")
     return "\n".join(lines)
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from marlin_convert import __version__, formats
 from marlin_convert.calibration import Calibration, calibrate, load_tokenizer
+from marlin_convert.card import CARD
 from marlin_convert.checkpoint import manifest as manifests
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.reader import Checkpoint
@@ -207,7 +208,7 @@ def _manifest(job: Job) -> tuple[dict[str, Any] | None, list[str]]:
         return None, [str(error)]
     if manifest is None or "files" not in job.checks:
         return manifest, []
-    return manifest, manifests.check_files(directory, manifest, ignore=(manifests.VERIFIED,))
+    return manifest, manifests.check_files(directory, manifest, ignore=(manifests.VERIFIED, CARD))
 
 
 def _check_files(subject: _Subject | None, manifest: dict[str, Any] | None, found: list[str]) -> Check:
@@ -537,7 +538,13 @@ def text(done: Verification, checkpoint: str, *, verbose: bool = False) -> str:
     if "text" in figures:
         lines += _figures(figures["source"]["name"], done.checkpoint, figures["text"])
     if not done.failed and not done.could_not_run:
-        lines.append(f"Next: marlin-convert inspect {shlex.quote(checkpoint)}")
+        ready = done.passed and done.manifest_sha256 is not None and Path(checkpoint).is_dir()
+        command = (
+            f"push {shlex.quote(checkpoint)} you/{done.checkpoint}"
+            if ready
+            else f"inspect {shlex.quote(checkpoint)}"
+        )
+        lines.append(f"Next: marlin-convert {command}")
     return "\n".join(lines)
 
 

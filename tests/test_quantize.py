@@ -172,7 +172,7 @@ def test_the_manifest(done: tuple[Path, Result, Path], text: Path) -> None:
     assert manifest is not None
     assert not manifests.check_files(output, manifest)
     assert set(manifest["files"]) == {path.name for path in output.iterdir()} - {"marlin_convert.json"}
-    assert manifest["source"] == {"name": "source", "commit": None, "quantization": None}
+    assert manifest["source"] == {"name": "source", "commit": None, "quantization": None, "card": {}}
     assert manifest["tool"].startswith("marlin-convert ")
     assert manifest["calibration"]["text"] == text.name
     assert (manifest["calibration"]["samples"], manifest["calibration"]["sequence_length"]) == (8, 256)

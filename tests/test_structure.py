@@ -90,8 +90,9 @@ def test_no_import_cycle():
 
 
 def test_nothing_imports_a_verb_but_cli():
+    """And `push`, which with --also repacks and verifies as the two commands do."""
     arrows = {(name, target) for name, targets in GRAPH.items() for target in targets if target in VERBS}
-    assert {name for name, _ in arrows} <= {"cli"}, arrows
+    assert {arrow for arrow in arrows if arrow[0] != "cli"} == {("push", "quantize"), ("push", "verify")}
 
 
 def test_nothing_imports_cli_but_main():

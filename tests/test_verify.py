@@ -114,7 +114,7 @@ def test_figures_beside_the_source(copy, tinypy, cli):
     result = cli("verify", directory, "--source", tinypy, *SMALL_TEXT)
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
-    assert lines[-1] == f"Next: marlin-convert inspect {directory}"
+    assert lines[-1] == f"Next: marlin-convert push {directory} you/{directory.name}"
     text = json.loads((directory / VERIFIED).read_text())["checks"]["numbers"]["details"]["text"]
     assert 4 < text["source_perplexity"] < text["perplexity"] < 1.2 * text["source_perplexity"] < 20
     assert 0.005 < text["divergence"] < 0.2 and 0.8 < text["agreement"] < 1

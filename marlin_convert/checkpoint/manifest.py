@@ -39,12 +39,12 @@ def load(directory: Path) -> dict[str, Any] | None:
 def check_files(directory: Path, manifest: dict[str, Any], ignore: Collection[str] = ()) -> list[str]:
     """Compare every file with the manifest; what is wrong, a line each, without what is named in `ignore`."""
     problems = []
-    present = _present(directory)
+    found = present(directory)
     for name, entry in manifest["files"].items():
         path = directory / name
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
             problems.append(f"{name!r} leads out of the directory")
-        elif name not in present:
+        elif name not in found:
             problems.append(f"{name!r} is missing")
         elif not belongs(path, directory):
             problems.append(f"{name!r} is a link leading out of the directory, or no regular file")
@@ -52,7 +52,7 @@ def check_files(directory: Path, manifest: dict[str, Any], ignore: Collection[st
             problems.append(f"{name!r} has {size} bytes, not {entry['size']}")
         elif (digest := sha256_file(path)) != entry["sha256"]:
             problems.append(f"{name!r} has sha256 {digest}, not {entry['sha256']}")
-    extra = present - manifest["files"].keys() - {MANIFEST, *ignore}
+    extra = found - manifest["files"].keys() - {MANIFEST, *ignore}
     return problems + [f"{name!r} is not in the manifest" for name in sorted(extra)]
 
 
@@ -72,8 +72,8 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _present(directory: Path) -> set[str]:
-    """Names of everything but folders, links to folders among them, relative to `directory`."""
+def present(directory: Path) -> set[str]:
+    """The names of everything but folders, links to folders among them, relative to `directory`."""
     names: set[str] = set()
     for folder, folders, files in os.walk(directory):
         here = Path(folder)

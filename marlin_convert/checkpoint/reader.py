@@ -174,19 +174,21 @@ class Checkpoint:
             raise SourceError(f"cannot read '{info.file}': {error.strerror}.") from error
         return raw.view(info.dtype).reshape(info.shape)
 
-    def companions(self) -> list[str]:
+    def companions(self, *, code: bool = False) -> list[str]:
         """Name the files to carry over unchanged: tokenizer, generation, chat template and license files.
 
-        Names are relative, with '/' for the one folder there may be (additional_chat_templates).
+        `code` adds the Python files beside them. Names are relative, with '/' for the one folder there may be
+        (additional_chat_templates).
         """
         paths = [*self.directory.glob("*"), *self.directory.glob("additional_chat_templates/*.jinja")]
         names = {path.relative_to(self.directory).as_posix(): path for path in paths}
         return sorted(
             name
             for name, path in names.items()
-            if any(fnmatchcase(name.lower(), pattern) for pattern in COMPANIONS)
+            if any(fnmatchcase(name.lower(), pattern) for pattern in (*COMPANIONS, *["*.py"] * code))
             and not path.name.startswith(".")
-            and path.suffix.lower() not in (".py", ".safetensors", *PICKLES)
+            and (code or path.suffix.lower() != ".py")
+            and path.suffix.lower() not in (".safetensors", *PICKLES)
             and belongs(path, self.directory)
         )
 

@@ -1,0 +1,351 @@
+"""The model card: what the source's says that still holds, and the one that a published checkpoint gets.
+
+Everything in it comes from the manifest, the verification and the options of `push`; nothing is invented.
+"""
+
+import logging
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from marlin_convert.checkpoint import manifest as manifests
+from marlin_convert.checkpoint.reader import belongs
+from marlin_convert.errors import ConvertError
+from marlin_convert.hub import is_repository
+
+log = logging.getLogger("marlin_convert")
+
+CARD = "README.md"
+
+# What stays true of a model when its weights are rounded, and what leads to the model it is one of.
+FACTS = (
+    "license",
+    "license_name",
+    "license_link",
+    "language",
+    "pipeline_tag",
+    "base_model",
+    "base_model_relation",
+)
+LARGEST = 1_000_000
+LONGEST = 200
+MOST = 200
+
+TAGS = {
+    "marlin": ("marlin",),
+    "gptq": ("gptq", "vllm"),
+    "compressed-tensors": ("compressed-tensors", "vllm"),
+}
+
+# Only what tests/engines has seen load and answer right.
+SERVING = {
+    "marlin": """\
+No released engine loads this layout.{also}
+
+> **Do not load it with `AutoModelForCausalLM.from_pretrained`.** transformers does not know the layout,
+> prints a warning, and goes on with random weights. vLLM refuses it with an error.
+
+Its codes can be written in another layout, exactly:
+
+```
+marlin-convert quantize {repository}{revision} -o DIR --format gptq
+```
+""",
+    "gptq": """\
+```
+pip install vllm
+vllm serve {repository}{revision}
+```
+""",
+    "compressed-tensors": """\
+```
+pip install vllm
+vllm serve {repository}{revision}
+```
+
+```python
+# pip install transformers compressed-tensors
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{repository}"{keyword})
+tokenizer = AutoTokenizer.from_pretrained("{repository}"{keyword})
+tokens = tokenizer("Hello", return_tensors="pt")
+print(tokenizer.decode(model.generate(**tokens, max_new_tokens=32)[0]))
+```
+""",
+}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the options of `push` say of the model, or else the card of its source."""
+
+    base_model: str | None
+    license: dict[str, str]
+    language: str | list[str] | None
+    pipeline_tag: str
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Published:
+    """One branch as the card describes it: where it is, what it holds, and what is known of that."""
+
+    repository: str
+    branch: str
+    manifest: dict[str, Any]
+    manifest_sha256: str
+    report: dict[str, Any] | None
+    origin: dict[str, Any]  # the manifest of the checkpoint whose codes these are: its own, but for --also
+    measured: dict[str, Any] | None  # the report about that one
+    also: tuple[str, ...] = ()
+
+    @property
+    def format(self) -> str:
+        """Its layout."""
+        return self.manifest["recipe"]["format"]
+
+
+def read_facts(directory: Path) -> dict[str, Any]:
+    """What a model's card says under the names of FACTS; without a card, what our manifest keeps of one."""
+    found = _metadata_of(directory / CARD) if belongs(directory / CARD, directory) else {}
+    if not found and (manifest := manifests.load(directory)):
+        source = _object(manifest.get("source"))
+        found = _object(source.get("card"))
+        found |= {"base_model": _base_model(source, found), "base_model_relation": "quantized"}
+    facts = {name: found[name] for name in FACTS if found.get(name) is not None}
+    for name in [name for name, value in facts.items() if not _usable(value)]:
+        log.warning("the card of the source gives no usable %s", name)
+        del facts[name]
+    return facts
+
+
+def _metadata_of(card: Path) -> dict[str, Any]:
+    from huggingface_hub import metadata_load
+
+    try:
+        if card.stat().st_size > LARGEST:
+            raise ValueError(f"it has more than {LARGEST:,} bytes")
+        return _object(metadata_load(card))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        log.warning("the card of the source is left aside: %s", str(error).partition("\n")[0])
+        return {}
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return dict(value) if isinstance(value, dict) else {}
+
+
+def facts(manifest: dict[str, Any], base_model: str | None, license: str | None) -> Facts:
+    """The facts for the card; ConvertError if `license` contradicts the source's."""
+    source = manifest["source"]
+    known = {name: value for name, value in _object(source.get("card")).items() if _usable(value)}
+    warnings = []
+    stated = {name: str(known[name]) for name in FACTS[:3] if isinstance(known.get(name), str)}
+    if license is not None and stated.get("license", license) != license:
+        raise ConvertError(
+            f"the source's card says its license is {stated['license']!r}, not {license!r}.",
+            "leave --license out; it is for a source whose card names none.",
+        )
+    if license is not None:
+        stated["license"] = license
+    if "license" not in stated:
+        stated = {}
+        warnings.append("the license is not known and left out of the card: give it with --license.")
+    elif stated["license"] == "other" and "license_name" not in stated:
+        warnings.append("the license is 'other' without a name: the source's card does not give it.")
+    base = base_model or _base_model(source, known)
+    if base is None:
+        warnings.append("the original is not known on the Hub: give its id with --base-model.")
+    return Facts(
+        base, stated, known.get("language"), str(known.get("pipeline_tag", "text-generation")), warnings
+    )
+
+
+def _base_model(source: dict[str, Any], known: dict[str, Any]) -> str | None:
+    """The Hub id of the original: of a quantized source, what its own card names."""
+    name = source.get("name") if source.get("commit") else None
+    if source.get("quantization"):
+        stated = known.get("base_model")
+        stated = stated[0] if isinstance(stated, list) and len(stated) == 1 else stated
+        return stated if isinstance(stated, str) and "/" in stated else name
+    return name
+
+
+def _usable(value: Any) -> bool:
+    """Whether a value is a short line of text, or a list of such."""
+    if isinstance(value, list):
+        return 0 < len(value) <= MOST and all(isinstance(one, str) and _usable(one) for one in value)
+    return isinstance(value, str) and 0 < len(value) <= LONGEST and value.isprintable()
+
+
+def write(published: Published, facts: Facts) -> str:
+    """The card, as Markdown with its metadata in front."""
+    metadata = _metadata(published, facts)
+    parts = [
+        f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---\n",
+        f"# {published.repository.partition('/')[2]}\n",
+        _overview(published, facts),
+    ]
+    if published.report is None:
+        parts.append("> **Not verified.** This was published with `--allow-unverified`.\n")
+    parts += ["## Serve it\n", _serving(published)]
+    parts += ["## How it was made\n", _making(published)]
+    parts += ["## Quality\n", _quality(published)]
+    parts += ["## Check it\n", _check(published, facts)]
+    parts += ["## Files\n", _files(published)]
+    card = "\n".join(parts)
+    if yaml.safe_load(card.split("---\n")[1]) != metadata:
+        raise ConvertError("the metadata of the card does not survive being written.", "this is a bug.")
+    return card
+
+
+def _metadata(published: Published, facts: Facts) -> dict[str, Any]:
+    metadata: dict[str, Any] = {}
+    if facts.base_model:
+        metadata |= {"base_model": facts.base_model, "base_model_relation": "quantized"}
+    metadata |= facts.license
+    if facts.language:
+        metadata["language"] = facts.language
+    # the Hub takes a repository with a config.json for one that transformers loads, and tells people to
+    metadata["library_name"] = "marlin-convert" if published.format == "marlin" else "transformers"
+    metadata["pipeline_tag"] = facts.pipeline_tag
+    tags = ["quantized", "4-bit", "w4a16", "marlin-convert"]
+    metadata["tags"] = sorted({*tags, *TAGS[published.format]})
+    return metadata
+
+
+def _overview(published: Published, facts: Facts) -> str:
+    recipe, manifest = published.manifest["recipe"], published.manifest
+    base = facts.base_model
+    original = (
+        f"[{base}](https://huggingface.co/{base})" if base else _code(published.origin["source"]["name"])
+    )
+    size = recipe["group_size"]
+    groups = "one scale for every output" if size == -1 else f"one scale for every {size} weights"
+    return (
+        f"{original} with the weights of its linears in 4 bits ({manifest['bits_per_weight']} bits per "
+        f"weight with {groups}), in the `{published.format}` layout, made by {_code(manifest['tool'])}.\n"
+    )
+
+
+def _serving(published: Published) -> str:
+    branch, main = published.branch, published.branch == "main"
+    also = ""
+    if published.also:
+        branches = " and ".join(f"`--revision {name}`" for name in published.also)
+        also = f" The same codes are in layouts that stock engines load: {branches}."
+    text = SERVING[published.format].format(
+        repository=published.repository,
+        revision="" if main else f" --revision {branch}",
+        keyword="" if main else f', revision="{branch}"',
+        also=also,
+    )
+    others = [name for name in published.also if published.format != "marlin"]
+    return text + (f"\nOther layouts of the same codes: branches {', '.join(others)}.\n" if others else "")
+
+
+def _making(published: Published) -> str:
+    manifest, origin = published.manifest, published.origin
+    source, recipe, text = origin["source"], origin["recipe"], origin.get("calibration")
+    commit = source.get("commit")
+    rows = {
+        "source": _code(source["name"]) + (f" at commit {_code(commit)}" if commit else ", a directory"),
+        "tool": _code(manifest["tool"]),
+        "versions": ", ".join(f"{name} {value}" for name, value in origin.get("versions", {}).items()),
+        "recipe": _code(", ".join(f"{name} {value}" for name, value in recipe.items() if name != "format")),
+    }
+    if source.get("quantization") and not origin.get("requantized"):
+        rows["codes"] = (
+            f"kept from the source, which was {_code(source['quantization'])}; nothing was calibrated"
+        )
+    if text:
+        rows["calibration"] = (
+            f"{text['samples']} x {text['sequence_length']} tokens of {_code(text['text'])}, "
+            f"token ids sha256 {_code(text['sha256'])}"
+        )
+    packed, dense = manifest["linears"], manifest["dense"]
+    rows["linears"] = f"{len(packed)} packed, {len(dense)} of the blocks left dense"
+    errors = [row["error"] for row in origin["linears"] if "error" in row]
+    if errors:
+        rows["error"] = (
+            f"{sum(errors) / len(errors):.4f} on average, {max(errors):.4f} at worst: relative error of a "
+            "linear's output on the calibration text"
+        )
+    lines = [_table(["", ""], [[name, value] for name, value in rows.items()])]
+    lines += [f"- left dense: {_code(name)} ({_line(reason)})" for name, reason in dense.items()]
+    lines += [f"- left out: {_code(name)}" for name in manifest["left_out"]]
+    lines += [
+        f"- rounded to nearest: {_code(row['name'])}"
+        for row in origin["linears"]
+        if row.get("rounded_to_nearest")
+    ]
+    model = f"{source['name']} --revision {commit}" if commit and is_repository(source["name"]) else "MODEL"
+    return "\n".join(lines) + (
+        f"\n\nTo make it again, with `recipe.yaml` of this repository:\n\n```\n"
+        f"marlin-convert quantize {model} -o DIR --recipe recipe.yaml\n```\n"
+    )
+
+
+def _quality(published: Published) -> str:
+    done = published.report
+    if done is None:
+        return "Not measured.\n"
+    rows = [[name, check["status"], _line(check["reason"])] for name, check in done["checks"].items()]
+    lines = [_table(["check", "", ""], rows)]
+    text = (published.measured or done)["checks"]["numbers"]["details"].get("text")
+    if text is None:
+        lines.append("Perplexity was not measured.\n")
+    else:
+        lines.append(
+            f"On {_code(text['name'])}, text that calibration never uses ({text['tokens']} predicted tokens "
+            f"in {text['samples']} sequences of {text['sequence_length']}):\n"
+        )
+        figures = [
+            ["perplexity", text["source_perplexity"], text["perplexity"]],
+            ["KL divergence to the original", "", text["divergence"]],
+            ["same likeliest token", "", text["agreement"]],
+        ]
+        lines.append(_table(["", "original", "this"], [[_line(str(one)) for one in row] for row in figures]))
+    if published.origin is not published.manifest:
+        layout = published.origin["recipe"]["format"]
+        lines.append(
+            f"Codes and scales are those of the `{layout}` layout of this repository, compared one by one.\n"
+        )
+    return "\n".join(lines)
+
+
+def _check(published: Published, facts: Facts) -> str:
+    revision = "" if published.branch == "main" else f" --revision {published.branch}"
+    commit = published.origin["source"].get("commit")
+    source = ""
+    if facts.base_model and commit and facts.base_model == published.origin["source"]["name"]:
+        source = f" --source {facts.base_model} --source-revision {commit}"
+    return f"```\nmarlin-convert verify {published.repository}{revision}{source}\n```\n"
+
+
+def _files(published: Published) -> str:
+    rows = [
+        [_code(name), str(entry["size"]), _code(entry["sha256"])]
+        for name, entry in published.manifest["files"].items()
+    ]
+    table = _table(["file", "bytes", "sha256"], rows)
+    return f"{table}\nThe manifest, `marlin_convert.json`, has sha256 `{published.manifest_sha256}`.\n"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
+
+
+def _line(text: str) -> str:
+    """Text from a file as one line that holds no markup."""
+    return re.sub(r"([\\`*_<>\[\]#&])", r"\\\1", " ".join(str(text).split()))
+
+
+def _code(text: str) -> str:
+    """Text from a file as one line of code, which it cannot end."""
+    return f"`{' '.join(str(text).replace('`', chr(39)).split())}`"
