@@ -4,6 +4,7 @@ import gc
 import json
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -83,7 +84,9 @@ def imports() -> Iterator[None]:
 
 
 def set_up_logging(quiet: bool, verbose: int) -> None:
-    """Plain lines on stderr."""
+    """Plain lines on stderr, and bars of the Hub's client, which is imported later, on a terminal only."""
+    if quiet or not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     level = logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING, force=True)
     log.setLevel(level)
@@ -113,19 +116,6 @@ def file_progress(quiet: bool) -> Callable[[Sequence[str]], Iterable[str]]:
         return tqdm(names, desc="checking", unit="file", disable=True if quiet else None)
 
     return progress
-
-
-@contextmanager
-def upload_bars(quiet: bool) -> Iterator[None]:
-    """Let the Hub's client draw its bars on a terminal only."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    silent = (quiet or not sys.stderr.isatty()) and not are_progress_bars_disabled()
-    if silent:
-        disable_progress_bars()
-    yield
-    if silent:
-        enable_progress_bars()
 
 
 def pick_device(name: str) -> "torch.device":
@@ -362,7 +352,9 @@ def verify(
     if as_json:
         click.echo(json.dumps(done.to_dict(), indent=2))
     elif not quiet:
-        click.echo(story.text(done, checkpoint, verbose=bool(verbose)))
+        words = shlex.join([checkpoint, *(["--revision", revision] if revision else [])])
+        local = job.checkpoint.commit is None
+        click.echo(story.text(done, words, local=local, verbose=bool(verbose)))
     if done.failed:
         sys.exit(3)
     for name in done.could_not_run:
@@ -411,8 +403,7 @@ def push(
     from marlin_convert import report as reports
 
     job = story.Job(checkpoint, repo_id, **settings)
-    with upload_bars(quiet):
-        done = story.push(job, dry_run=dry_run, progress=file_progress(quiet))
+    done = story.push(job, dry_run=dry_run, progress=file_progress(quiet))
     if as_json:
         click.echo(json.dumps(reports.push_json(done, job), indent=2))
     elif not quiet:

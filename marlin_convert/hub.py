@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from marlin_convert.checkpoint.reader import json_file
 from marlin_convert.errors import SourceError
@@ -81,66 +80,78 @@ def is_repository(name: str) -> bool:
 def hub_errors(repository: str) -> Iterator[None]:
     """Turn what goes wrong with the Hub into a SourceError with a sentence and a hint.
 
-    Only calls of the client stand inside: what cannot be understood of an answer is a ValueError or KeyError.
+    Only calls of the client stand inside: what it cannot understand of an answer is a ValueError or KeyError.
     """
+    try:
+        yield
+    except Exception as error:
+        # what breaks an upload comes wrapped
+        wrapped = isinstance(error, RuntimeError) and error.__cause__ is not None
+        said = _said(repository, error.__cause__ if wrapped else error)
+        if said is None:
+            raise
+        raise SourceError(*said) from error
+
+
+def _said(repository: str, error: BaseException | None) -> tuple[str, str] | None:
+    """The sentence and the hint for an error of the Hub's client, None for one that is not."""
     from huggingface_hub import errors
     from huggingface_hub.utils import httpx
 
-    try:
-        yield
-    except errors.GatedRepoError as error:
-        raise SourceError(
-            f"{repository!r} is gated and this token has no access.",
-            "request access on its page, then run 'hf auth login'.",
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise SourceError(
-            f"there is no directory and no Hub repository {repository!r} that you can see.",
-            "check the spelling; for a private one run 'hf auth login' or set HF_TOKEN.",
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise SourceError(
-            f"{repository!r} has no such revision.", "--revision takes a branch, a tag or a commit."
-        ) from error
-    except errors.LocalEntryNotFoundError as error:
-        raise SourceError(
-            f"{repository!r} is not in the local cache and the Hub did not give it.",
-            "check the network and HF_HUB_OFFLINE.",
-        ) from error
-    except errors.OfflineModeIsEnabled as error:
-        raise SourceError(
-            f"{repository!r} is not in the local cache, and HF_HUB_OFFLINE forbids to ask the Hub.",
-            "unset HF_HUB_OFFLINE.",
-        ) from error
-    except errors.HfHubHTTPError as error:
-        raise _refusal(repository, error.response) from error
-    except errors.HFValidationError as error:
-        raise SourceError(
-            f"{repository!r} is neither there nor a Hub id.", "a Hub id looks like 'org/name'."
-        ) from error
-    except httpx.HTTPStatusError as error:  # of what is not the Hub itself: its storage
-        raise _refusal(repository, error.response) from error
-    except (httpx.HTTPError, ConnectionError, TimeoutError) as error:
-        raise SourceError(
-            f"the connection to the Hub broke, about {repository!r} ({type(error).__name__}).",
-            "check the network and HF_ENDPOINT, and run the same command again.",
-        ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise SourceError(
-            f"the Hub gave an answer about {repository!r} that is no answer ({type(error).__name__}).",
-            "check HF_ENDPOINT, and run the same command again.",
-        ) from error
+    match error:
+        case errors.GatedRepoError():
+            return (
+                f"{repository!r} is gated and this token has no access.",
+                "request access on its page, then run 'hf auth login'.",
+            )
+        case errors.RepositoryNotFoundError():
+            return (
+                f"there is no directory and no Hub repository {repository!r} that you can see.",
+                "check the spelling; for a private one run 'hf auth login' or set HF_TOKEN.",
+            )
+        case errors.RevisionNotFoundError():
+            return (
+                f"{repository!r} has no such revision.",
+                "--revision takes a branch, a tag or a commit.",
+            )
+        case errors.LocalEntryNotFoundError():
+            return (
+                f"{repository!r} is not in the local cache and the Hub did not give it.",
+                "check the network and HF_HUB_OFFLINE.",
+            )
+        case errors.OfflineModeIsEnabled():
+            return (
+                f"{repository!r} is not in the local cache, and HF_HUB_OFFLINE forbids to ask the Hub.",
+                "unset HF_HUB_OFFLINE.",
+            )
+        case errors.HFValidationError():
+            return (f"{repository!r} is neither there nor a Hub id.", "a Hub id looks like 'org/name'.")
+        case errors.HfHubHTTPError() | httpx.HTTPStatusError():
+            status = error.response.status_code if error.response is not None else None
+            hint = _HINTS.get(status or 0, "try again later; what is uploaded already stays there.")
+            return (f"the Hub answered {status or 'nothing'} for {repository!r}.", hint)
+        case httpx.HTTPError() | ConnectionError() | TimeoutError():
+            return (
+                f"the connection to the Hub broke, about {repository!r} ({type(error).__name__}).",
+                "check the network and HF_ENDPOINT, and run the same command again.",
+            )
+        case OSError():
+            return (
+                f"a file cannot be read or written: {error.strerror} ('{error.filename}').",
+                "mend that, and run the same command again.",
+            )
+        case ValueError() | KeyError() | TypeError():
+            return (
+                f"the Hub gave an answer about {repository!r} that is no answer ({type(error).__name__}).",
+                "check HF_ENDPOINT, and run the same command again.",
+            )
+    return None
 
 
 _HINTS = {
     401: "the token is not accepted: run 'hf auth login', or set HF_TOKEN.",
     403: "the token may not do that: make one with write access at huggingface.co/settings/tokens.",
+    409: "somebody else is at work on it: run the same command again.",
+    412: "somebody else has pushed to it meanwhile: run the same command again.",
     429: "too many requests: wait some minutes, then run the same command again.",
 }
-
-
-def _refusal(repository: str, response: Any) -> SourceError:
-    """What a status of the Hub means."""
-    status = response.status_code if response is not None else None
-    hint = _HINTS.get(status or 0, "try again later; what is uploaded already stays there.")
-    return SourceError(f"the Hub answered {status or 'nothing'} for {repository!r}.", hint)

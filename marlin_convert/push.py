@@ -29,6 +29,9 @@ log = logging.getLogger("marlin_convert")
 # What a repository has of its own; it stays as it is.
 KEPT = ".gitattributes"
 
+# Seconds that the Hub may be silent; its client would wait for ever.
+PATIENCE = 300.0
+
 _BRANCH = re.compile(r"(?!refs/)(?!.*(\.\.|//|\.lock$))[A-Za-z0-9_][\w./-]{0,100}(?<![./])", re.ASCII)
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,60}")
 
@@ -180,7 +183,8 @@ def _repack(job: Job, format: str, directory: Path) -> None:
     task = verify.Job(Source(directory, job.repository, None), checks, torch.device("cpu"))
     done = verify.verify(task)
     if not done.passed:
-        raise ConvertError(f"the {format} repack does not pass: {verify.text(done, format)}")
+        reasons = [f"{name}: {check.reason}" for name, check in done.checks.items() if check.status == "fail"]
+        raise ConvertError(f"the {format} repack does not pass ({'; '.join(reasons)}).", "this is a bug.")
     verify.save(done, task)
     ours, theirs = Weights(Checkpoint.open(job.checkpoint)), Weights(Checkpoint.open(directory))
     for linear in ours.packed_linears():
@@ -197,6 +201,7 @@ def _repack(job: Job, format: str, directory: Path) -> None:
 def _publish(job: Job, releases: list[Release]) -> list[Pushed]:
     """Check token, card and repository, then one commit per release."""
     from huggingface_hub import HfApi, get_token
+    from huggingface_hub.utils import get_session
 
     token = get_token()
     if token is None:
@@ -206,6 +211,7 @@ def _publish(job: Job, releases: list[Release]) -> list[Pushed]:
             if isinstance(file.content, bytes) and token.encode() in file.content:
                 raise ConvertError(f"{name!r} holds your Hub token.", "remove it; nothing was uploaded.")
     api = HfApi()
+    get_session().timeout = PATIENCE
     with hub_errors(job.repository):
         identity = api.whoami()
         _check_token(identity)
@@ -306,10 +312,6 @@ def _commit(api: "HfApi", job: Job, release: Release, author: str) -> Pushed:
         if landed is None:
             raise
         return replace(landed, changed=True, removed=stale)
-    except OSError as error:
-        raise SourceError(
-            f"a file of '{job.checkpoint}' cannot be read: {error.strerror}.", "nothing was published."
-        ) from error
     with hub_errors(job.repository):
         _, tree = _tree(api, job.repository, made.oid)
     if not _holds(tree, release):

@@ -5,9 +5,8 @@ import shlex
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from marlin_convert.plan import Plan
-
 if TYPE_CHECKING:
+    from marlin_convert.plan import Plan
     from marlin_convert.push import Job as PushJob
     from marlin_convert.push import Outcome
     from marlin_convert.quantize import Job, Report
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
 WORST = 5
 
 
-def plan_json(plan: Plan) -> dict[str, Any]:
+def plan_json(plan: "Plan") -> dict[str, Any]:
     """The plan as data."""
     return {
         "format": plan.recipe.format,
@@ -32,7 +31,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def plan_text(plan: Plan, job: "Job") -> str:
+def plan_text(plan: "Plan", job: "Job") -> str:
     """The plan for a reader, with what it will take."""
     from marlin_convert.estimate import estimate
 
@@ -58,7 +57,7 @@ def plan_text(plan: Plan, job: "Job") -> str:
     return "\n".join(lines)
 
 
-def left_out(plan: Plan) -> list[str]:
+def left_out(plan: "Plan") -> list[str]:
     """The source tensors that are not written, those of one name on one line; the manifest lists them all."""
     names: dict[str, list[str]] = {}
     for name in plan.left_out:

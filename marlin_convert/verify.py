@@ -2,7 +2,6 @@
 
 import logging
 import math
-import shlex
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -522,8 +521,11 @@ def _json_number(value: Any) -> Any:
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
-def text(done: Verification, checkpoint: str, *, verbose: bool = False) -> str:
-    """The checks as a table, the figures beside the source's, and the next command to type."""
+def text(done: Verification, words: str, *, local: bool, verbose: bool = False) -> str:
+    """The checks as a table, the figures beside the source's, and the next command to type.
+
+    `words` name the checkpoint on a command line, `local` says that it is a directory.
+    """
     lines = []
     for name, check in done.checks.items():
         lines.append(f"{name:8} {check.status:8} {check.reason}")
@@ -538,13 +540,10 @@ def text(done: Verification, checkpoint: str, *, verbose: bool = False) -> str:
     if "text" in figures:
         lines += _figures(figures["source"]["name"], done.checkpoint, figures["text"])
     if not done.failed and not done.could_not_run:
-        ready = done.passed and done.manifest_sha256 is not None and Path(checkpoint).is_dir()
-        command = (
-            f"push {shlex.quote(checkpoint)} you/{done.checkpoint}"
-            if ready
-            else f"inspect {shlex.quote(checkpoint)}"
+        ready = local and done.passed and done.manifest_sha256 is not None
+        lines.append(
+            "Next: marlin-convert " + (f"push {words} you/{done.checkpoint}" if ready else f"inspect {words}")
         )
-        lines.append(f"Next: marlin-convert {command}")
     return "\n".join(lines)
 
 
