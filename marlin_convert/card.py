@@ -14,7 +14,7 @@ import yaml
 from marlin_convert.checkpoint import manifest as manifests
 from marlin_convert.checkpoint.reader import belongs
 from marlin_convert.errors import ConvertError
-from marlin_convert.hub import is_repository
+from marlin_convert.hub import is_hub_id
 
 log = logging.getLogger("marlin_convert")
 
@@ -167,12 +167,11 @@ def facts(manifest: dict[str, Any], base_model: str | None, license: str | None)
 
 def _base_model(source: dict[str, Any], known: dict[str, Any]) -> str | None:
     """The Hub id of the original: of a quantized source, what its own card names."""
-    name = source.get("name") if source.get("commit") else None
+    names = [source.get("name")] if source.get("commit") else []
     if source.get("quantization"):
         stated = known.get("base_model")
-        stated = stated[0] if isinstance(stated, list) and len(stated) == 1 else stated
-        return stated if isinstance(stated, str) and "/" in stated else name
-    return name
+        names = [*(stated if isinstance(stated, list) and len(stated) == 1 else [stated]), *names]
+    return next((name for name in names if is_hub_id(name)), None)
 
 
 def _usable(value: Any) -> bool:
@@ -255,7 +254,7 @@ def _making(published: Published) -> str:
     rows = {
         "source": _code(source["name"]) + (f" at commit {_code(commit)}" if commit else ", a directory"),
         "tool": _code(manifest["tool"]),
-        "versions": ", ".join(f"{name} {value}" for name, value in origin.get("versions", {}).items()),
+        "versions": _line(", ".join(f"{name} {value}" for name, value in origin["versions"].items())),
         "recipe": _code(", ".join(f"{name} {value}" for name, value in recipe.items() if name != "format")),
     }
     if source.get("quantization") and not origin.get("requantized"):
@@ -283,7 +282,7 @@ def _making(published: Published) -> str:
         for row in origin["linears"]
         if row.get("rounded_to_nearest")
     ]
-    model = f"{source['name']} --revision {commit}" if commit and is_repository(source["name"]) else "MODEL"
+    model = f"{source['name']} --revision {commit}" if commit and is_hub_id(source["name"]) else "MODEL"
     return "\n".join(lines) + (
         f"\n\nTo make it again, with `recipe.yaml` of this repository:\n\n```\n"
         f"marlin-convert quantize {model} -o DIR --recipe recipe.yaml\n```\n"
@@ -329,7 +328,7 @@ def _check(published: Published, facts: Facts) -> str:
 
 def _files(published: Published) -> str:
     rows = [
-        [_code(name), str(entry["size"]), _code(entry["sha256"])]
+        [_code(name), str(int(entry["size"])), _code(entry["sha256"])]
         for name, entry in published.manifest["files"].items()
     ]
     table = _table(["file", "bytes", "sha256"], rows)
@@ -337,8 +336,8 @@ def _files(published: Published) -> str:
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
+    lines = [head, ["---"] * len(head), *([cell.replace("|", r"\|") for cell in row] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _line(text: str) -> str:

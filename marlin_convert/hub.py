@@ -52,7 +52,7 @@ def resolve(model: str, revision: str | None = None, *, code: bool = False) -> S
                 f"'{model}' is a directory; --revision is for models on the Hub.", "leave --revision out."
             )
         return Source(path, path.resolve().name, None)
-    if not model or path.exists() or not _REPOSITORY.fullmatch(model):
+    if not model or path.exists() or not is_hub_id(model):
         raise SourceError(
             f"'{model}' is neither a directory nor a Hub id.", "a Hub id looks like 'org/name'."
         )
@@ -71,9 +71,14 @@ def resolve(model: str, revision: str | None = None, *, code: bool = False) -> S
     return Source(directory, model, directory.name)
 
 
+def is_hub_id(name: object) -> bool:
+    """Whether `name` could be a model on the Hub: namespace/name, or name alone for the oldest ones."""
+    return isinstance(name, str) and _REPOSITORY.fullmatch(name) is not None
+
+
 def is_repository(name: str) -> bool:
     """Whether `name` has the form of a repository one can push to: namespace/name."""
-    return "/" in name and _REPOSITORY.fullmatch(name) is not None
+    return "/" in name and is_hub_id(name)
 
 
 @contextmanager
