@@ -4,6 +4,7 @@ import hashlib
 import json
 import random
 import sysconfig
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from marlin_convert.errors import ConvertError, SourceError
+from marlin_convert.errors import ConvertError, SourceError, reading
 from marlin_convert.hub import Source
 
 BUILTIN = "builtin"
@@ -55,7 +56,8 @@ def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> PreTra
         return tokenizer
     except Exception as error:  # the tokenizers library raises that class itself
         raise SourceError(
-            f"{source.name} has no tokenizer that can be read.", "text needs one beside the weights."
+            f"{source.name} has no tokenizer that can be read: {textwrap.shorten(str(error), 120)}",
+            "text needs one beside the weights.",
         ) from error
 
 
@@ -105,7 +107,12 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, document: str | list[dict[str,
                 'give the text itself, as {"text": "..."}.',
             ) from error
         return tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-    return tokenizer(document, verbose=False)["input_ids"]
+    try:
+        return tokenizer(document, verbose=False)["input_ids"]
+    except Exception as error:  # the tokenizers library raises that class itself
+        raise SourceError(
+            f"the model's tokenizer does not take this text: {error}", "its files may be damaged."
+        ) from error
 
 
 def shown(source: str) -> str:
@@ -154,11 +161,14 @@ def _from_file(path: Path) -> Iterator[str | list[dict[str, Any]]]:
             f"calibration text '{path}' does not exist.",
             "pass builtin, a .txt or .jsonl file, or hf:DATASET.",
         )
+    if path.suffix in (".txt", ".jsonl"):
+        with reading(path):
+            text = path.read_text("utf-8", errors="replace")
     if path.suffix == ".txt":
-        yield path.read_text("utf-8", errors="replace")
+        yield text
     elif path.suffix == ".jsonl":
         # split("\n"), not splitlines: JSON text may hold other line separators as they are
-        for number, line in enumerate(path.read_text("utf-8", errors="replace").split("\n"), 1):
+        for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 yield _json_document(line, f"{path.name}, line {number}")
     elif path.suffix == ".parquet":

@@ -39,6 +39,11 @@ class Commands(click.Group):
         except click.ClickException as error:
             error.show()
             sys.exit(error.exit_code)
+        except OSError as error:  # a disk that fails where no code can say more than it does
+            where = f" ('{error.filename}')" if error.filename else ""
+            click.echo(f"Error: {error.strerror or error}{where}.", err=True)
+            click.echo("Hint: check the disk and its permissions, then run the same command again.", err=True)
+            sys.exit(1)
         except (click.Abort, KeyboardInterrupt):
             click.echo("Interrupted.", err=True)
             sys.exit(130)
@@ -247,14 +252,13 @@ def quantize(
         resume=resume,
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
+        report=report,
     )
     if dry_run:
         _, plan = story.plan_job(job)
         click.echo(json.dumps(reports.plan_json(plan), indent=2) if as_json else reports.plan_text(plan, job))
         return
     done = story.quantize(job, block_progress(quiet))
-    if report:
-        report.write_text(reports.html(done.manifest), "utf-8")
     if as_json:
         click.echo(json.dumps(reports.summary(done), indent=2))
     elif not quiet:
@@ -348,13 +352,13 @@ def verify(
         **settings,
     )
     done = story.verify(job, block_progress(quiet))
-    story.save(done, job, report)
     if as_json:
         click.echo(json.dumps(done.to_dict(), indent=2))
     elif not quiet:
         words = shlex.join([checkpoint, *(["--revision", revision] if revision else [])])
         local = job.checkpoint.commit is None
         click.echo(story.text(done, words, local=local, verbose=bool(verbose)))
+    story.save(done, job, report)
     if done.failed:
         sys.exit(3)
     for name in done.could_not_run:

@@ -7,6 +7,7 @@ from typing import Any
 
 from marlin_convert.checkpoint import manifest as manifests
 from marlin_convert.checkpoint.reader import Checkpoint, TensorInfo, json_file
+from marlin_convert.errors import printable
 from marlin_convert.hub import Source
 
 # The suffix of its codes tells the format of a packed linear, but for GPTQ's and AWQ's. Not asked of the
@@ -144,7 +145,7 @@ def text(found: dict[str, Any], checkpoint: str, *, verbose: bool = False) -> st
     lines.append(f"verified     {_verdict(found['verified'])}")
     if not (found["verified"] and found["verified"]["of_these_files"]):
         lines.append(f"Next: marlin-convert verify {shlex.quote(checkpoint)}")
-    return "\n".join(lines)
+    return "\n".join(printable(line) for line in lines)
 
 
 def _verdict(verified: dict[str, Any] | None) -> str:

@@ -157,6 +157,8 @@ def make_plan(
 
     left_out = check_names(weights, model)
     linears = block_linears(model, architecture)
+    if not linears:
+        raise SourceError("config.json means a model without blocks.", _OTHER_MODEL)
     fates = tuple(_fates(linears, architecture, recipe, weights if repack else None))
     _check_skips(recipe, linears)
     _check_stages(fates, architecture)
@@ -241,7 +243,8 @@ def _notes(fates: Sequence[Fate], recipe: Recipe, repacked: Weights | None) -> I
 def check_names(weights: Weights, model: torch.nn.Module) -> list[str]:
     """Compare the tensors with the architecture's; returns those that are known to be left out.
 
-    SourceError names what is missing, what is not of the architecture, and what is there dense and packed.
+    SourceError names what is missing, what is not of the architecture or of a type that is not read, and what
+    is there dense and packed.
     """
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -256,6 +259,8 @@ def check_names(weights: Weights, model: torch.nn.Module) -> list[str]:
             raise SourceError(
                 f"{name} has shape {info.shape}, its config.json means {shapes[name]}.", _OTHER_MODEL
             )
+        if name in expected:
+            weights.dtype(name)  # it must be one that is read
     packed = {f"{linear}.weight" for linear in weights.packed_linears()}
     twice = sorted(packed & weights.checkpoint.tensors.keys())
     if twice:
@@ -423,7 +428,7 @@ def _specs(
                 specs.append(TensorSpec(f"{linear}.{suffix}", dtype, shape))
         else:
             dtype = weights.dtype(name)
-            if dtype.is_floating_point and recipe.dtype != "auto":
+            if recipe.dtype != "auto":
                 dtype = DTYPES[recipe.dtype]
             specs.append(TensorSpec(name, dtype, shapes[name]))
     blocks = architecture.blocks + "."

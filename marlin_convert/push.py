@@ -29,6 +29,8 @@ log = logging.getLogger("marlin_convert")
 # What a repository has of its own; it stays as it is.
 KEPT = ".gitattributes"
 
+SCRATCH_HINT = "it is made in the temporary directory: see that it has room, or name another one with TMPDIR."
+
 # Seconds that the Hub may be silent; its client would wait for ever.
 PATIENCE = 300.0
 
@@ -145,9 +147,15 @@ def _prepare(job: Job, stack: ExitStack, progress: Progress) -> tuple[list[Relea
     releases = []
     for name in job.also:
         log.info("repacking to %s and verifying that", name)
-        directory = Path(stack.enter_context(TemporaryDirectory(prefix="marlin-convert-"))) / name
+        scratch = TemporaryDirectory(prefix="marlin-convert-", ignore_cleanup_errors=True)
+        directory = Path(stack.enter_context(scratch)) / name
         _repack(job, name, directory)
-        releases.append(_release(job, name, check(directory, progress), facts, checked))
+        repacked = check(directory, progress)
+        if repacked.unverified is not None:
+            raise ConvertError(
+                f"the {name} repack could not be verified: {repacked.unverified}.", SCRATCH_HINT
+            )
+        releases.append(_release(job, name, repacked, facts, checked))
     unverified = [f"published without verification: {checked.unverified}."] * bool(checked.unverified)
     return [*releases, main], unverified + facts.warnings
 
@@ -178,7 +186,13 @@ def _repack(job: Job, format: str, directory: Path) -> None:
 
     source = Source(job.checkpoint, job.repository, None)
     settings = recipe.load("w4a16-g128").changed({"format": format})
-    quantize.quantize(quantize.Job(source, directory, settings, torch.device("cpu")))
+    try:
+        quantize.quantize(quantize.Job(source, directory, settings, torch.device("cpu")))
+    except ConvertError as error:
+        raise ConvertError(
+            f"the {format} repack failed: {error}",
+            SCRATCH_HINT,
+        ) from error
     checks = frozenset({"files", "layout", "numbers", "kernel"})
     task = verify.Job(Source(directory, job.repository, None), checks, torch.device("cpu"))
     done = verify.verify(task)

@@ -27,12 +27,13 @@ from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.manifest import MANIFEST, sha256_file
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.checkpoint.unfinished import UnfinishedRun
-from marlin_convert.checkpoint.writer import ShardWriter, publish, write_json
+from marlin_convert.checkpoint.writer import ShardWriter, publish, write_json, write_report
 from marlin_convert.codes import Codes, Repack, Solve
-from marlin_convert.errors import ConvertError, FormatError, SourceError
+from marlin_convert.errors import ConvertError, FormatError, SourceError, reading
 from marlin_convert.hub import Source
 from marlin_convert.plan import Plan, make_plan
 from marlin_convert.recipe import Recipe
+from marlin_convert.report import html
 
 log = logging.getLogger("marlin_convert")
 
@@ -57,6 +58,7 @@ class Job:
     resume: bool = False
     overwrite: bool = False
     trust_remote_code: bool = False
+    report: Path | None = None
 
     @property
     def run(self) -> UnfinishedRun:
@@ -107,24 +109,29 @@ def quantize(
             run.begin(settings, done)
             files, rows, replayed = _convert(job, plan, weights, calibration, settings, done, progress)
             manifest = _assemble(job, plan, weights, settings, rows, files)
-            run.complete()
+            run.complete({"blocks": plan.blocks, "tensors": len(plan.specs), "linears": rows})
             publish(run.staging, job.output, job.overwrite)
+        if job.report is not None:
+            hint = "choose another file, or make room; then --resume writes it: the output is complete."
+            write_report(job.report, html(manifest), hint)
+        run.forget()
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ConvertError(
-                f"no space left for '{job.output}' ({error.strerror}).",
-                "free some and continue with --resume.",
-            ) from error
-        raise ConvertError(
-            f"cannot write '{job.output}': {error.strerror} ('{error.filename}').",
-            "choose another directory, or mend this one and continue with --resume.",
-        ) from error
+        raise _disk_error(job, error) from error
     finally:
         run.release()
-        if not run.is_others and not run.blocks:
-            run.forget()
-    run.forget()
     return Report(manifest, plan, time.monotonic() - started, replayed)
+
+
+def _disk_error(job: Job, error: OSError) -> ConvertError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return ConvertError(
+            f"no space left for '{job.output}' ({error.strerror}).", "free some and continue with --resume."
+        )
+    where = f" ('{error.filename}')" if error.filename else ""
+    return ConvertError(
+        f"cannot write '{job.output}': {error.strerror}{where}.",
+        "choose another directory, or mend this one and continue with --resume.",
+    )
 
 
 def _convert(
@@ -173,8 +180,6 @@ def _convert(
 def _dense(weights: Weights, plan: Plan, name: str) -> Tensor:
     """A tensor that is copied from the source, in the type it is written as."""
     tensor = weights.read(name)
-    if not tensor.is_floating_point():
-        return tensor
     if not _finite(tensor):
         raise SourceError(f"{name} holds NaN or Inf.", "the source is damaged; fetch it again.")
     written = tensor.to(plan.dtypes[name])
@@ -293,7 +298,9 @@ def _assemble(
     (staging / RECIPE).write_text(_published_recipe(plan).dump(), "utf-8")
     for name in weights.checkpoint.companions(code=job.trust_remote_code):
         (staging / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(weights.checkpoint.directory / name, staging / name)
+        with reading(weights.checkpoint.directory / name):
+            data = (weights.checkpoint.directory / name).read_bytes()
+        (staging / name).write_bytes(data)
     for path in staging.rglob("*"):
         name = path.relative_to(staging).as_posix()
         if path.is_file() and name not in files and name != MANIFEST:

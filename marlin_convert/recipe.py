@@ -11,6 +11,8 @@ import yaml
 from marlin_convert.errors import ConvertError
 
 DEFAULT = "w4a16-g128"
+MOST = 10**9  # of anything that is counted
+NESTING_LIMIT = 10
 _HINT = f"the recipe.yaml of any output, and the recipe {DEFAULT}, show every setting."
 
 
@@ -34,10 +36,12 @@ class Recipe:
             "format": (self.format in ("marlin", "gptq", "compressed-tensors"), "unknown"),
             "group_size": (self.group_size in (-1, 32, 64, 128), "must be 128, 64, 32 or -1"),
             "dtype": (self.dtype in ("auto", "float16", "bfloat16"), "must be auto, float16 or bfloat16"),
-            "samples": (self.samples >= 1, "must be at least 1"),
-            "sequence_length": (self.sequence_length >= 1, "must be at least 1"),
+            "calibration": (self.calibration.isprintable(), "must be one line of text"),
+            "samples": (1 <= self.samples <= MOST, f"must be at least 1, at most {MOST}"),
+            "sequence_length": (1 <= self.sequence_length <= MOST, f"must be at least 1, at most {MOST}"),
+            "seed": (-(2**63) <= self.seed < 2**63, "must fit in 64 bits"),
             "damping": (0 < self.damping <= 1, "must be above 0, at most 1"),
-            "sweeps": (self.sweeps >= 0, "must not be negative"),
+            "sweeps": (0 <= self.sweeps <= MOST, f"must be at least 0, at most {MOST}"),
         }
         for name, (holds, rule) in checks.items():
             if not holds:
@@ -66,22 +70,37 @@ def named_recipes() -> list[str]:
 
 def load(name_or_file: str) -> Recipe:
     """A recipe by name, or from a YAML file; ConvertError says which key or value is wrong."""
-    path = Path(name_or_file)
     if name_or_file in named_recipes():
         text = files("marlin_convert").joinpath("recipes", f"{name_or_file}.yaml").read_text("utf-8")
-    elif path.is_file():
-        text = path.read_text("utf-8", errors="replace")
     else:
-        raise ConvertError(
-            f"there is no recipe {name_or_file!r}.",
-            f"use one of {', '.join(named_recipes())}, or the path of a YAML file.",
-        )
+        try:
+            text = Path(name_or_file).read_text("utf-8", errors="replace")
+        except (OSError, ValueError) as error:
+            raise ConvertError(
+                f"there is no recipe {name_or_file!r}.",
+                f"use one of {', '.join(named_recipes())}, or the path of a YAML file.",
+            ) from error
     try:
-        settings = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        settings = _yaml(text)
+    except (yaml.YAMLError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise ConvertError(f"recipe {name_or_file!r} is not YAML: {reason}", _HINT) from error
+        raise ConvertError(f"recipe {name_or_file!r} cannot be read as YAML: {reason}", _HINT) from error
     return _from_settings({} if settings is None else settings, name_or_file)
+
+
+def _yaml(text: str) -> Any:
+    """What YAML says without tags, aliases (a few lines of which can mean gigabytes) and deep nesting."""
+    depth = 0
+    for event in yaml.parse(text):
+        line = event.start_mark.line + 1 if event.start_mark else 0
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None):
+            raise ValueError(f"line {line} has an alias or a tag")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > NESTING_LIMIT:
+            raise ValueError(f"line {line} is nested more than {NESTING_LIMIT} deep")
+    settings = yaml.safe_load(text)
+    str(settings)  # ValueError for an integer too long to be shown
+    return settings
 
 
 def _from_settings(settings: Any, source: str) -> Recipe:

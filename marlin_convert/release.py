@@ -17,6 +17,8 @@ from marlin_convert.errors import SourceError
 # Read into memory: what was hashed is what goes up, whatever happens to the file.
 SMALL = 32_000_000
 
+READ_HINT = "check its permissions and the disk, then run the same command again."
+
 Progress = Callable[[Sequence[str]], Iterable[str]]
 
 
@@ -124,22 +126,22 @@ def _read(directory: Path, name: str) -> File:
     folders = [directory / folder for folder in PurePosixPath(name).parents]
     try:
         if any(folder.is_symlink() for folder in folders[:-1]) or not stat.S_ISREG(path.lstat().st_mode):
-            raise SourceError(f"{name!r} is a link, or no regular file")
+            raise SourceError(f"{name!r} is a link, or no regular file", "put the file itself there.")
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size <= SMALL:
                 return File.of(file.read())
             return File(size, hashlib.file_digest(file, "sha256").hexdigest(), path)
     except OSError as error:
-        raise SourceError(f"{name!r} cannot be read ({error.strerror})") from error
+        raise SourceError(f"{name!r} cannot be read ({error.strerror})", READ_HINT) from error
 
 
 def _verification(directory: Path, files: dict[str, File]) -> tuple[dict[str, Any] | None, str | None]:
     """The report of `verify`, put among `files`; else why these files do not count as verified."""
     if not os.path.lexists(directory / manifests.VERIFIED):
         return None, "verify has not been run on it"
+    file = _read(directory, manifests.VERIFIED)
     try:
-        file = _read(directory, manifests.VERIFIED)
         assert isinstance(file.content, bytes)
         report = json.loads(file.content)
         status = {name: check["status"] for name, check in report["checks"].items()}
@@ -149,7 +151,7 @@ def _verification(directory: Path, files: dict[str, File]) -> tuple[dict[str, An
         missed += [name for name in ("files", "layout", "numbers") if status.get(name) in (None, "skipped")]
         if missed or report["passed"] is not True:
             return None, f"{' and '.join(missed) or 'a required check'} did not pass"
-    except (SourceError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None, f"{manifests.VERIFIED} is no report of verify"
     files[manifests.VERIFIED] = file
     return report, None

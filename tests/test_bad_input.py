@@ -179,6 +179,14 @@ def spoil(name: str, value: float) -> Damage:
     return change
 
 
+def stored_as(dtype: torch.dtype) -> Damage:
+    def change(model: Path) -> None:
+        name = "model.norm.weight"
+        edit_tensors(model, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+
+    return change
+
+
 def config(**settings: object) -> Damage:
     return lambda model: edit_json(model / "config.json", lambda found: found.update(settings))
 
@@ -200,6 +208,8 @@ DAMAGES: list[Any] = [
     (missing_tensor, ["model.layers.1.mlp.up_proj.weight"]),
     (wrong_shape, ["model.layers.1.mlp.up_proj.weight", "(128, 128)", "(256, 128)"]),
     (wrong_norm_shape, ["model.norm.weight", "(64,)", "(128,)"]),
+    (stored_as(torch.float8_e5m2), ["model.norm.weight is stored as F8_E5M2; F16, BF16, F32 are read"]),
+    (stored_as(torch.int32), ["model.norm.weight is stored as I32"]),
     (spoil("model.embed_tokens.weight", torch.nan), ["model.embed_tokens.weight holds NaN or Inf"]),
     (spoil("model.norm.weight", torch.inf), ["model.norm.weight holds NaN or Inf"]),
     (
@@ -208,8 +218,13 @@ DAMAGES: list[Any] = [
     ),
     (config(model_type="gpt_bigcode"), ["'gpt_bigcode' is not a known architecture", "llama"]),
     (config(model_type=None), ["is not a known architecture"]),
+    (config(model_type=["qwen3"]), ["is not a known architecture"]),
+    (config(model_type="\x1b[2J"), ["'\\x1b[2J' is not a known architecture"]),
+    (config(num_hidden_layers=10**9), ["num_hidden_layers = 1000000000, more than 1000"]),
+    (config(num_labels=10**9), ["num_labels = 1000000000, more than 1000"]),
     (config(model_type="qwen3_moe", num_experts=4), ["'qwen3_moe' is a mixture of experts"]),
     (config(hidden_size="wide"), ["config.json"]),
+    (config(rope_parameters=tiny_models.LLAMA3_ROPE | {"low_freq_factor": True}), ["config.json"]),
     (config(hidden_size=0), ["config.json"]),
     (config(num_attention_heads=None), ["config.json"]),
     (config(num_hidden_layers=3, layer_types=3 * ["full_attention"]), ["model.layers.2."]),
@@ -380,6 +395,11 @@ def test_a_mixture_of_experts(family: str, cli: Cli, tmp_path: Path) -> None:
     assert f"'{settings.model_type}' is a mixture of experts" in sentence
 
 
+def test_a_model_without_blocks(cli: Cli, tmp_path: Path) -> None:
+    source = tiny_models.save(tiny_models.build("llama", num_hidden_layers=0), tmp_path / "model")
+    assert "a model without blocks" in refused(cli, source, tmp_path / "out", "--skip", "*.up_proj")
+
+
 def test_another_architecture(cli: Cli, tmp_path: Path) -> None:
     settings = transformers.GPT2Config(n_embd=128, n_layer=1, n_head=2, vocab_size=4096)
     source = tiny_models.save(transformers.GPT2LMHeadModel(settings), tmp_path / "model")
@@ -442,7 +462,7 @@ def test_a_calibration_text_that_is_none(
         ("skip: '*.up_proj'", "skip must be a list"),
         ("damping: 0", "damping"),
         ("- 1\n- 2", "not a mapping"),
-        ("a: [", "not YAML"),
+        ("a: [", "cannot be read as YAML"),
     ],
 )
 def test_a_recipe_that_is_none(recipe: str, said: str, cli: Cli, good: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from marlin_convert import calibration
 from marlin_convert.calibration import calibrate, load_tokenizer
-from marlin_convert.errors import ConvertError
+from marlin_convert.errors import ConvertError, SourceError
 from marlin_convert.hub import Source
 
 
@@ -110,6 +111,16 @@ def test_messages_go_through_the_chat_template(tinypy: Path, tmp_path: Path) -> 
     found = calibrate(tokenizer, str(path), samples=1, length=10, seed=0)
     expected = tokenizer("<user> def f\n<assistant> (x): return x\n", add_special_tokens=False)["input_ids"]
     assert found.ids[0].tolist() == expected[:10]
+
+
+def test_a_tokenizer_that_takes_no_text(tinypy: Path, text: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(tinypy, tmp_path / "model") / "tokenizer.json"
+    settings = json.loads(path.read_text())
+    settings["model"] |= {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "absent"}
+    path.write_text(json.dumps({**settings, "pre_tokenizer": None, "post_processor": None}))
+    tokenizer = load_tokenizer(Source(path.parent, "model", None))
+    with pytest.raises(SourceError, match="does not take this text"):
+        calibrate(tokenizer, str(text), samples=1, length=8, seed=0)
 
 
 @pytest.mark.parametrize("samples, length, hint", [(9, 3, "--samples 6"), (1, 100, "--sequence-length")])

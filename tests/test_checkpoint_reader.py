@@ -173,9 +173,16 @@ def test_no_weights_no_config_no_directory(tmp_path):
     assert refused(tmp_path, "no config.json").hint
     (tmp_path / "config.json").write_text("{}")
     refused(tmp_path, "no weights")
-    for text in ("{", "[1]", "\udcff", "[" * 100_000):
+    nested = '{"a": ' + "[" * 100 + "]" * 100 + "}"
+    for text in ("{", "[1]", "\udcff", "[" * 100_000, nested, '{"a": "\\ud800"}', '{"\\udfff": 1}'):
         (tmp_path / "config.json").write_text(text, errors="surrogateescape")
         refused(tmp_path, "config.json")
+
+
+def test_a_huge_json_file_is_not_read(tmp_path):
+    directory = model(tmp_path, stored({"w": F16_PAIR}, bytes(4)))
+    os.truncate(directory / "config.json", 1 << 40)
+    refused(directory, "config.json", "1099511627776 bytes")
 
 
 def test_quantization_config_is_looked_for_as_engines_do(tmp_path):
@@ -215,8 +222,12 @@ ATTACKS = {
     "metadata a list": (stored({"__metadata__": []}), "__metadata__"),
     "tensor not an object": (stored({"w": 3}), "object"),
     "unknown dtype": (stored({"w": F16_PAIR | {"dtype": "F4"}}, bytes(4)), "dtype 'F4'"),
+    "a name that is no text": (stored(b'{"\\ud800":{}}'), "surrogates"),
+    "a name that moves the cursor": (stored({"\x1b[2Jw": F16_PAIR}, bytes(4)), "not a name"),
+    "not UTF-8 but UTF-16": (stored('{"w":1}'.encode("utf-16-le")), "invalid JSON"),
     "dtype a list": (stored({"w": F16_PAIR | {"dtype": ["F16"]}}, bytes(4)), "dtype"),
-    "no shape": (stored({"w": {"dtype": "F16", "data_offsets": [0, 4]}}, bytes(4)), "shape None"),
+    "no shape": (stored({"w": {"dtype": "F16", "data_offsets": [0, 4]}}, bytes(4)), "object of"),
+    "something else": (stored({"w": F16_PAIR | {"strides": [1]}}, bytes(4)), "object of"),
     "negative sizes": (stored({"w": F16_PAIR | {"shape": [-1, -2]}}, bytes(4)), "shape [-1, -2]"),
     "fractional size": (stored({"w": F16_PAIR | {"shape": [2.0]}}, bytes(4)), "shape [2.0]"),
     "boolean size": (stored({"w": F16_PAIR | {"shape": [True, 2]}}, bytes(4)), "shape"),
@@ -433,6 +444,8 @@ def test_companions(tmp_path):
         "training_args.bin",
         "config.json.bak",
         "additional_chat_templates/readme.md",
+        "license\n",
+        "license\udcff",
     ]
     (tmp_path / "m" / "additional_chat_templates").mkdir()
     (tmp_path / "m" / "licenses").mkdir()

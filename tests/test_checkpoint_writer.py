@@ -15,7 +15,15 @@ from safetensors.torch import load_file
 
 from marlin_convert.checkpoint import writer as writer_module
 from marlin_convert.checkpoint.reader import DTYPES, Checkpoint
-from marlin_convert.checkpoint.writer import ShardWriter, TensorSpec, publish, write_json
+from marlin_convert.checkpoint.writer import (
+    REPLACED,
+    ShardWriter,
+    TensorSpec,
+    publish,
+    remove,
+    write_json,
+    write_report,
+)
 from marlin_convert.errors import ConvertError, SourceError
 
 
@@ -303,6 +311,14 @@ def test_files_have_the_mode_that_the_umask_says(tmp_path, umask, mode):
     assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {mode}
 
 
+def test_a_link_in_the_place_of_the_temporary_file_is_not_followed(tmp_path):
+    (tmp_path / "other").write_text("mine")
+    (tmp_path / "a.json.tmp").symlink_to("other")
+    write_json(tmp_path / "a.json", 1)
+    assert (tmp_path / "other").read_text() == "mine" and (tmp_path / "a.json").read_text() == "1\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "other"]
+
+
 def test_json_is_deterministic_and_whole_or_absent(tmp_path):
     path = tmp_path / "config.json"
     write_json(path, {"b": [1, "ü"], "a": None})
@@ -312,6 +328,33 @@ def test_json_is_deterministic_and_whole_or_absent(tmp_path):
     assert path.read_bytes().startswith(b"{\n")
     write_json(path, {})
     assert contents(tmp_path) == {"config.json": b"{}\n"}
+
+
+@pytest.mark.parametrize("call", ["fsync", "rename"])
+def test_nothing_is_left_of_json_that_could_not_be_written(call, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EIO, "broken")
+
+    write_json(tmp_path / "config.json", {})
+    monkeypatch.setattr(os, "fsync" if call == "fsync" else "replace", fail)
+    with pytest.raises(OSError, match="broken"):
+        write_json(tmp_path / "config.json", {"new": 1})
+    assert contents(tmp_path) == {"config.json": b"{}\n"}
+
+
+def test_a_report_goes_where_it_is_told(tmp_path):
+    (tmp_path / "link").symlink_to("target")
+    write_report(tmp_path / "link", "words", "")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_text() == "words"
+    os.mkfifo(tmp_path / "pipe")
+    pipe = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_report(tmp_path / "pipe", "words", "")
+    assert os.read(pipe, 100) == b"words"
+    os.close(pipe)
+    with pytest.raises(ConvertError, match="cannot be written") as caught:
+        write_report(tmp_path / "absent" / "report", "words", "make it")
+    assert caught.value.hint == "make it"
+    assert {path.name for path in tmp_path.iterdir()} == {"link", "pipe", "target"}
 
 
 # Publishing
@@ -375,6 +418,8 @@ def test_publish_replaces(tmp_path, partial, way, kind):
         out.symlink_to(target)
     publish(partial, out, True)
     assert sorted(path.name for path in out.iterdir()) == ["new", "sub"] and not out.is_symlink()
+    for replaced in (partial, tmp_path / REPLACED):
+        remove(replaced)
     left = {"out"} if kind == "directory" else {"out", "target"}
     assert {path.name for path in tmp_path.iterdir()} == left
     assert kind == "directory" or (target / "old").exists()

@@ -1,5 +1,6 @@
 """The command line itself: help, exit codes, what goes to stdout and what to stderr, how options are read."""
 
+import errno
 import json
 import os
 import re
@@ -69,7 +70,8 @@ def test_python_m_is_the_same_command():
 
 def test_the_readme_names_no_option_that_is_not_there():
     parameters = [option for command in main.commands.values() for option in command.params]
-    there = {spelling for option in parameters for spelling in option.opts + option.secondary_opts} | {"--help", "--version"}
+    there = {spelling for option in parameters for spelling in option.opts + option.secondary_opts}
+    there |= {"--help", "--version"}
     readme = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
     named = set(re.findall(r"(?<![\w-])--[a-z]+(?:-[a-z]+)*", readme))
     assert named <= there, named - there
@@ -133,6 +135,16 @@ def test_what_cannot_be_done_is_1_with_a_sentence_and_a_hint(model, said, cli, t
     assert re.search(r"^Hint: .*\.$", result.stderr, re.MULTILINE)
     assert result.stdout == ""
     assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fails_is_1_with_a_sentence_and_a_hint(cli, tinypy, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error", "/somewhere")
+
+    monkeypatch.setattr(recipe, "load", fail)
+    result = cli("quantize", tinypy, "-o", tmp_path / "out")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: Input/output error ('/somewhere').\nHint: check the disk")
 
 
 def test_a_bug_is_not_dressed_up_as_an_error(cli, tinypy, tmp_path, monkeypatch):
@@ -214,7 +226,7 @@ def test_options_go_over_the_recipe(cli, tinypy, tmp_path):
         ("samples: true\n", "samples must be int"),
         ("skip: o_proj\n", "skip must be a list"),
         ("- samples\n", "not a mapping"),
-        ("samples: [\n", "not YAML"),
+        ("samples: [\n", "cannot be read as YAML"),
     ],
 )
 def test_a_wrong_recipe_is_1(text, said, cli, tinypy, tmp_path):

@@ -129,6 +129,7 @@ def test_detect(config, scheme):
         ({**AWQ, "version": "marlin"}, "not symmetric"),
         ({**AWQ, "bits": 8}, "bits is 8"),
         ({**AWQ, "modules_to_not_convert": "gate"}, "modules_to_not_convert"),
+        ({**AWQ, "modules_to_not_convert": 5}, "modules_to_not_convert"),
         (compressed(num_bits=3), "num_bits is 3"),
         (compressed(type="float"), "integer weights"),
         (compressed(dynamic=True), "static"),

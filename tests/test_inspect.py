@@ -76,6 +76,17 @@ def test_damage_is_said(name, quantized, tmp_path, cli):
     assert result.exit_code == 1 and result.stderr.startswith("Error: ") and result.stdout == ""
 
 
+def test_a_terminal_cannot_be_attacked(quantized, tmp_path, cli):
+    directory = shutil.copytree(quantized("marlin"), tmp_path / "out")
+    manifest = json.loads((directory / MANIFEST).read_text())
+    rows = [row | {"name": "\x1b[2J", "rounded_to_nearest": True} for row in manifest["linears"]]
+    (directory / MANIFEST).write_text(json.dumps(manifest | {"tool": "a\nb", "linears": rows}))
+    inspected, verified = cli("inspect", directory).stdout, cli("verify", directory).stdout
+    assert "a\\nb" in inspected
+    for text in (inspected, verified):
+        assert "\x1b" not in text and "rounded to nearest: \\x1b[2J" in text
+
+
 def write_headers(directory, blocks, shards):
     """The headers of a Llama-3-70B in marlin, before files that are all hole."""
     shapes = {

@@ -263,10 +263,6 @@ UNVERIFIED: dict[str, tuple[Callable[[Path], object], str]] = {
         "did not pass",
     ),
     "no report": (lambda path: (path / VERIFIED).write_text("[1]"), "is no report of verify"),
-    "a link": (
-        lambda path: ((path / VERIFIED).rename(path / "x"), (path / VERIFIED).symlink_to("x")),
-        "is no report of verify",
-    ),
 }
 
 
@@ -316,6 +312,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "missing": (lambda path: (path / "config.json").unlink(), "'config.json' cannot be read"),
     "a link": (lambda path: replace_by_link(path / WEIGHTS), f"'{WEIGHTS}' is a link"),
+    "a report that is a link": (lambda path: replace_by_link(path / VERIFIED), f"'{VERIFIED}' is a link"),
     "a folder that is a link": (hide_behind_link, "is a link"),
     "a folder": (
         lambda path: ((path / "config.json").unlink(), (path / "config.json").mkdir()),

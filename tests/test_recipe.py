@@ -79,9 +79,19 @@ def test_a_whole_number_does_for_a_float(tmp_path: Path) -> None:
         ("- samples", "not a mapping"),
         ("word", "not a mapping"),
         ("false", "not a mapping"),
-        ("a: [", "is not YAML"),
-        ("\x00", "is not YAML"),
-        ("!!python/object:os.system {}", "is not YAML"),
+        ("a: [", "cannot be read as YAML"),
+        ("\x00", "cannot be read as YAML"),
+        ("!!python/object:os.system {}", "cannot be read as YAML"),
+        ("dtype: !!bool maybe", "line 1 has an alias or a tag"),
+        ("seed: !!timestamp x", "line 1 has an alias or a tag"),
+        ("a: &a [1]\nskip: *a", "line 2 has an alias or a tag"),
+        ("skip: " + "[" * 5000, "line 1 is nested more than 10 deep"),
+        ("seed: 2001-13-45", "month must be in 1..12"),
+        ("seed: 0x_", "cannot be read as YAML"),
+        ("seed: 0x" + "f" * 5000, "cannot be read as YAML"),
+        ("seed: 0xffffffffffffffff", "seed = 18446744073709551615 must fit in 64 bits"),
+        ("samples: 1" + "0" * 400, "samples = 1"),
+        ('calibration: "a\\ud800b"', "calibration = 'a\\ud800b' must be one line of text"),
     ],
 )
 def test_a_wrong_recipe_says_what_is_wrong(text: str, said: str, tmp_path: Path) -> None:
@@ -100,7 +110,7 @@ def test_a_recipe_in_no_encoding_we_know(tmp_path: Path) -> None:
         recipes.load(str(tmp_path / "mine.yaml"))
 
 
-@pytest.mark.parametrize("name", ["", "w4a17", "no/such.yaml", "."])
+@pytest.mark.parametrize("name", ["", "w4a17", "no/such.yaml", ".", "a\0b", "a" * 300])
 def test_no_such_recipe(name: str) -> None:
     with pytest.raises(ConvertError, match="there is no recipe") as refused:
         recipes.load(name)

@@ -1,6 +1,7 @@
 """Runs that are stopped, by kill -9, Ctrl-C or a full disk, and go on to the same bytes."""
 
-import json
+import errno
+import fcntl
 import os
 import random
 import shutil
@@ -10,12 +11,15 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import tiny_models
 import torch
+from runs import Start, blocks_done, contents, partial, starter
 
 from marlin_convert import quantize as story
+from marlin_convert.checkpoint import writer
 from marlin_convert.checkpoint.unfinished import UnfinishedRun
 from marlin_convert.errors import ConvertError
 from marlin_convert.hub import Source
@@ -23,66 +27,12 @@ from marlin_convert.recipe import Recipe
 
 BLOCKS = 4
 
-# Starts a process for every line it is given, without importing torch each time; kills it where it is told.
-STARTER = """
-import importlib, json, os, signal, sys
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
-from marlin_convert import calibration, estimate, quantize, report
-from marlin_convert.cli import main
-
-def kill_at(place, call):
-    module, name = place.split(":")
-    holder = importlib.import_module(module)
-    *path, name = name.split(".")
-    for part in path:
-        holder = getattr(holder, part)
-    function, calls = getattr(holder, name), 0
-    def counted(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        if calls == abs(call) and call < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = function(*args, **kwargs)
-        if calls == call:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-    setattr(holder, name, counted)
-
-for line in sys.stdin:
-    order = json.loads(line)
-    child = os.fork()
-    if not child:
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.dup2(os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), 1)
-        os.dup2(1, 2)
-        if order["kill"]:
-            kill_at(*order["kill"])
-        main(order["words"])
-        sys.exit(0)
-    _, status = os.waitpid(child, 0)
-    print(os.waitstatus_to_exitcode(status), flush=True)
-"""
-
-Start = Callable[..., tuple[int, str]]
-
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    """Runs a command line in a process of its own, killed before (-n) or after (n) a function's n-th call."""
-    log = tmp_path_factory.mktemp("log") / "log.txt"
-    with subprocess.Popen(
-        [sys.executable, "-c", STARTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as server:
-        assert server.stdin and server.stdout
-
-        def run(*words: object, kill: tuple[str, int] | None = None) -> tuple[int, str]:
-            order = {"words": [str(word) for word in words], "kill": kill, "log": str(log)}
-            print(json.dumps(order), file=server.stdin, flush=True)
-            status = int(server.stdout.readline())
-            return status, log.read_text()
-
-        yield run
-        server.stdin.close()
+    """Runs a command line in a process of its own."""
+    with starter(tmp_path_factory.mktemp("log")) as start:
+        yield start
 
 
 @pytest.fixture(scope="module")
@@ -98,14 +48,6 @@ def words(tinypy: Path, text: Path) -> list[object]:
     ]  # fmt: skip
 
 
-def contents(directory: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(directory).as_posix(): path.read_bytes()
-        for path in sorted(directory.rglob("*"))
-        if path.is_file()
-    }
-
-
 @pytest.fixture(scope="module")
 def whole(start: Start, words: list[object], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The files of a run that nothing interrupted."""
@@ -116,23 +58,13 @@ def whole(start: Start, words: list[object], tmp_path_factory: pytest.TempPathFa
     return contents(output)
 
 
-def partial(output: Path) -> Path:
-    return output.with_name(output.name + ".partial")
-
-
-def blocks_done(output: Path) -> int:
-    try:
-        return json.loads((partial(output) / "progress.json").read_text())["done"]["blocks"]
-    except FileNotFoundError:
-        return 0
-
-
 def check_finished(output: Path, whole: dict[str, bytes]) -> None:
     assert contents(output) == whole
     assert {path.name for path in output.parent.iterdir()} == {output.name}
 
 
-PROGRESS, COPY = ("marlin_convert.checkpoint.unfinished:UnfinishedRun.save", 3), ("shutil:copyfile", -1)
+PROGRESS = ("marlin_convert.checkpoint.unfinished:UnfinishedRun.save", 3)
+COPY = ("marlin_convert.quantize:reading", -1)
 
 
 def test_killed_twice_it_goes_on_to_the_same_bytes(
@@ -170,7 +102,7 @@ PLACES = [
     ("marlin_convert.checkpoint.writer:ShardWriter.close", 1),
     ("os:fsync", 4),
     ("os:fsync", -9),
-    ("shutil:copyfile", 2),
+    ("marlin_convert.quantize:reading", 2),
     ("marlin_convert.quantize:publish", -1),
     ("marlin_convert.quantize:publish", 1),
 ]
@@ -192,10 +124,11 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("call", [-1, 1])
+@pytest.mark.parametrize("call, moved", [(-1, False), (1, False), (1, True)])
 def test_killed_while_it_replaces_an_output_the_new_one_comes_in_the_end(
-    call: int, start: Start, words: list[object], whole: dict[str, bytes], tmp_path: Path
+    call: int, moved: bool, start: Start, words: list[object], whole: dict[str, bytes], tmp_path: Path
 ) -> None:
+    """Also when it was moved away: the earlier one is in its place, and only the numbers in it differ."""
     output = tmp_path / "out"
     assert start(*words, "-o", output, "--seed", 5)[0] == 0
     earlier = contents(output)
@@ -203,54 +136,55 @@ def test_killed_while_it_replaces_an_output_the_new_one_comes_in_the_end(
     status, log = start(*words, "-o", output, "--overwrite", kill=place)
     assert status == -signal.SIGKILL, log
     assert contents(output) == (earlier if call < 0 else whole)
+    if moved:
+        output.rename(tmp_path.with_name("moved"))
     status, log = start(*words, "-o", output, "--overwrite", "--resume")
     assert status == 0, log
     check_finished(output, whole)
 
 
-@pytest.mark.faults
-def test_killed_at_random_moments_again_and_again(words: list[object], tmp_path: Path) -> None:
-    """Whole processes with two threads each, killed wherever they are."""
-    environment = os.environ | {"OMP_NUM_THREADS": "2"}
-    command = [sys.executable, "-m", "marlin_convert", *map(str, words)]
-    started = time.monotonic()
-    subprocess.run([*command, "-o", tmp_path / "whole"], check=True, env=environment, capture_output=True)
-    usual = time.monotonic() - started
-    whole = contents(tmp_path / "whole")
-    shutil.rmtree(tmp_path / "whole")
+@pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.faults)])
+def test_killed_at_random_moments_again_and_again(
+    kills: int, words: list[object], quantized: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """With two threads each."""
     chance = random.Random(20)
-    kills, went_on, output = 0, set(), tmp_path / "out"
-    while kills < 15 or output.exists() or partial(output).exists():
-        if output.exists() and not partial(output).exists():  # killed with everything done, or not at all
+    repack = f"quantize {quantized('marlin')} --format gptq --device cpu --max-shard-size 1500KB".split()
+    with starter(tmp_path, OMP_NUM_THREADS="2") as start:
+        for number, command in enumerate((words, repack)):
+            directory = tmp_path / str(number)
+            directory.mkdir()
+            went_on = kill_again_and_again(start, command, directory / "out", kills, chance)
+            assert kills < 10 or len(went_on) > 1
+
+
+def kill_again_and_again(
+    start: Start, words: list[object], output: Path, kills: int, chance: random.Random
+) -> set[int]:
+    """The blocks with which a run was gone on with."""
+    started = time.monotonic()
+    status, log = start(*words, "-o", output)
+    assert status == 0, log
+    usual = time.monotonic() - started
+    whole, went_on, finished = contents(output), set(), True
+    while kills or not finished:
+        if finished:
             check_finished(output, whole)
             shutil.rmtree(output)
-            continue
         done = blocks_done(output)
-        with subprocess.Popen(
-            [*command, "-o", output, "--resume"], env=environment, text=True, stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-        ) as process:  # fmt: skip
-            if kills < 15:
-                if chance.random() < 0.5:  # somewhere in the whole, or soon after a block is done
-                    deadline = time.monotonic() + usual * chance.uniform(0.3, 1.0)
-                    while time.monotonic() < deadline and process.poll() is None:
-                        time.sleep(0.005)
-                else:
-                    target = min(blocks_done(output) + chance.randint(1, 2), BLOCKS)
-                    while blocks_done(output) < target and process.poll() is None:
-                        time.sleep(0.002)
-                    time.sleep(chance.uniform(0, 0.05))
-            if kills < 15 and process.poll() is None:
-                process.kill()
-                kills += 1
-            assert process.stderr
-            log = process.stderr.read()
-        if done and "resuming at block" in log:
+        seconds = chance.uniform(0.001, usual) if kills else None
+        status, log = start(*words, "-o", output, "--resume", seconds=seconds)
+        assert status in (0, -signal.SIGALRM), log
+        kills -= status != 0
+        if "resuming at block" in log:
             assert f"resuming at block {done}\n" in log
             went_on.add(done)
-        assert process.returncode in (0, -signal.SIGKILL), log
-        assert output.exists() or process.returncode
-    assert len(went_on) > 1
+        # what is left after progress.json is an empty directory
+        finished = output.exists() and not (partial(output) / "progress.json").exists()
+        if finished:
+            shutil.rmtree(partial(output), ignore_errors=True)
+    check_finished(output, whole)
+    return went_on
 
 
 @pytest.mark.parametrize("early", [pytest.param(True, marks=pytest.mark.faults), False])
@@ -321,6 +255,47 @@ def stopped(tinypy: Path, text: Path, tmp_path: Path) -> Path:
         story.quantize(job(tinypy, output, text), stop_after(2))
     assert blocks_done(output) >= 1
     return output
+
+
+def test_stopped_between_two_renames_the_earlier_output_comes_back(
+    tinypy: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where two names cannot be exchanged there is no output for a moment."""
+    output, rename = tmp_path / "out", Path.rename
+    output.mkdir()
+    (output / "earlier.txt").write_text("an earlier output")
+
+    def stop(path: Path, target: Path) -> Path:
+        if path.name == "checkpoint":
+            raise Stopped
+        return rename(path, target)
+
+    monkeypatch.setattr(writer, "_exchange", lambda one, other: False)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(Path, "rename", stop)
+        story.quantize(job(tinypy, output, text, overwrite=True))
+    assert not output.exists()
+    with pytest.raises(Stopped):
+        story.quantize(job(tinypy, output, text, overwrite=True), stop_after(0))
+    assert contents(output) == {"earlier.txt": b"an earlier output"}
+    assert not partial(output).exists()
+    story.quantize(job(tinypy, output, text, overwrite=True))
+    assert (output / "config.json").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+def test_a_report_that_could_not_be_written_is_written_by_a_resume(
+    tinypy: Path, text: Path, tmp_path: Path
+) -> None:
+    output, report = tmp_path / "out", tmp_path / "absent" / "report.html"
+    with pytest.raises(ConvertError, match="the report cannot be written") as refused:
+        story.quantize(job(tinypy, output, text, report=report))
+    assert "--resume" in (refused.value.hint or "")
+    finished = contents(output)
+    report.parent.mkdir()
+    story.quantize(job(tinypy, output, text, report=report, resume=True), stop_after(0))
+    assert "model.layers.0" in report.read_text()
+    assert contents(output) == finished and not partial(output).exists()
 
 
 def copy_of(model: Path, directory: Path) -> Path:
@@ -461,13 +436,18 @@ def test_a_disk_that_fills_up_while_the_hidden_states_go_to_a_file(
     assert {path.name for path in small_disk.iterdir()} == {"filler"}
 
 
-def test_another_process_at_work_is_left_alone(tinypy: Path, text: Path, tmp_path: Path) -> None:
+def test_another_process_at_work_is_left_alone(
+    tinypy: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also before its first block is finished, when there is nothing yet that a resume could use."""
     output = tmp_path / "out"
     other = UnfinishedRun(output)
     other.begin({}, {"blocks": 0, "tensors": 0, "linears": []})
     (other.staging / "model.safetensors").write_bytes(b"begun")
     with pytest.raises(ConvertError, match="another process is at work"):
+        story.quantize(job(tinypy, output, text))
+    with monkeypatch.context() as patch, pytest.raises(ConvertError, match="No locks available"):
+        patch.setattr(fcntl, "flock", Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
         story.quantize(job(tinypy, output, text))
     assert (other.staging / "model.safetensors").read_bytes() == b"begun"
     other.release()

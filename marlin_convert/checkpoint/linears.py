@@ -9,7 +9,11 @@ from marlin_convert import formats
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.errors import FormatError, SourceError
 from marlin_convert.formats.bounds import float16_scales
+from marlin_convert.formats.scheme import SCALE_DTYPES
 from marlin_convert.quantized import QuantizedLinear, contiguous_groups
+
+# The types of parameters, as safetensors calls them.
+FLOATS = ("F16", "BF16", "F32")
 
 
 @dataclass(frozen=True)
@@ -80,13 +84,13 @@ class Weights:
     def peculiarities(self, linear: str, k: int, n: int) -> Peculiarities:
         """What is special about a packed linear that should have shape (k, n); its codes are not read.
 
-        SourceError when its tensors are not of that shape, FormatError when those beside the codes make no
-        sense or float16 cannot hold its scales.
+        SourceError when its tensors are not of that shape and type, FormatError when those beside the codes
+        make no sense or float16 cannot hold its scales.
         """
         assert self.scheme is not None
         stored = self.stored(linear)
         infos = {suffix: self.checkpoint.tensors[name] for suffix, name in stored.items()}
-        for suffix, (_, shape) in formats.tensors(self.scheme, k, n).items():
+        for suffix, (dtype, shape) in formats.tensors(self.scheme, k, n).items():
             if suffix not in infos and suffix != "g_idx":
                 raise SourceError(
                     f"{linear}.{suffix} is not in {self.checkpoint.directory.name}.", "fetch the model again."
@@ -95,6 +99,12 @@ class Weights:
                 raise SourceError(
                     f"{linear}.{suffix} has shape {infos[suffix].shape}, its config.json means {shape}.",
                     "the config.json may be of another model; fetch the model again.",
+                )
+            # what is beside codes and scales is read below
+            types = SCALE_DTYPES if dtype.is_floating_point else (dtype,)
+            if (dtype.is_floating_point or suffix == self._suffixes[0]) and infos[suffix].dtype not in types:
+                raise SourceError(
+                    f"{linear}.{suffix} is stored as {infos[suffix].code}.", "fetch the model again."
                 )
         small = {
             suffix: self.checkpoint.read(name)
@@ -122,9 +132,18 @@ class Weights:
         return {suffix: name for suffix, name in names.items() if name in self.checkpoint.tensors}
 
     def dtype(self, name: str) -> torch.dtype:
-        """The type of a parameter as it is computed with: what is packed counts as the model's own type."""
+        """The type of a parameter as it is computed with: what is packed counts as the model's own type.
+
+        SourceError when that is none of `FLOATS`.
+        """
         if name in self.checkpoint.tensors:
-            return self.checkpoint.tensors[name].dtype
+            info = self.checkpoint.tensors[name]
+            if info.code not in FLOATS:
+                raise SourceError(
+                    f"{name} is stored as {info.code}; {', '.join(FLOATS)} are read.",
+                    "save the model in one of these types with transformers.",
+                )
+            return info.dtype
         config = self.checkpoint.config
         name = str(config.get("dtype") or config.get("torch_dtype") or "float16").removeprefix("torch.")
         if name not in ("float16", "bfloat16", "float32"):
@@ -134,6 +153,7 @@ class Weights:
     def read(self, name: str) -> Tensor:
         """A parameter as floats: as stored, or dequantized to float32."""
         if name in self.checkpoint.tensors:
+            self.dtype(name)  # it must be one that is read
             return self.checkpoint.read(name)
         linear = name.removesuffix(".weight")
         if not self.is_packed(linear):

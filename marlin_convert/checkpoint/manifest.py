@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from marlin_convert.checkpoint.reader import belongs, json_file
-from marlin_convert.errors import SourceError
+from marlin_convert.errors import SourceError, reading
 
 MANIFEST = "marlin_convert.json"
 # What `verify` found, beside the manifest and about it; no file of it.
@@ -68,17 +68,22 @@ def rounded_to_nearest(manifest: dict[str, Any]) -> list[str]:
 
 def sha256_file(path: Path) -> str:
     """The sha256 of a file, in hex, in constant memory."""
-    with path.open("rb", buffering=0) as file:
+    with reading(path), path.open("rb", buffering=0) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def present(directory: Path) -> set[str]:
     """The names of everything but folders, links to folders among them, relative to `directory`."""
     names: set[str] = set()
-    for folder, folders, files in os.walk(directory):
-        here = Path(folder)
-        links = [name for name in folders if (here / name).is_symlink()]
-        names.update((here / name).relative_to(directory).as_posix() for name in files + links)
-        if here == directory:
-            folders[:] = [name for name in folders if name not in COPY_KEEPING]
+    with reading(directory):
+        for folder, folders, files in os.walk(directory, onerror=_raise):
+            here = Path(folder)
+            links = [name for name in folders if (here / name).is_symlink()]
+            names.update((here / name).relative_to(directory).as_posix() for name in files + links)
+            if here == directory:
+                folders[:] = [name for name in folders if name not in COPY_KEEPING]
     return names - set(COPY_KEEPING)
+
+
+def _raise(error: OSError) -> None:
+    raise error

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from marlin_convert.errors import SourceError
+from marlin_convert.errors import SourceError, reading
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +44,7 @@ DTYPES = {
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 HEADER_LIMIT = 100_000_000  # the limit of the safetensors library
+NESTING_LIMIT = 100  # that of its JSON reader is 128
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
@@ -159,19 +160,16 @@ class Checkpoint:
         # Not a memory map: its pages would count as ours for as long as the system cares to keep them.
         raw = torch.empty(info.end - info.start, dtype=torch.uint8)
         view = raw.numpy().data
-        try:
-            with info.file.open("rb", buffering=0) as file:
-                file.seek(info.start)
-                while view:
-                    count = file.readinto(view)
-                    if not count:
-                        raise SourceError(
-                            f"'{info.file}' ends {len(view)} bytes early in tensor {name!r}.",
-                            "it changed since it was opened; start again.",
-                        )
-                    view = view[count:]
-        except OSError as error:
-            raise SourceError(f"cannot read '{info.file}': {error.strerror}.") from error
+        with reading(info.file), info.file.open("rb", buffering=0) as file:
+            file.seek(info.start)
+            while view:
+                count = file.readinto(view)
+                if not count:
+                    raise SourceError(
+                        f"'{info.file}' ends {len(view)} bytes early in tensor {name!r}.",
+                        "it changed since it was opened; start again.",
+                    )
+                view = view[count:]
         return raw.view(info.dtype).reshape(info.shape)
 
     def companions(self, *, code: bool = False) -> list[str]:
@@ -187,6 +185,7 @@ class Checkpoint:
             for name, path in names.items()
             if any(fnmatchcase(name.lower(), pattern) for pattern in (*COMPANIONS, *["*.py"] * code))
             and not path.name.startswith(".")
+            and path.name.isprintable()
             and (code or path.suffix.lower() != ".py")
             and path.suffix.lower() not in (".safetensors", *PICKLES)
             and belongs(path, self.directory)
@@ -220,7 +219,8 @@ def json_file(directory: Path, name: str, strict: bool = False) -> dict[str, Any
 
 def _promised(directory: Path) -> dict[str, set[str] | None]:
     """The weight files and, if there is an index, the tensors it promises in each."""
-    names = sorted(path.name for path in directory.iterdir() if not path.name.startswith("."))
+    with reading(directory):
+        names = sorted(path.name for path in directory.iterdir() if not path.name.startswith("."))
     indexes = [name for name in names if name.endswith(".safetensors.index.json")]
     singles = [name for name in names if name.endswith(".safetensors")]
     if INDEX in indexes:
@@ -305,19 +305,16 @@ def _header(path: Path) -> tuple[bytes, dict[str, TensorInfo]]:
             f"'{path}' is not a file of this directory (a link leading out, or not a regular file).",
             "put the file itself there, if you trust it.",
         )
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(0)
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, HEADER_LIMIT):
-                raise SourceError(
-                    f"'{path}' is truncated or not safetensors: {size} bytes, header of {length}.",
-                    "fetch it again.",
-                )
-            header = file.read(length)
-    except OSError as error:
-        raise SourceError(f"cannot read '{path}': {error.strerror}.") from error
+    with reading(path), path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(0)
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, HEADER_LIMIT):
+            raise SourceError(
+                f"'{path}' is truncated or not safetensors: {size} bytes, header of {length}.",
+                "fetch it again.",
+            )
+        header = file.read(length)
     if not header.startswith(b"{"):
         raise SourceError(f"'{path}' is not safetensors: its header is not JSON.")
     entries = _json_object(header, path, strict=True)
@@ -347,9 +344,11 @@ def _header(path: Path) -> tuple[bytes, dict[str, TensorInfo]]:
 
 def _tensor(name: str, entry: Any, path: Path, data: int) -> TensorInfo:
     where = f"'{path}', tensor {name!r}"
-    if not isinstance(entry, dict):
-        raise SourceError(f"{where}: not described by an object.")
-    code, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not name.isprintable():
+        raise SourceError(f"{where}: not a name that can be shown.")
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise SourceError(f"{where}: not described by an object of dtype, shape and data_offsets.")
+    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(code, str) or code not in DTYPES:
         raise SourceError(f"{where}: unknown dtype {code!r}.")
     # torch needs strides, also those of an empty tensor, to fit 64 bits
@@ -374,20 +373,35 @@ def _bytes(directory: Path, name: str) -> bytes:
             f"'{path}' is not a file of this directory (a link leading out, or not a regular file).",
             "put the file itself there, if you trust it.",
         )
-    try:
+    with reading(path):
+        if (size := path.stat().st_size) > HEADER_LIMIT:
+            raise SourceError(f"'{path}' has {size} bytes, more than any JSON of a model.", "fetch it again.")
         return path.read_bytes()
-    except OSError as error:
-        raise SourceError(f"cannot read '{path}': {error.strerror}.") from error
 
 
 def _json_object(text: bytes, path: Path, strict: bool = False) -> dict[str, Any]:
     try:
-        value = json.loads(text, object_pairs_hook=_without_duplicates if strict else None)
+        value = json.loads(text.decode(), object_pairs_hook=_without_duplicates if strict else None)
+        _check_plain(value)
     except (ValueError, RecursionError) as error:
         raise SourceError(f"'{path}' holds invalid JSON: {error}.", "fetch it again.") from error
     if not isinstance(value, dict):
         raise SourceError(f"'{path}' holds JSON that is not an object.", "fetch it again.")
     return value
+
+
+def _check_plain(value: Any, depth: int = 0) -> None:
+    """ValueError for what could be read, but not shown or written again: lone surrogates and deep nesting."""
+    if isinstance(value, str):
+        value.encode()
+    elif isinstance(value, dict | list):
+        if depth == NESTING_LIMIT:
+            raise ValueError(f"nested more than {NESTING_LIMIT} deep")
+        for item in value:
+            _check_plain(item, depth + 1)
+        if isinstance(value, dict):
+            for item in value.values():
+                _check_plain(item, depth + 1)
 
 
 def _without_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:

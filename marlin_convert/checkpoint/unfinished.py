@@ -2,14 +2,15 @@
 
 import fcntl
 import logging
-import shutil
+import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 from marlin_convert.checkpoint.manifest import MANIFEST, sha256_file
 from marlin_convert.checkpoint.reader import json_file
-from marlin_convert.checkpoint.writer import write_json
+from marlin_convert.checkpoint.writer import REPLACED, remove, write_json
 from marlin_convert.errors import ConvertError
 
 log = logging.getLogger("marlin_convert")
@@ -22,7 +23,8 @@ class UnfinishedRun:
     """The directory beside an output in which a run works until the output is complete.
 
     Its progress.json holds the `settings` that decide every byte of the output, and what is `done`: finished
-    blocks, tensors safely on disk, and the manifest's rows of their linears.
+    blocks, tensors safely on disk, and the manifest's rows of their linears. An earlier output that the new
+    one has replaced is in this directory too, until all of it is removed.
     """
 
     def __init__(self, output: Path):
@@ -30,7 +32,6 @@ class UnfinishedRun:
         self.directory = output.with_name(output.name + ".partial")
         self.staging = self.directory / "checkpoint"  # becomes `output` by one rename
         self._progress = self.directory / PROGRESS
-        self.is_others = False  # another process was found at work in it
         self._lock_file: IO[str] | None = None
 
     @property
@@ -58,10 +59,10 @@ class UnfinishedRun:
 
     def published(self) -> dict[str, Any] | None:
         """The output's manifest if the run was stopped between its last rename and its clean-up."""
-        if not self._progress.exists() or not (self.output / MANIFEST).exists():
+        if not self._progress.exists():
             return None
         digest = json_file(self.directory, PROGRESS).get("manifest")
-        return json_file(self.output, MANIFEST) if digest == sha256_file(self.output / MANIFEST) else None
+        return json_file(self.output, MANIFEST) if digest and _is(self.output, digest) else None
 
     def earlier(self, settings: dict[str, Any], *, resume: bool, discard: bool) -> dict[str, Any]:
         """What is done already and can be gone on from: nothing, unless `resume`.
@@ -84,6 +85,9 @@ class UnfinishedRun:
                 f"cannot resume '{self.directory}': it was started with {name} {then!r}, not {now!r}.",
                 "use the settings it was started with, or remove the directory.",
             )
+        digest = progress.get("manifest")
+        if digest and not _is(self.staging, digest):
+            return nothing  # it was published, and moved away since
         log.info("resuming at block %d", self.blocks)
         return progress["done"]
 
@@ -91,41 +95,76 @@ class UnfinishedRun:
         """Make the directory, for this process alone; what an abandoned run left there goes."""
         self.directory.mkdir(parents=True, exist_ok=True)
         self._lock()
+        replaced = self.directory / REPLACED
+        if os.path.lexists(replaced) and not os.path.lexists(self.output):  # stopped between two renames
+            replaced.rename(self.output)
+        remove(replaced)
+        # first the note, then what it is about: what is noted as done is there at any moment
+        self.save(settings, {"blocks": done["blocks"], "linears": done["linears"]}, done["tensors"])
         if not done["blocks"]:
-            shutil.rmtree(self.staging, ignore_errors=True)
+            remove(self.staging)
+        self.staging.mkdir(exist_ok=True)
         for leftover in self.staging.glob("*.tmp"):
             leftover.unlink()
-        self.save(settings, {"blocks": done["blocks"], "linears": done["linears"]}, done["tensors"])
-        self.staging.mkdir(exist_ok=True)
 
     def _lock(self) -> None:
         """Keep other processes out until this one ends; ConvertError if one is at work here."""
-        self._lock_file = (self.directory / LOCK).open("w")
+        lock_file = (self.directory / LOCK).open("w")
         try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            self.is_others = True
             raise ConvertError(
                 f"another process is at work in '{self.directory}'.", "wait for it, or choose another output."
             ) from error
+        self._lock_file = lock_file
 
     def release(self) -> None:
-        """Let other processes in again."""
+        """Let other processes in again; nothing stays of a run that has nothing to go on with."""
+        try:
+            if self._lock_file is None:  # never ours, or forgotten; an empty directory may be left
+                with suppress(OSError):
+                    self.directory.rmdir()
+            elif not self.blocks:
+                self.forget()
+        finally:
+            self._unlock()
+
+    def _unlock(self) -> None:
         if self._lock_file is not None:
-            self._lock_file.close()
+            with suppress(OSError):
+                self._lock_file.close()
+            self._lock_file = None
 
     def save(self, settings: dict[str, Any], finished: dict[str, Any], tensors: int) -> None:
         """Note how far the run is: from here --resume goes on."""
         write_json(self._progress, {"settings": settings, "done": {**finished, "tensors": tensors}})
 
-    def complete(self) -> None:
+    def complete(self, done: dict[str, Any]) -> None:
         """Note that the staged files are complete, so that they are known wherever the run is stopped."""
-        digest = sha256_file(self.staging / MANIFEST)
-        write_json(self._progress, json_file(self.directory, PROGRESS) | {"manifest": digest})
+        noted = {"done": done, "manifest": sha256_file(self.staging / MANIFEST)}
+        write_json(self._progress, json_file(self.directory, PROGRESS) | noted)
 
     def forget(self) -> None:
-        """Remove the directory."""
-        shutil.rmtree(self.directory, ignore_errors=True)
+        """Remove the directory; a warning says so if it cannot be done, for nobody needs it any more."""
+        try:
+            for path in self.directory.iterdir():
+                if path.name not in (PROGRESS, LOCK):
+                    remove(path)
+            # until now they said what this directory is, and kept others out
+            for name in (PROGRESS, LOCK):
+                (self.directory / name).unlink(missing_ok=True)
+            self.directory.rmdir()
+        except OSError as error:
+            log.warning(
+                "'%s' could not be removed (%s); nothing in it is needed", self.directory, error.strerror
+            )
+        self._unlock()
+
+
+def _is(directory: Path, digest: str) -> bool:
+    """Whether this is the directory whose manifest has that sha256."""
+    manifest = directory / MANIFEST
+    return manifest.exists() and sha256_file(manifest) == digest
 
 
 def _differences(then: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:

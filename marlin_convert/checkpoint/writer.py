@@ -9,10 +9,10 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,12 @@ QUEUE = 16
 # Bytes of one write: they are still in the processor's cache after hashing, and the page cache need not find
 # long runs of free pages for them, which was seen to cost five times the copy itself.
 CHUNK = 1 << 22
+
+# What to do about staged files that are not those of the run.
+RESTART = "remove the unfinished directory and start again."
+
+# An earlier output that gives way to a new one by two renames.
+REPLACED = "replaced"
 
 
 @dataclass(frozen=True)
@@ -149,7 +155,7 @@ class ShardWriter:
             raise RuntimeError("resume comes before the first write")
         if not 0 <= count <= len(self._specs):
             raise SourceError(
-                f"cannot resume '{self.directory}': {count} tensors of {len(self._specs)} promised."
+                f"cannot resume '{self.directory}': {count} tensors of {len(self._specs)} promised.", RESTART
             )
         for shard in self._shards:
             path = self.directory / shard.file
@@ -235,12 +241,10 @@ class ShardWriter:
     def _reopen(self, path: Path, shard: _Shard, end: int) -> None:
         size = path.stat().st_size if path.exists() else 0
         if size < end:
-            raise SourceError(
-                f"cannot resume: '{path}' has {size} bytes, {end} were written.", "start again."
-            )
+            raise SourceError(f"cannot resume: '{path}' has {size} bytes, {end} were written.", RESTART)
         self._file = path.open("r+b", buffering=0)
         if self._file.read(len(shard.header)) != shard.header:
-            raise SourceError(f"cannot resume: '{path}' was begun with other tensors.", "start again.")
+            raise SourceError(f"cannot resume: '{path}' was begun with other tensors.", RESTART)
         self._file.truncate(end)
         self._file.seek(0)
         # Leaves the file at its end, where the next tensor goes.
@@ -249,20 +253,56 @@ class ShardWriter:
 
 def write_json(path: Path, obj: Any) -> None:
     """Put `obj` at `path` whole or not at all, as JSON indented by 2, in the order it has."""
+    write_text(path, to_json(obj))
+
+
+def to_json(obj: Any) -> str:
+    """JSON as all files of ours have it: indented by 2, in the order it has."""
+    return json.dumps(obj, indent=2) + "\n"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Put `text` at `path` whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(json.dumps(obj, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    temporary.unlink(missing_ok=True)  # it may be a link, left there to be followed
+    try:
+        with temporary.open("x", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
     _fsync(path.parent)
+
+
+def write_report(path: Path, text: str, hint: str) -> None:
+    """Write what a user wants at `path`: a file whole or not at all; ConvertError if that cannot be done."""
+    try:
+        if path.exists() and not path.is_file():  # a pipe or a device, which stays what it is
+            path.write_text(text, "utf-8")
+        else:
+            write_text(path.resolve(), text)
+    except OSError as error:
+        raise ConvertError(f"the report cannot be written to '{path}': {error.strerror}.", hint) from error
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a whole directory, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def publish(partial: Path, output: Path, overwrite: bool) -> None:
     """Make the finished directory `partial` durable and move it to `output` by one rename.
 
-    With `overwrite` what `output` names (a directory, or a link, which is not followed) is replaced, and
-    removed once the new one is in place. Without it a non-empty `output` raises ConvertError.
+    With `overwrite` what `output` names (a directory, or a link, which is not followed) is replaced. It is in
+    the place of `partial` then or, where a file system cannot exchange two names, REPLACED beside that.
+    Without `overwrite` a non-empty `output` raises ConvertError.
     """
     for folder, _, files in os.walk(partial):
         for name in files:
@@ -278,24 +318,15 @@ def publish(partial: Path, output: Path, overwrite: bool) -> None:
                 f"'{output}' already exists and is not empty.",
                 "choose another directory, or pass --overwrite.",
             ) from error
-        _fsync(output.parent)
-        return
-
-    exchanged = _exchange(partial, output)
-    # Removing a tree takes time and may fail half way; under a name of its own neither does harm.
-    aside = Path(tempfile.mkdtemp(prefix=f"{output.name}.replaced-", dir=output.parent))
-    if exchanged:
-        partial.rename(aside / output.name)
-    else:
-        output.rename(aside / output.name)
+    elif not _exchange(partial, output):
+        aside = partial.with_name(REPLACED)
+        output.rename(aside)
         try:
             partial.rename(output)
         except OSError:
-            (aside / output.name).rename(output)
-            aside.rmdir()
+            aside.rename(output)
             raise
     _fsync(output.parent)
-    shutil.rmtree(aside)
 
 
 def _layout(specs: list[TensorSpec], max_shard_size: int) -> list[_Shard]:

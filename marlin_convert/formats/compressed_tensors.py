@@ -129,6 +129,9 @@ def peculiarities(
 
     None where there are none; FormatError when they do not fit the layer.
     """
+    shape = tensor(tensors, "weight_shape", (torch.int64, torch.int32), dimensions=1).tolist()
+    if shape != [n, k]:
+        raise FormatError(f"weight_shape is {shape}, the layer has {n} outputs and {k} inputs")
     groups = groups_of(k, scheme.group_size)
     zeros = None
     if "weight_zero_point" in tensors or not scheme.symmetric:

@@ -86,7 +86,7 @@ def group_size_of(config: Mapping[str, Any], *keys: str) -> int:
 def names_of(config: Mapping[str, Any], key: str) -> tuple[str, ...]:
     """A list of module names or patterns, empty when there is none. FormatError when it is something else."""
     names = config.get(key) or ()
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise FormatError(f"quantization_config: {key} must be a list of names, is {names!r}")
     return tuple(names)
 

@@ -83,6 +83,6 @@ def architecture_of(config: dict) -> Architecture:
             f"{model_type!r} is a mixture of experts{count}; those are not supported yet.",
             f"dense models of these families are: {known}.",
         )
-    if model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise SourceError(f"{model_type!r} is not a known architecture.", f"known are: {known}.")
     return ARCHITECTURES[model_type]

@@ -15,6 +15,10 @@ from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.errors import SourceError
 from marlin_convert.models.architectures import Architecture, architecture_of
 
+# Counts that transformers makes as many objects of, however many a config.json says. The largest models have
+# some hundred blocks; labels are for classifiers.
+MOST = {"num_hidden_layers": 1000, "num_labels": 1000}
+
 
 def bf16_units() -> bool:
     """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX)."""
@@ -24,7 +28,13 @@ def bf16_units() -> bool:
 def module_tree(config: dict, directory: Any, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model of a config.json as transformers builds it, with every tensor on the meta device."""
     architecture = architecture_of(config)
-    try:
+    for key, most in MOST.items():
+        if isinstance(config.get(key), int) and config[key] > most:
+            raise SourceError(
+                f"config.json says {key} = {config[key]}, more than {most}.",
+                "it may be damaged; fetch it again.",
+            )
+    with _config_errors():
         settings = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
         if hasattr(settings, "quantization_config"):
             del settings.quantization_config
@@ -34,11 +44,6 @@ def module_tree(config: dict, directory: Any, *, trust_remote_code: bool = False
                 attn_implementation=architecture.attention,
                 trust_remote_code=trust_remote_code,
             ).eval()
-    except Exception as error:  # a config.json can be wrong in as many ways as there is code reading it
-        raise SourceError(
-            f"transformers cannot build a model from this config.json: {' '.join(str(error).split())}",
-            "it may be damaged, or of a newer version of transformers.",
-        ) from error
 
 
 def block_linears(model: PreTrainedModel, architecture: Architecture) -> dict[str, nn.Linear]:
@@ -137,7 +142,8 @@ class BlockModel:
         for name, buffer in absent.items():
             module._buffers[name] = torch.empty_like(buffer, device=self.device)
         if absent:
-            self.model._init_weights(module)
+            with _config_errors():
+                self.model._init_weights(module)
 
     def load(self, i: int) -> nn.Module:
         """Block i with its weights on the device, for as long as the caller keeps it loaded.
@@ -225,6 +231,18 @@ def _rounding_linear(linear: nn.Linear, dtype: torch.dtype, x: Tensor) -> Tensor
     """A linear with input and output rounded to `dtype`, which multiplies in its weight's type."""
     rounded = x.to(dtype).to(linear.weight.dtype)
     return nn.functional.linear(rounded, linear.weight, linear.bias).to(dtype).to(x.dtype)
+
+
+@contextmanager
+def _config_errors() -> Iterator[None]:
+    """Make a SourceError of whatever a config.json makes transformers raise while it builds a model."""
+    try:
+        yield
+    except Exception as error:  # it can be wrong in as many ways as there is code reading it
+        raise SourceError(
+            f"transformers cannot build a model from this config.json: {' '.join(str(error).split())}",
+            "it may be damaged, or of a newer version of transformers.",
+        ) from error
 
 
 @contextmanager

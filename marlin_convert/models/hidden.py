@@ -1,6 +1,7 @@
 """The hidden states of a text between two decoder blocks, kept where there is room for them."""
 
 import os
+from mmap import mmap
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,12 @@ class HiddenStates:
             states = torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
         else:
             path = directory / "hidden_states.bin"
-            if hasattr(os, "posix_fallocate"):  # on a full disk an error here, not a dead process later
-                with path.open("wb") as file:
+            with path.open("w+b") as file:
+                path.unlink()  # the space is given back with the mapping, even after a kill
+                file.truncate(nbytes)
+                if hasattr(os, "posix_fallocate"):  # on a full disk an error here, not a dead process later
                     os.posix_fallocate(file.fileno(), 0, nbytes)
-            states = torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
-            path.unlink()  # the space is given back with the mapping, even after a kill
+                states = torch.frombuffer(mmap(file.fileno(), nbytes), dtype=dtype).view(shape)
         return states.split(max(1, len(self.batches[0])))
 
     def __len__(self) -> int:

@@ -1,0 +1,147 @@
+"""Command lines in processes of their own, which are killed or meet a failing disk where they are told."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+# Starts a process for every line it is given, without importing torch each time.
+STARTER = """
+import ctypes, importlib, json, os, signal, sys
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+from marlin_convert import calibration, estimate, quantize, report, verify
+from marlin_convert.cli import main
+from marlin_convert.models import hidden
+
+def kill_at(place, call):
+    module, name = place.split(":")
+    holder = importlib.import_module(module)
+    *path, name = name.split(".")
+    for part in path:
+        holder = getattr(holder, part)
+    function, calls = getattr(holder, name), 0
+    def counted(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == abs(call) and call < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = function(*args, **kwargs)
+        if calls == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    setattr(holder, name, counted)
+
+print("ready", flush=True)
+for line in sys.stdin:
+    order = json.loads(line)
+    child = os.fork()
+    if not child:
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), 1)
+        os.dup2(1, 2)
+        if order["kill"]:
+            kill_at(*order["kill"])
+        if fault := order["fault"]:
+            hidden.free_memory = lambda device: 0  # so that everything that can go to the disk does
+            ctypes.CDLL(None).failing_disk(
+                os.fsencode(fault["under"]), fault["kind"], fault["first"], fault["last"], fault["outcome"],
+                os.fsencode(fault["trace"]),
+            )
+        if order["seconds"] is not None:  # SIGALRM ends a process as abruptly as SIGKILL does
+            signal.setitimer(signal.ITIMER_REAL, order["seconds"])
+        try:
+            main(order["words"])
+            status = 0
+        except SystemExit as end:
+            status = end.code
+        sys.stdout.flush()
+        os._exit(status)  # taking torch down would take longer than the whole run
+    _, status = os.waitpid(child, 0)
+    print(os.waitstatus_to_exitcode(status), flush=True)
+"""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What failing_disk.c is told; the calls are in the file `trace` then, a line each."""
+
+    under: str
+    kind: int
+    first: int
+    last: int
+    outcome: int
+    trace: str
+
+
+class Start(Protocol):
+    """Runs a command line; the exit status, and all that was printed.
+
+    It is killed before (-n) or after (n) the n-th call of the function `kill`, or after so many `seconds`.
+    """
+
+    def __call__(
+        self,
+        *words: object,
+        kill: tuple[str, int] | None = None,
+        seconds: float | None = None,
+        fault: Fault | None = None,
+    ) -> tuple[int, str]: ...
+
+
+@contextmanager
+def starter(directory: Path, **environment: str) -> Iterator[Start]:
+    """A process that forks for every command line; `directory` is for its log."""
+    log = directory / "log.txt"
+    with subprocess.Popen(
+        [sys.executable, "-c", STARTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"} | environment,  # as the command itself has it
+    ) as server:  # fmt: skip
+        assert server.stdin and server.stdout
+        server.stdout.readline()
+
+        def start(
+            *words: object,
+            kill: tuple[str, int] | None = None,
+            seconds: float | None = None,
+            fault: Fault | None = None,
+        ) -> tuple[int, str]:
+            order = {
+                "words": [str(word) for word in words],
+                "log": str(log),
+                "kill": kill,
+                "seconds": seconds,
+                "fault": fault and asdict(fault),
+            }
+            print(json.dumps(order), file=server.stdin, flush=True)
+            status = int(server.stdout.readline())
+            return status, log.read_text()
+
+        yield start
+        server.stdin.close()
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Every file below a directory."""
+    return {
+        path.relative_to(directory).as_posix(): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+def partial(output: Path) -> Path:
+    """Where a run works until its output is complete."""
+    return output.with_name(output.name + ".partial")
+
+
+def blocks_done(output: Path) -> int:
+    """How many blocks an unfinished run has finished."""
+    try:
+        return json.loads((partial(output) / "progress.json").read_text())["done"]["blocks"]
+    except FileNotFoundError:
+        return 0
