@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from marlin_convert import __version__, formats
@@ -18,8 +18,8 @@ from marlin_convert.card import CARD
 from marlin_convert.checkpoint import manifest as manifests
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.reader import Checkpoint
-from marlin_convert.checkpoint.writer import write_json
-from marlin_convert.errors import ConvertError, SourceError
+from marlin_convert.checkpoint.writer import to_json, write_json, write_report
+from marlin_convert.errors import ConvertError, FormatError, SourceError, printable
 from marlin_convert.evaluate import Comparison, compare
 from marlin_convert.hub import Source
 from marlin_convert.models.architectures import architecture_of
@@ -133,11 +133,11 @@ def verify(job: Job, progress: Progress = lambda blocks, total: blocks) -> Verif
 
     checks: dict[str, Callable[[], Check]] = {
         "files": partial(_check_files, subject, manifest, problems),
-        "kernel": _check_kernel,
     }
     if subject is not None:
         checks["layout"] = partial(_check_layout, subject)
         checks["numbers"] = partial(_check_numbers, job, subject, original, progress)
+        checks["kernel"] = partial(_check_kernel, job, subject)
     done = {}
     for name in ("files", "layout", "numbers", "kernel"):
         if name not in job.checks:
@@ -159,10 +159,7 @@ def save(done: Verification, job: Job, report: Path | None = None) -> None:
         except OSError as error:
             log.warning("the report cannot be written into %s: %s", job.checkpoint.name, error.strerror)
     if report is not None:
-        try:
-            write_json(report, done.to_dict())
-        except OSError as error:
-            raise ConvertError(f"the report cannot be written to '{report}': {error.strerror}.") from error
+        write_report(report, to_json(done.to_dict()), "choose another file, or make room.")
 
 
 def _open(job: Job, manifest: dict[str, Any] | None, problems: list[str]) -> _Subject | None:
@@ -207,7 +204,8 @@ def _manifest(job: Job) -> tuple[dict[str, Any] | None, list[str]]:
         return None, [str(error)]
     if manifest is None or "files" not in job.checks:
         return manifest, []
-    return manifest, manifests.check_files(directory, manifest, ignore=(manifests.VERIFIED, CARD))
+    ignore = (manifests.VERIFIED, manifests.VERIFIED + ".tmp", CARD)
+    return manifest, manifests.check_files(directory, manifest, ignore)
 
 
 def _check_files(subject: _Subject | None, manifest: dict[str, Any] | None, found: list[str]) -> Check:
@@ -501,10 +499,96 @@ def _text_details(text: Calibration, found: Comparison) -> dict[str, Any]:
 # kernel
 
 
-def _check_kernel() -> Check:
+BATCHES = (1, 16, 17, 64, 257, 2048)
+
+# Nats a token between the checkpoint on the kernel and the same weights dequantized, both in 16 bits.
+KERNEL_DIVERGENCE = 2e-3
+
+
+class _OnKernel(BlockModel):
+    """The checkpoint with every packed linear multiplied by the kernel."""
+
+    def load(self, i: int) -> nn.Module:
+        """Block i, as the kernel takes it."""
+        from marlin_convert.kernels.matmul import matmul
+
+        block = super().load(i)
+        for path, module in block.named_modules():
+            linear = f"{self.name(i)}.{path}"
+            if isinstance(module, nn.Linear) and self.weights.is_packed(linear):
+                tensors = formats.FORMATS["marlin"].pack(self.weights.quantized(linear))
+                B, s = (tensors[suffix].to(self.device) for suffix in ("B", "s"))
+                module.forward = partial(matmul, B=B, s=s, bias=module.bias)  # type: ignore[method-assign]
+        return block
+
+    def unload(self, i: int) -> None:
+        """Free the weights of block i."""
+        for module in self.blocks[i].modules():
+            module.__dict__.pop("forward", None)
+        super().unload(i)
+
+
+def _check_kernel(job: Job, subject: _Subject) -> Check:
+    """Every packed linear through the kernel, then the whole model, each against its dequantized weights."""
     if not torch.cuda.is_available():
         return Check("skipped", "no CUDA GPU here")
-    return Check("skipped", "this version has no kernel yet")
+    if job.device.type != "cuda":
+        return Check("skipped", f"--device {job.device}")
+    linears = subject.weights.packed_linears()
+    if not linears:
+        return Check("skipped", "no linear is packed")
+    rows, problems = [], []
+    try:
+        for linear in linears:
+            layer = subject.weights.quantized(linear)
+            found = _kernel_error(layer, job.device)
+            rows.append({"name": linear, "error": _json_number(found)})
+            if not found <= job.tolerance:
+                problems.append(f"{linear}: the kernel is {found:.1e} off, relative; at most {job.tolerance}")
+            log.debug("%s: kernel error %.1e", linear, found)
+        text = _run_kernel(job, subject)
+    except FormatError as error:
+        return Check("skipped", f"the kernel cannot hold it: {error}")
+    if not text.divergence <= KERNEL_DIVERGENCE:
+        problems.append(
+            f"the whole model on the kernel has divergence {text.divergence:.1e}, at most {KERNEL_DIVERGENCE}"
+        )
+    worst = max(row["error"] for row in rows)
+    summary = (
+        f"{len(rows)} linears at {len(BATCHES)} batch sizes on {torch.cuda.get_device_name(job.device)}, "
+        f"relative error at most {worst:.1e}; whole model: divergence {text.divergence:.1e}, "
+        f"{text.agreement:.2%} of the likeliest tokens"
+    )
+    figures = {name: _json_number(value) for name, value in asdict(text).items()}
+    return _verdict(problems, summary, tolerance=job.tolerance, linears=rows, model=figures)
+
+
+def _kernel_error(layer: QuantizedLinear, device: torch.device) -> float:
+    """The largest error of the kernel's product from the one in float64 over the batch sizes, relative."""
+    from marlin_convert.kernels.matmul import matmul, reference
+
+    tensors = formats.FORMATS["marlin"].pack(layer)
+    B, s = (tensors[suffix].to(device) for suffix in ("B", "s"))
+    here = replace(layer, codes=layer.codes.to(device), scales=layer.scales.to(device), zeros=None)
+    draw = torch.Generator(device).manual_seed(0)
+    x = torch.randn(max(BATCHES), layer.k, device=device, dtype=torch.float16, generator=draw)
+    expected = reference(x, here)
+    errors = []
+    for batch in BATCHES:
+        off = matmul(x[:batch], B, s).double() - expected[:batch]
+        errors.append((off.norm() / expected[:batch].norm()).item())
+    return max(errors, key=lambda error: math.inf if math.isnan(error) else error)
+
+
+def _run_kernel(job: Job, subject: _Subject) -> Comparison:
+    """The model on the kernel beside the model of the same weights, on random tokens."""
+    models = [
+        kind(subject.weights, job.device, fast=False, trust_remote_code=job.trust_remote_code)
+        for kind in (BlockModel, _OnKernel)
+    ]
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(subject.model.config.vocab_size, (4, 256), generator=draw)
+    return compare(models[0], models[1], ids)
 
 
 def _verdict(problems: list[str], summary: str, **details: Any) -> Check:
@@ -544,7 +628,7 @@ def text(done: Verification, words: str, *, local: bool, verbose: bool = False) 
         lines.append(
             "Next: marlin-convert " + (f"push {words} you/{done.checkpoint}" if ready else f"inspect {words}")
         )
-    return "\n".join(lines)
+    return "\n".join(printable(line) for line in lines)
 
 
 def _figures(source: str, checkpoint: str, text: dict[str, Any]) -> list[str]:

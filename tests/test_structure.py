@@ -17,7 +17,7 @@ VERBS = {"quantize", "sparsify", "verify", "push", "inspect"}
 BELOW = {
     "formats": set(),
     "solvers": set(),
-    "kernels": set(),
+    "kernels": {"formats"},
     "checkpoint": {"formats"},
     "models": {"formats", "checkpoint"},
     "integrations": {"formats", "checkpoint", "models", "kernels"},

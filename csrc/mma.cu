@@ -1,0 +1,78 @@
+// W4A16 by mma.sync, for every architecture from sm_80 on: out^T (features x tokens) = W^T x^T.
+//
+// Four warps side by side take 64 features each of the same 128 rows of k (a chunk); SPLITS such teams take chunks in
+// turn. Weights go from memory to registers one chunk ahead; activations go through shared memory, shared by a team.
+// TOKENS: 8, 16 or 32. GROUP: rows of k per scale, 0 for one scale for all.
+struct Chunk {
+  uint4 codes[8];
+  uint4 scales[GROUPS];
+};
+
+extern "C" __global__ void __launch_bounds__(128 * SPLITS, 1) marlin_mma(const Problem p) {
+  extern __shared__ __align__(128) unsigned char memory[];
+  const int thread = threadIdx.x % 128, team = threadIdx.x / 128, warp = thread / 32, lane = thread % 32;
+  const u32 xs = shared_address(memory) + team * (2 * TOKENS * 256);
+  float* sums = (float*)(memory + SPLITS * 2 * TOKENS * 256);
+  const Schedule plan(p);
+  const int begin = plan.first(blockIdx.x), end = plan.first(blockIdx.x + 1), columns = p.n / 64;
+
+  auto load = [&](Chunk& c, const Position& at) {
+    // of a narrower last tile the last column, again: its sums are not used
+    const int column = min(4 * at.column + warp, columns - 1);
+    const uint4* w = p.weights + ((u64)at.k * 8 * columns + column) * 32 + lane;
+#pragma unroll
+    for (int s = 0; s < 8; s++) c.codes[s] = load_once(w + (u64)s * columns * 32);
+#if GROUP
+#pragma unroll
+    for (int g = 0; g < GROUPS; g++)
+      c.scales[g] = *(const uint4*)(p.scales + (u64)(at.k * GROUPS + g) * p.n + column * 64 + 8 * (lane / 4));
+#endif
+  };
+  auto load_x = [&](int buffer, const Position& at) {
+    const int first = at.token_tile * TOKENS;
+#pragma unroll
+    for (int i = 0; i < TILES; i++) {
+      const int token = i * 8 + thread / 16, v = thread % 16;
+      const bool there = first + token < p.m;
+      copy_async(xs + buffer * (TOKENS * 256) + place(token, v),
+                 p.x + (u64)(there ? first + token : 0) * p.k + at.k * 128 + v * 8, there);
+    }
+    copies_commit();
+  };
+
+  Sums acc;
+  clear(acc);
+  Chunk a, b;
+  let_next_kernel_start();
+  int i = begin + team;
+  Position at(plan, i);
+  if (i < end) load(a, at);
+  wait_for_previous_kernel();
+  if (i < end) load_x(0, at);
+  int buffer = 0;
+  // one chunk: the next one is on its way while this one is multiplied
+  auto step = [&](Chunk& now, Chunk& next) {
+    copies_wait<0>();
+    barrier(2 + team, 128);
+    at.advance(plan, SPLITS);
+    if ((i += SPLITS) < end) {
+      load_x(buffer ^ 1, at);
+      load(next, at);
+    }
+    multiply(acc, xs + buffer * (TOKENS * 256), [&](int s) { return now.codes[s]; }, [&](int g) { return now.scales[g]; });
+    buffer ^= 1;
+  };
+  for (int tile = begin / plan.chunks; tile * plan.chunks < end; tile++) {
+    const int stop = min(end, (tile + 1) * plan.chunks);
+    while (i < stop) {
+      step(a, b);
+      if (i >= stop) { a = b; break; }
+      step(b, a);
+    }
+    barrier(1, 128 * SPLITS);
+    put(acc, sums + team * TOKENS * ROW, warp);
+    barrier(1, 128 * SPLITS);
+    output(p, plan, tile, sums, 128 * SPLITS);
+    clear(acc);
+  }
+}

@@ -1,0 +1,77 @@
+// One chunk (128 rows of k) of 64 features x TOKENS tokens by mma.sync, for one warp.
+constexpr int TILES = TOKENS / 8;
+constexpr int GROUPS = GROUP ? 128 / GROUP : 1;  // per chunk
+constexpr int STEPS = 8 / GROUPS;                // of 16 rows of k, per group
+
+typedef float Sums[4][TILES][4];  // of 16 features (rows l / 4 and + 8) x 8 tokens (2 (l % 4) and + 1) each
+
+__device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void clear(Sums& sums) {
+#pragma unroll
+  for (int j = 0; j < 4; j++)
+#pragma unroll
+    for (int t = 0; t < TILES; t++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) sums[j][t][i] = 0.f;
+}
+// Where in shared memory 16 bytes of a token lie: two blocks of 64 rows of k, tokens of 128 bytes, swizzled.
+__device__ __forceinline__ u32 place(int token, int v) {
+  return v / 8 * (TOKENS * 128) + token * 128 + (((v ^ token) & 7) << 4);
+}
+
+// Each group is summed by itself, then scaled in float32: exact scales, and no multiplication of weights.
+template <class Codes, class Scales>
+__device__ __forceinline__ void multiply(Sums& acc, u32 x, Codes codes, Scales scales) {
+  const int lane = threadIdx.x % 32;
+  uint4 q = codes(0);
+#pragma unroll
+  for (int g = 0; g < GROUPS; g++) {
+    Sums part;
+    if (GROUP) clear(part);
+    Sums& into = GROUP ? part : acc;
+#pragma unroll
+    for (int s = g * STEPS; s < (g + 1) * STEPS; s += 2) {
+      u32 b[TILES][4];
+#pragma unroll
+      for (int t = 0; t < TILES; t++) load_matrices(b[t], x + place(8 * t + lane % 8, 2 * s + lane / 8));
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const u32 words[4] = {q.x, q.y, q.z, q.w};
+        if (s + h < 7) q = codes(s + h + 1);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          u32 a[4];
+          unpack(words[j], a);
+#pragma unroll
+          for (int t = 0; t < TILES; t++) mma(into[j][t], a, b[t][2 * h], b[t][2 * h + 1]);
+        }
+      }
+    }
+    if (GROUP) {
+      const uint4 s = scales(g);
+      const u32 words[4] = {s.x, s.y, s.z, s.w};
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        const float low = scale_low(words[j]), high = scale_high(words[j]);
+#pragma unroll
+        for (int t = 0; t < TILES; t++)
+#pragma unroll
+          for (int i = 0; i < 4; i++) acc[j][t][i] += (i < 2 ? low : high) * part[j][t][i];
+      }
+    }
+  }
+}
+// A warp's sums to the rows of a tile in shared memory.
+__device__ __forceinline__ void put(const Sums& sums, float* tile, int column) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int j = 0; j < 4; j++)
+#pragma unroll
+    for (int t = 0; t < TILES; t++)
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        tile[(8 * t + 2 * (lane % 4) + i % 2) * ROW + 64 * column + 16 * j + lane / 4 + 8 * (i / 2)] = sums[j][t][i];
+}

@@ -1,0 +1,81 @@
+// W4A16 for few tokens on Hopper: one warp keeps the copy engine busy, the others multiply.
+//
+// A stage holds one chunk: 128 rows of k of 256 features, their scales and activations. Four warps (a team) take a
+// stage, 64 features each; SPLITS teams take stages in turn.
+//
+// A stage always belongs to the same team: a warp waits for a flag by the parity of its round, and a team that ran
+// ahead by a whole round of another team's stages would take the round before for its own.
+static_assert(STAGES % SPLITS == 0);
+constexpr int WEIGHTS = 16384, SCALES = GROUP ? 512 * GROUPS : 0, FILLED = WEIGHTS + TOKENS * 256 + SCALES;
+constexpr int STAGE = (FILLED + 1023) / 1024 * 1024;
+
+extern "C" __global__ void __launch_bounds__(128 * SPLITS + 128, 1)
+marlin_stream(const __grid_constant__ Problem p, const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap scales, const __grid_constant__ TensorMap x) {
+  extern __shared__ __align__(1024) unsigned char unaligned[];
+  unsigned char* memory = unaligned + (-shared_address(unaligned) & 1023);
+  const u32 stages = shared_address(memory), full = stages + STAGES * STAGE, empty = full + 8 * STAGES;
+  float* sums = (float*)(memory + STAGES * STAGE + 16 * STAGES);
+  const Schedule plan(p);
+  const int begin = plan.first(blockIdx.x), count = plan.first(blockIdx.x + 1) - begin;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < STAGES; s++) {
+      flag_init(full + 8 * s, 1);
+      flag_init(empty + 8 * s, 4);
+    }
+    flags_ready();
+  }
+  __syncthreads();
+  if (warp >= 4 * SPLITS) {
+    give_registers<GIVE>();
+    if (threadIdx.x != 128 * SPLITS) return;
+    auto load = [&](const Position& at, int s) {
+      const u32 stage = stages + s * STAGE, flag = full + s * 8;
+      flag_expect(flag, FILLED);
+      copy_tile(stage, &weights, 256 * at.column, 8 * at.k, flag);
+      if (GROUP) copy_tile(stage + WEIGHTS + TOKENS * 256, &scales, 256 * at.column, GROUPS * at.k, flag);
+    };
+    auto load_x = [&](const Position& at, int s) {
+      const u32 stage = stages + s * STAGE + WEIGHTS, flag = full + s * 8;
+      copy_tile(stage, &x, 128 * at.k, TOKENS * at.token_tile, flag);
+      copy_tile(stage + TOKENS * 128, &x, 128 * at.k + 64, TOKENS * at.token_tile, flag);
+    };
+    Position at(plan, begin), at_x(plan, begin);
+    const int ahead = min(count, STAGES);
+    for (int i = 0; i < ahead; i++, at.advance(plan, 1)) load(at, i);
+    let_next_kernel_start();
+    wait_for_previous_kernel();
+    for (int i = 0; i < ahead; i++, at_x.advance(plan, 1)) load_x(at_x, i);
+    for (int i = STAGES, s = 0, phase = 0; i < count; i++, at.advance(plan, 1)) {
+      flag_wait(empty + s * 8, phase);
+      load(at, s);
+      load_x(at, s);
+      if (++s == STAGES) { s = 0; phase ^= 1; }
+    }
+    return;
+  }
+  take_registers<TAKE>();
+  const int team = warp / 4, column = warp % 4;
+  Sums acc;
+  clear(acc);
+  wait_for_previous_kernel();
+  int i = team;
+  int s = team, phase = 0;
+  for (int tile = begin / plan.chunks; tile * plan.chunks < begin + count; tile++) {
+    const int stop = min(count, (tile + 1) * plan.chunks - begin);
+    for (; i < stop; i += SPLITS) {
+      const u32 stage = stages + s * STAGE;
+      flag_wait(full + s * 8, phase);
+      multiply(acc, stage + WEIGHTS, [&](int row) { return load_shared(stage + row * 2048 + column * 512 + lane * 16); },
+               [&](int g) { return load_shared(stage + WEIGHTS + TOKENS * 256 + g * 512 + column * 128 + lane / 4 * 16); });
+      __syncwarp();
+      if (lane == 0) flag_arrive(empty + s * 8);
+      if ((s += SPLITS) >= STAGES) { s -= STAGES; phase ^= 1; }
+    }
+    barrier(1, 128 * SPLITS);
+    put(acc, sums + team * TOKENS * ROW, column);
+    barrier(1, 128 * SPLITS);
+    output(p, plan, tile, sums, 128 * SPLITS);
+    clear(acc);
+  }
+}

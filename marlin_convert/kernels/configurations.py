@@ -1,0 +1,125 @@
+"""Which kernel multiplies how many tokens, with what tiles: the heuristics, and what they rest on.
+
+A tile is 256 features by `tokens` tokens; every kernel works on chunks of 128 rows of k (csrc/tiles.cuh).
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+FEATURES = 256  # of a tile
+
+# Shared memory that a block may have with compute capability 9.0.
+HOPPER_MEMORY = 227 * 1024
+
+# Registers a thread of the loading warps keeps on Hopper; the multiplying ones get the rest.
+GIVEN = 40
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A kernel for one number of tokens per tile and one group size.
+
+    `group` is the rows of k per scale, 0 where one scale serves all of k. `teams` of four warps take chunks
+    in turn; `wgmma` makes a team multiply as a warpgroup.
+    """
+
+    kernel: str
+    tokens: int
+    teams: int
+    group: int
+    bfloat16: bool
+    wgmma: bool = False
+
+    @property
+    def entry(self) -> str:
+        """The name of the CUDA function."""
+        return f"marlin_{self.kernel}"
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The files of csrc that make it, in order."""
+        products = {
+            "mma": ("mma_products.cuh",),
+            "stream": ("wgmma_ptx.cuh", "wgmma_products.cuh") if self.wgmma else ("mma_products.cuh",),
+            "wgmma": ("wgmma_ptx.cuh",),
+        }
+        return ("ptx.cuh", "numbers.cuh", "tiles.cuh", *products[self.kernel], f"{self.kernel}.cu")
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block: the teams and, where the copy engine loads, the warpgroup that drives it."""
+        return {"mma": 128 * self.teams, "stream": 128 * self.teams + 128, "wgmma": 384}[self.kernel]
+
+    @property
+    def scale_rows(self) -> int:
+        """Rows of scales of a chunk."""
+        return 128 // self.group if self.group else 1
+
+    @cached_property
+    def _stage(self) -> int:
+        """Bytes of a stage: codes, activations and scales of a chunk, in whole swizzle patterns."""
+        filled = 16384 + 256 * self.tokens + (512 * self.scale_rows if self.group else 0)
+        return -(-filled // 1024) * 1024
+
+    @property
+    def _beside(self) -> int:
+        """Bytes of shared memory beside the stages: sums or staging, and what alignment takes."""
+        sums = 4 * self.teams * self.tokens * (FEATURES + 4)
+        return {"mma": sums, "stream": sums + 2048, "wgmma": 4096 + 2048}[self.kernel]
+
+    @cached_property
+    def stages(self) -> int:
+        """Chunks that are in shared memory at once; a whole number for every team."""
+        room = (HOPPER_MEMORY - self._beside) // (self._stage + 16)
+        turns = self.teams if self.kernel == "stream" else 1
+        return min(12, room) // turns * turns
+
+    @cached_property
+    def shared_memory(self) -> int:
+        """Bytes of dynamic shared memory."""
+        if self.kernel == "mma":
+            return self._beside + 2 * 256 * self.teams * self.tokens
+        return self._beside + self.stages * (self._stage + 16)
+
+    @property
+    def defines(self) -> dict[str, int]:
+        """The macros that the sources are compiled with."""
+        macros = {
+            "TOKENS": self.tokens,
+            "SPLITS": self.teams,
+            "GROUP": self.group,
+            "BF16": int(self.bfloat16),
+            "WGMMA": int(self.wgmma),
+        }
+        if self.kernel != "mma":
+            # registers a thread has at launch, in eights: those given up are shared out among the others
+            launch = 65536 // self.threads // 8 * 8
+            others = self.threads // 128 - 1
+            taken = (launch * (others + 1) - GIVEN) // others // 8 * 8
+            macros |= {"STAGES": self.stages, "GIVE": GIVEN, "TAKE": min(taken, 232)}
+        return macros
+
+
+def choose(m: int, group: int, bfloat16: bool, capability: tuple[int, int]) -> Configuration:
+    """The configuration for m tokens, by the geometric mean over eight layer shapes.
+
+    Speed-up over cuBLAS float16 on an H200, groups of 128 (benchmarks/RESULTS.md): 2.74 and 2.59 for 1 and 8
+    tokens, 2.14 for 16, 1.60 for 32 (1.28 with tiles of 64), 1.27 for 64, 0.87 for 128 (0.85 with tiles of
+    128), 0.75 to 0.82 beyond.
+    """
+    if capability != (9, 0):
+        tokens = 8 if m <= 8 else 16 if m <= 16 else 32
+        return Configuration("mma", tokens, 2, group, bfloat16)
+    if m <= 16:
+        return Configuration("stream", 8 if m <= 8 else 16, 3, group, bfloat16)
+    if m <= 32:
+        return Configuration("stream", 32, 2, group, bfloat16, wgmma=True)
+    return Configuration("wgmma", 64 if m <= 128 else 128, 1, group, bfloat16)
+
+
+def blocks(tiles: int, processors: int) -> int:
+    """Blocks of the grid: one per multiprocessor, or one per tile where that leaves few of them idle.
+
+    A tile of its own needs no summing up: 8B gate_up (112 tiles, 132 processors) takes 17.6 us and not 20.5.
+    """
+    return tiles if 0.8 * processors <= tiles <= processors else processors

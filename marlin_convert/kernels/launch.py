@@ -1,0 +1,179 @@
+"""Launch a compiled kernel on the current stream of a device, through the CUDA driver.
+
+Plain ctypes: 5 microseconds of the host a launch, and the attribute by which a kernel may begin to load its
+weights while the one before still runs (programmatic dependent launch), which cuda-core 1.2 does not pass on.
+"""
+
+import ctypes
+import struct
+from ctypes import addressof, c_char, c_int, c_uint32, c_uint64, c_void_p
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from marlin_convert.errors import KernelError
+from marlin_convert.kernels.compile import architecture, cubin
+from marlin_convert.kernels.configurations import FEATURES, Configuration, blocks
+
+# of cuda.h
+MAX_DYNAMIC_SHARED_MEMORY = 8
+PROGRAMMATIC_STREAM_SERIALIZATION = 6
+UINT64, FLOAT16, BFLOAT16 = 5, 6, 9
+NO_SWIZZLE, SWIZZLE_128 = 0, 3
+PROMOTE_256 = 3
+
+# Tensor maps kept: of the weights of every layer of a large model, and of the activations they meet.
+KEPT = 4096
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A kernel in memory: its handle, and what each launch of it needs."""
+
+    handle: c_void_p
+    configuration: Configuration
+    processors: int
+    early: bool  # may begin while the kernel before it ends
+
+
+@cache
+def _driver() -> ctypes.PyDLL:
+    try:
+        # keeps the interpreter's lock: no other thread changes a Call while it is launched
+        return ctypes.PyDLL("libcuda.so.1")
+    except OSError as error:
+        raise KernelError("the NVIDIA driver is not installed.", "pass --device cpu.") from error
+
+
+def _check(status: int, doing: str) -> None:
+    if status:
+        raise KernelError(
+            f"the CUDA driver failed with status {status} {doing}.", "update the NVIDIA driver."
+        )
+
+
+@cache
+def load(configuration: Configuration, device: int) -> _Loaded:
+    """Compile a configuration for a device, if that was not done yet, and load it."""
+    driver = _driver()
+    torch.cuda.current_stream(device)  # makes sure that there is a context
+    code = cubin(configuration, architecture(torch.cuda.get_device_capability(device)))
+    library, kernel = c_void_p(), c_void_p()
+    _check(
+        driver.cuLibraryLoadData(ctypes.byref(library), code, None, None, 0, None, None, 0),
+        "loading a kernel",
+    )
+    name = configuration.entry.encode()
+    _check(driver.cuLibraryGetKernel(ctypes.byref(kernel), library, name), "looking for a kernel")
+    memory = configuration.shared_memory
+    _check(
+        driver.cuKernelSetAttribute(MAX_DYNAMIC_SHARED_MEMORY, memory, kernel, device),
+        f"asking for {memory} bytes of shared memory",
+    )
+    properties = torch.cuda.get_device_properties(device)
+    return _Loaded(kernel, configuration, properties.multi_processor_count, properties.major >= 9)
+
+
+_tensor_maps: dict[tuple[int, ...], tuple[int, ctypes.Array]] = {}
+
+
+def _tensor_map(address: int, kind: int, rows: int, columns: int, box: tuple[int, int], swizzle: int) -> int:
+    """Where the tensor map of a matrix is, that is read in boxes of (rows, columns)."""
+    key = (address, kind, rows, columns, *box)
+    found = _tensor_maps.get(key)
+    if found is None:
+        memory = (c_char * 192)()
+        place = -(-addressof(memory) // 64) * 64
+        status = _driver().cuTensorMapEncodeTiled(
+            c_void_p(place), kind, 2, c_void_p(address), (c_uint64 * 2)(columns, rows),
+            (c_uint64 * 1)(columns * (8 if kind == UINT64 else 2)), (c_uint32 * 2)(box[1], box[0]),
+            (c_uint32 * 2)(1, 1), 0, swizzle, PROMOTE_256, 0,
+        )  # fmt: skip
+        _check(status, "describing a matrix")
+        if len(_tensor_maps) >= KEPT:
+            _tensor_maps.pop(next(iter(_tensor_maps)))
+        found = _tensor_maps[key] = place, memory
+    return found[0]
+
+
+# Parts of tiles and tickets, by device, stream and size: kernels of one stream follow one another.
+_workspaces: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
+
+# Tickets for launches in graphs, by device, cleared beforehand: each such launch takes its own for good.
+# Graphs may be replayed side by side, and clearing memory inside of one would take a microsecond a launch.
+_graph_tickets: dict[int, list[Tensor]] = {}
+GRAPH_LAUNCHES = 8192
+
+
+def _workspace(device: torch.device, stream: int, loaded: _Loaded) -> tuple[Tensor, Tensor]:
+    tokens = loaded.configuration.tokens
+    size = 2 * loaded.processors * tokens * FEATURES
+    if torch.cuda.is_current_stream_capturing():
+        spare = _graph_tickets.get(device.index)
+        tickets = spare.pop() if spare else torch.zeros(loaded.processors, dtype=torch.int32, device=device)
+        return torch.empty(size, device=device), tickets
+    if device.index not in _graph_tickets:
+        cleared = torch.zeros(GRAPH_LAUNCHES, loaded.processors, dtype=torch.int32, device=device)
+        torch.cuda.synchronize(device)
+        _graph_tickets[device.index] = list(cleared)
+    key = (device.index, stream, tokens)
+    found = _workspaces.get(key)
+    if found is None:
+        tickets = torch.zeros(loaded.processors, dtype=torch.int32, device=device)
+        found = _workspaces[key] = torch.empty(size, device=device), tickets
+    return found
+
+
+class Call:
+    """A launch of which only the addresses of activations and output are still to come."""
+
+    def __init__(self, configuration: Configuration, x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None):
+        """Prepare y (m, n) of x (m, k) on the current stream of x's device, which is the current device.
+
+        All tensors are contiguous, on one device, and aligned to 16 bytes; the parameters outlive the call.
+        """
+        m, k, n = x.numel() // x.shape[-1], x.shape[-1], s.shape[1]
+        loaded = load(configuration, x.device.index)
+        stream = torch.cuda.current_stream(x.device).cuda_stream
+        parts, tickets = self._workspace = _workspace(x.device, stream, loaded)
+        problem = ctypes.create_string_buffer(
+            struct.pack(
+                "7Q3i4x", B.data_ptr(), 0, s.data_ptr(), 0 if bias is None else bias.data_ptr(), 0,
+                parts.data_ptr(), tickets.data_ptr(), m, n, k,
+            ),
+            72,
+        )  # fmt: skip
+        self._x, self._y = c_uint64.from_buffer(problem, 8), c_uint64.from_buffer(problem, 32)
+        arguments = [addressof(problem)]
+        self._tiles: tuple[int, int, int, tuple[int, int]] | None = None
+        if configuration.kernel != "mma":
+            kind = BFLOAT16 if x.dtype == torch.bfloat16 else FLOAT16
+            self._tiles = kind, m, k, (configuration.tokens, 64)
+            rows = min(configuration.scale_rows, len(s))
+            arguments += [
+                _tensor_map(B.data_ptr(), UINT64, len(B), n, (8, FEATURES), NO_SWIZZLE),
+                _tensor_map(s.data_ptr(), FLOAT16, len(s), n, (rows, FEATURES), NO_SWIZZLE),
+                0,
+            ]
+        self._pointers = (c_void_p * len(arguments))(*arguments)
+        attribute = (c_int * 18)(PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)
+        tiles = -(-n // FEATURES) * -(-m // configuration.tokens)
+        self._launch = ctypes.create_string_buffer(
+            struct.pack(
+                "7I4xQQI4x", blocks(tiles, loaded.processors), 1, 1, configuration.threads, 1, 1,
+                configuration.shared_memory, stream, addressof(attribute), loaded.early,
+            ),
+            56,
+        )  # fmt: skip
+        self._kept, self._handle = (problem, attribute), loaded.handle
+        self._driver = _driver().cuLaunchKernelEx
+
+    def __call__(self, x: int, y: int) -> None:
+        """Launch for activations and an output at these addresses."""
+        self._x.value, self._y.value = x, y
+        if self._tiles is not None:
+            kind, m, k, box = self._tiles
+            self._pointers[3] = _tensor_map(x, kind, m, k, box, SWIZZLE_128)
+        _check(self._driver(self._launch, self._handle, self._pointers, None), "launching a kernel")

@@ -1,0 +1,126 @@
+"""The kernels without a GPU: they compile for every architecture, and the module multiplies on a CPU."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from marlin_convert.errors import KernelError
+from marlin_convert.formats import marlin
+from marlin_convert.kernels import compile as compiling
+from marlin_convert.kernels.configurations import HOPPER_MEMORY, Configuration, blocks, choose
+from marlin_convert.kernels.matmul import MarlinLinear, matmul, reference
+from marlin_convert.quantized import QuantizedLinear
+
+GROUPS = (0, 32, 64, 128)
+# the least shared memory of a block: sm_86, sm_89 and sm_120
+LEAST_MEMORY = 99 * 1024
+# bytes a thread may spill: none where few tokens are multiplied, some around the loops of large tiles
+SPILLS = {"stream": 0, "wgmma": 160, "mma": 900}
+
+
+def configurations(capability: tuple[int, int]) -> list[Configuration]:
+    """Everything that can be chosen for an architecture."""
+    found = {
+        choose(m, group, bfloat16, capability): None
+        for m in (1, 8, 9, 16, 17, 32, 33, 64, 128, 129, 4096)
+        for group in GROUPS
+        for bfloat16 in (False, True)
+    }
+    return list(found)
+
+
+@pytest.mark.parametrize("capability", compiling.ARCHITECTURES, ids=lambda c: compiling.ARCHITECTURES[c])
+def test_every_configuration_compiles(capability: tuple[int, int]) -> None:
+    arch = compiling.architecture(capability)
+    for configuration in configurations(capability):
+        code, said = compiling.compile(compiling.source(configuration), arch)
+        registers = [int(count) for count in re.findall(r"Used (\d+) registers", said)]
+        spilled = [int(count) for count in re.findall(r"(\d+) bytes spill stores", said)]
+        assert registers and max(registers) * configuration.threads <= 65536
+        if configuration.group in (0, 128):
+            assert max(spilled) <= SPILLS[configuration.kernel], configuration
+        memory = HOPPER_MEMORY if capability == (9, 0) else LEAST_MEMORY
+        assert configuration.shared_memory + 16 <= memory
+        assert configuration.kernel == "mma" or configuration.stages >= 2
+        assert len(code) > 1000
+
+
+@pytest.mark.parametrize("m, expected", [(1, "HMMA"), (32, "HGMMA"), (64, "HGMMA"), (4096, "HGMMA")])
+def test_hopper_uses_its_tensor_cores(m: int, expected: str, tmp_path: Path) -> None:
+    import nvidia
+
+    places = [Path(place) / "cu13" / "bin" for place in nvidia.__path__]
+    disassembler = shutil.which("nvdisasm", path=":".join(map(str, places)))
+    assert disassembler
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compiling.compile(compiling.source(choose(m, 128, False, (9, 0))), "sm_90a")[0])
+    code = subprocess.check_output([disassembler, "-c", str(cubin)], text=True)
+    assert expected in code and "UTMALDG" in code
+
+
+def test_the_cache_keeps_whole_entries_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(compiling.CACHE, str(tmp_path / "cache"))
+    configuration = choose(1, 128, False, (8, 0))
+    code = compiling.cubin.__wrapped__(configuration, "sm_80")
+    (entry,) = (tmp_path / "cache").iterdir()
+    monkeypatch.setattr(compiling, "compile", lambda *_: pytest.fail("compiled again"))
+    assert compiling.cubin.__wrapped__(configuration, "sm_80") == code
+    monkeypatch.undo()
+    monkeypatch.setenv(compiling.CACHE, str(tmp_path / "cache"))
+    content = bytearray(entry.read_bytes())
+    content[100] ^= 1
+    for damaged in (bytes(content), b"", content[:50]):
+        entry.write_bytes(damaged)
+        assert compiling.cubin.__wrapped__(configuration, "sm_80") == code
+        assert entry.read_bytes()[32:] == code
+    # another architecture is another entry; a cache that cannot be written is none
+    compiling.cubin.__wrapped__(configuration, "sm_86")
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(compiling.CACHE, str(tmp_path / "file" / "cache"))
+    assert compiling.cubin.__wrapped__(configuration, "sm_80") == code
+
+
+def test_an_unknown_gpu_is_refused() -> None:
+    with pytest.raises(KernelError, match=r"compute capability 7\.5"):
+        compiling.architecture((7, 5))
+
+
+def test_blocks_of_the_grid() -> None:
+    assert blocks(16, 132) == blocks(224, 132) == 132
+    assert blocks(112, 132) == 112
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_the_module_runs_on_a_cpu(group_size: int, dtype: torch.dtype) -> None:
+    draw = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (256, 128), generator=draw, dtype=torch.uint8)
+    scales = (torch.rand(256 // group_size, 128, generator=draw) * 0.02 + 0.001).half()
+    layer = QuantizedLinear(codes=codes, scales=scales, group_size=group_size)
+    tensors = marlin.pack(layer)
+    bias = torch.randn(128, generator=draw).to(dtype)
+    module = MarlinLinear(tensors["B"], tensors["s"], bias)
+    x = torch.randn(2, 5, 256, generator=draw).to(dtype)
+    expected = reference(x, layer, bias)
+    assert ((module(x).double() - expected).norm() / expected.norm()) < 1e-2
+    assert set(module.state_dict()) == {"B", "s", "bias"}
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    B, s = torch.zeros(16, 256, dtype=torch.int32), torch.zeros(2, 128, dtype=torch.float16)
+    MarlinLinear(B, s)
+    for wrong in ((B.float(), s), (B, s.float()), (B[:4], s), (B, s[:, :64]), (B, s[:0]), (B[:, :250], s)):
+        with pytest.raises(KernelError):
+            MarlinLinear(*wrong)
+
+
+def test_the_operator_has_a_shape_without_a_gpu() -> None:
+    B = torch.empty(16, 256, dtype=torch.int32, device="meta")
+    s = torch.empty(2, 128, dtype=torch.float16, device="meta")
+    x = torch.empty(3, 4, 256, dtype=torch.float16, device="meta")
+    assert matmul(x, B, s).shape == (3, 4, 128)

@@ -1,0 +1,143 @@
+"""The kernels on a GPU: right at every edge, the same every time, and never quietly wrong."""
+
+import pytest
+import torch
+
+from marlin_convert.errors import KernelError
+from marlin_convert.formats import marlin
+from marlin_convert.quantized import QuantizedLinear
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+# largest error of the output, relative in the 2-norm; rounding it takes 2.0e-4 and 1.7e-3 already
+TOLERANCE = {torch.float16: 3e-4, torch.bfloat16: 2.5e-3}
+BATCHES = (1, 7, 8, 9, 16, 17, 31, 33, 64, 65, 127, 129, 257, 1000)
+
+
+def layer(k: int, n: int, group_size: int, seed: int = 0) -> QuantizedLinear:
+    """Random codes and scales of both signs."""
+    draw = torch.Generator().manual_seed(seed)
+    groups = 1 if group_size == -1 else k // group_size
+    codes = torch.randint(0, 16, (k, n), generator=draw, dtype=torch.uint8)
+    scales = (torch.rand(groups, n, generator=draw) + 0.1) * 0.02
+    scales *= torch.randint(0, 2, scales.shape, generator=draw) * 2 - 1
+    return QuantizedLinear(codes=codes, scales=scales.half(), group_size=k // groups)
+
+
+def packed(one: QuantizedLinear) -> tuple[torch.Tensor, torch.Tensor]:
+    tensors = marlin.pack(one)
+    return tensors["B"].cuda(), tensors["s"].cuda()
+
+
+def error(y: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((y.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("group_size", [128, 64, 32, -1])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("k, n", [(128, 64), (256, 320), (1024, 768), (4096, 4096), (14336, 1088)])
+def test_every_edge(k: int, n: int, dtype: torch.dtype, group_size: int) -> None:
+    from marlin_convert.kernels.matmul import matmul, reference
+
+    one = layer(k, n, group_size)
+    B, s = packed(one)
+    bias = torch.randn(n, device="cuda", dtype=dtype)
+    for m in BATCHES:
+        x = torch.randn(m, k, device="cuda", dtype=dtype)
+        for b in (None, bias):
+            y = matmul(x, B, s, b)
+            assert error(y, reference(x, one, b)) < TOLERANCE[dtype], (m, b is not None)
+            assert torch.equal(y, matmul(x, B, s, b)), "not the same twice"
+
+
+def test_the_largest_batch() -> None:
+    from marlin_convert.kernels.matmul import matmul, reference
+
+    one = layer(256, 320, 128)
+    B, s = packed(one)
+    x = torch.randn(65536 + 3, 256, device="cuda", dtype=torch.float16)
+    assert error(matmul(x, B, s), reference(x, one)) < 3e-4
+
+
+def test_shapes_strides_and_empty_batches() -> None:
+    from marlin_convert.kernels.matmul import matmul, reference
+
+    one = layer(512, 256, 128)
+    B, s = packed(one)
+    x = torch.randn(2, 3, 5, 512, device="cuda", dtype=torch.float16)
+    assert matmul(x, B, s).shape == (2, 3, 5, 256)
+    wide = torch.randn(20, 1024, device="cuda", dtype=torch.float16)
+    for view in (
+        wide[:, 100:612],
+        wide[::2, :512],
+        wide.view(40, 512).t().contiguous().t(),
+        wide.flatten()[1:513],
+    ):
+        assert error(matmul(view, B, s), reference(view, one)) < 3e-4
+    assert matmul(x[:0], B, s).shape == (0, 3, 5, 256)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    from marlin_convert.kernels.matmul import matmul
+
+    B, s = packed(layer(512, 256, 128))
+    x = torch.randn(4, 512, device="cuda", dtype=torch.float16)
+    for wrong in (
+        (x[:, :256], B, s), (x.float(), B, s), (x, B.float(), s), (x, B, s.bfloat16()), (x, B[:-1], s),
+        (x, B, s[:-1]), (x, B, s[:, :-64]), (x, B.cpu(), s), (x, B.t().contiguous().t(), s),
+        (x, B, s, torch.zeros(255, device="cuda", dtype=torch.float16)),
+        (x, B, s, torch.zeros(256, device="cuda", dtype=torch.bfloat16)),
+    ):  # fmt: skip
+        with pytest.raises(KernelError):
+            matmul(*wrong)
+
+
+def test_poisoned_output_memory() -> None:
+    """What the allocator hands out holds NaN: everything must be written."""
+    from marlin_convert.kernels.matmul import matmul
+
+    B, s = packed(layer(4096, 4096 + 64, 128))
+    for m in (1, 17, 100, 300):
+        x = torch.randn(m, 4096, device="cuda", dtype=torch.float16)
+        poison = torch.full((m, 4096 + 64), float("nan"), device="cuda", dtype=torch.float16)
+        del poison
+        assert matmul(x, B, s).isfinite().all()
+
+
+def test_two_streams_at_once() -> None:
+    from marlin_convert.kernels.matmul import matmul
+
+    B, s = packed(layer(4096, 4096, 128))
+    xs = [torch.randn(m, 4096, device="cuda", dtype=torch.float16) for m in (1, 16, 64, 200)]
+    expected = [matmul(x, B, s) for x in xs]
+    streams = [torch.cuda.Stream() for _ in xs]
+    torch.cuda.synchronize()
+    for _ in range(50):
+        found = []
+        for x, stream in zip(xs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(matmul(x, B, s))
+        torch.cuda.synchronize()
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_graphs_and_compile() -> None:
+    from marlin_convert.kernels.matmul import MarlinLinear
+
+    one = layer(1024, 768, 128)
+    module = MarlinLinear(*packed(one))
+    for m in (1, 40, 200):
+        x = torch.randn(m, 1024, device="cuda", dtype=torch.float16)
+        expected = module(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = module(module(x)[:, :768].repeat(1, 2)[:, :1024])
+            z = module(x)
+        for _ in range(3):
+            graph.replay()
+        assert torch.equal(z, expected) and y.shape == (m, 768)
+        compiled = torch.compile(module, fullgraph=True)
+        assert torch.equal(compiled(x), expected)
