@@ -25,8 +25,9 @@ SPILLS = {"stream": 0, "wgmma": 160, "mma": 900}
 def configurations(capability: tuple[int, int]) -> list[Configuration]:
     """Everything that can be chosen for an architecture."""
     found = {
-        choose(m, group, bfloat16, capability): None
+        choose(m, n, k, group, bfloat16, capability): None
         for m in (1, 8, 9, 16, 17, 32, 33, 64, 128, 129, 4096)
+        for n, k in ((4096, 4096), (57344, 8192))
         for group in GROUPS
         for bfloat16 in (False, True)
     }
@@ -57,14 +58,16 @@ def test_hopper_uses_its_tensor_cores(m: int, expected: str, tmp_path: Path) -> 
     disassembler = shutil.which("nvdisasm", path=":".join(map(str, places)))
     assert disassembler
     cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(compiling.compile(compiling.source(choose(m, 128, False, (9, 0))), "sm_90a")[0])
+    cubin.write_bytes(
+        compiling.compile(compiling.source(choose(m, 8192, 28672, 128, False, (9, 0))), "sm_90a")[0]
+    )
     code = subprocess.check_output([disassembler, "-c", str(cubin)], text=True)
     assert expected in code and "UTMALDG" in code
 
 
 def test_the_cache_keeps_whole_entries_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(compiling.CACHE, str(tmp_path / "cache"))
-    configuration = choose(1, 128, False, (8, 0))
+    configuration = choose(1, 4096, 4096, 128, False, (8, 0))
     code = compiling.cubin.__wrapped__(configuration, "sm_80")
     (entry,) = (tmp_path / "cache").iterdir()
     monkeypatch.setattr(compiling, "compile", lambda *_: pytest.fail("compiled again"))
@@ -91,8 +94,10 @@ def test_an_unknown_gpu_is_refused() -> None:
 
 
 def test_blocks_of_the_grid() -> None:
-    assert blocks(16, 132) == blocks(224, 132) == 132
-    assert blocks(112, 132) == 112
+    assert blocks(40, 64, 132) == blocks(224, 64, 132) == blocks(1, 1, 132) == 132
+    assert blocks(112, 32, 132) == 112
+    assert blocks(32, 64, 132) == 128
+    assert blocks(48, 32, 132) == 96
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128, 256])

@@ -100,26 +100,47 @@ class Configuration:
         return macros
 
 
-def choose(m: int, group: int, bfloat16: bool, capability: tuple[int, int]) -> Configuration:
-    """The configuration for m tokens, by the geometric mean over eight layer shapes.
+# A layer of at most this many chunks is read in the time that summing its tiles takes: 8B qkv and o.
+SMALL = 1024
 
-    Speed-up over cuBLAS float16 on an H200, groups of 128 (benchmarks/RESULTS.md): 2.74 and 2.59 for 1 and 8
-    tokens, 2.14 for 16, 1.60 for 32 (1.28 with tiles of 64), 1.27 for 64, 0.87 for 128 (0.85 with tiles of
-    128), 0.75 to 0.82 beyond.
+
+def choose(m: int, n: int, k: int, group: int, bfloat16: bool, capability: tuple[int, int]) -> Configuration:
+    """The configuration for m tokens of a layer with n outputs and k inputs.
+
+    From a sweep on an H200 (benchmarks/RESULTS.md). Few tokens a tile make sums that are quickly added, but
+    need the weights once for every tile: small layers want them, large ones do not. Microseconds:
+
+    ======  ==============================  ==============================
+    tokens  small or narrow                 large
+    ======  ==============================  ==============================
+    16      8B qkv: 8 a tile 10.1, 16 10.7  70B down: 8 54.6, 16 42.3
+    32      8B down: 16 23.2, 32 27.4       70B down: 16 68.3, 32 53.2
+    128     70B o: 64 38.2, 128 40.3        8B gate_up: 64 64.8, 128 57.5
+    256     8B o: 64 22.3, 128 27.3         70B down: 64 210.7, 128 202.9
+    ======  ==============================  ==============================
     """
     if capability != (9, 0):
         tokens = 8 if m <= 8 else 16 if m <= 16 else 32
         return Configuration("mma", tokens, 2, group, bfloat16)
-    if m <= 16:
-        return Configuration("stream", 8 if m <= 8 else 16, 3, group, bfloat16)
+    columns = -(-n // FEATURES)
+    chunks = columns * (k // 128)
+    if m <= 8 or (m <= 16 and chunks <= SMALL):
+        return Configuration("stream", 8, 3, group, bfloat16)
+    if m <= 16 or (m <= 32 and columns <= 24):
+        return Configuration("stream", 16, 3, group, bfloat16)
     if m <= 32:
         return Configuration("stream", 32, 2, group, bfloat16, wgmma=True)
-    return Configuration("wgmma", 64 if m <= 128 else 128, 1, group, bfloat16)
+    few = chunks <= 3000 if m <= 128 else columns * -(-m // 128) <= 48
+    return Configuration("wgmma", 64 if m <= 64 or few else 128, 1, group, bfloat16)
 
 
-def blocks(tiles: int, processors: int) -> int:
-    """Blocks of the grid: one per multiprocessor, or one per tile where that leaves few of them idle.
+def blocks(tiles: int, chunks: int, processors: int) -> int:
+    """Blocks of the grid for so many tiles of so many chunks each, on so many multiprocessors.
 
-    A tile of its own needs no summing up: 8B gate_up (112 tiles, 132 processors) takes 17.6 us and not 20.5.
+    One per multiprocessor; or a multiple of the tiles, which then are not split at odd places or not at all,
+    where that leaves few idle: 8B gate_up takes 112 blocks (17.6 us and not 20.5), 70B o 128 of 132 (38.2 us
+    and not 40.4 for 128 tokens), 8B qkv with 16 tokens 96 (10.1 us and not 11.5).
     """
-    return tiles if 0.8 * processors <= tiles <= processors else processors
+    even = processors // tiles * tiles
+    least = 0.8 if even == tiles else 0.7 if tiles * chunks <= 2 * SMALL else 0.95
+    return even if even >= least * processors else processors

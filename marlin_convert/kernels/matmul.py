@@ -104,11 +104,12 @@ def _cuda(x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None = None) -> Tensor
     x = x.contiguous()
     if x.data_ptr() % 16:
         x = x.clone()
-    k, _, groups = _shape(B, s)
+    k, n, groups = _shape(B, s)
     group = 0 if groups == 1 else k // groups
     bfloat16 = x.dtype == torch.bfloat16
     with torch.cuda.device(device):
-        configuration = choose(x.numel() // k, group, bfloat16, torch.cuda.get_device_capability(device))
+        capability = torch.cuda.get_device_capability(device)
+        configuration = choose(x.numel() // k, n, k, group, bfloat16, capability)
         call = Call(configuration, x, B, s, bias)
         call(x.data_ptr(), y.data_ptr())
         if not torch.cuda.is_current_stream_capturing():
