@@ -53,6 +53,28 @@ def test_every_edge(k: int, n: int, dtype: torch.dtype, group_size: int) -> None
             assert torch.equal(y, matmul(x, B, s, b)), "not the same twice"
 
 
+@pytest.mark.parametrize("group_size", [128, 64, 32, -1])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_kernel_of_other_architectures(dtype: torch.dtype, group_size: int) -> None:
+    """It runs on this one too."""
+    from marlin_convert.kernels.configurations import Configuration
+    from marlin_convert.kernels.launch import Call
+    from marlin_convert.kernels.matmul import reference
+
+    for k, n in ((128, 64), (1024, 320), (4096, 4096)):
+        one = layer(k, n, group_size)
+        B, s = packed(one)
+        bias = torch.randn(n, device="cuda", dtype=dtype)
+        group = 0 if len(s) == 1 else group_size
+        for tokens in (8, 16, 32):
+            configuration = Configuration("mma", tokens, 2, group, dtype == torch.bfloat16)
+            for m in (1, tokens, tokens + 1, 100):
+                x = torch.randn(m, k, device="cuda", dtype=dtype)
+                y = torch.full((m, n), float("nan"), device="cuda", dtype=dtype)
+                Call(configuration, x, B, s, bias)(x.data_ptr(), y.data_ptr())
+                assert error(y, reference(x, one, bias)) < TOLERANCE[dtype], (k, n, tokens, m)
+
+
 def test_the_largest_batch() -> None:
     from marlin_convert.kernels.matmul import matmul, reference
 
