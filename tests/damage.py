@@ -205,7 +205,8 @@ def header(dice: random.Random, content: bytes) -> bytes:
     length = int.from_bytes(content[:8], "little")
     text = content[8 : 8 + length]
     if dice.randrange(8) == 0:
-        length = dice.choice([0, 1, length - 1, length + 1, len(content), 2**31, 2**63, 2**64 - 1])
+        lies = [0, 1, max(length - 1, 0), length + 1, len(content), 2**31, 2**63, 2**64 - 1]
+        length = min(dice.choice(lies), 2**64 - 1)
     else:
         text = json_text(dice, text)
         length = len(text)
