@@ -4,6 +4,8 @@
 // after tile, and every block takes an equal run of them. A tile that more than one block worked on is summed by the
 // block that comes last, always in the order of the chunks: the result does not depend on who that is.
 
+constexpr int TICKETS = 32;
+
 struct Problem {
   const uint4* weights;   // (k / 16, n / 64, 32 lanes) of 16 bytes: B of the MARLIN layout
   const u16* x;           // (m, k)
@@ -11,23 +13,30 @@ struct Problem {
   const u16* bias;        // (n) or null
   u16* y;                 // (m, n)
   float* parts;           // per block of the grid two tiles, of 256 x TOKENS
-  u32* tickets;           // per block of the grid one; zero between launches
+  u32* tickets;           // per block of the grid TICKETS; zero between launches
   int m, n, k;
 };
 
 struct Schedule {
-  int token_tiles, chunks, each, more;  // the first `more` blocks take one chunk above `each`
+  int token_tiles, chunks;
+  int run, share, each, more;  // every `run` chunks go to `share` blocks, of which the first `more` take one above `each`
   __device__ Schedule(const Problem& p) {
     token_tiles = (p.m + TOKENS - 1) / TOKENS;
     chunks = p.k / 128;
-    const u32 total = (u32)((p.n + 255) / 256) * token_tiles * chunks;
-    each = total / gridDim.x;
-    more = total % gridDim.x;
+    const u32 tiles = (u32)((p.n + 255) / 256) * token_tiles;
+    const bool even = gridDim.x % tiles == 0;  // then no block has two tiles
+    run = even ? chunks : tiles * chunks;
+    share = even ? gridDim.x / tiles : gridDim.x;
+    each = run / share;
+    more = run % share;
   }
-  __device__ int first(int block) const { return block * each + min(block, more); }
+  __device__ int first(int block) const {
+    const int b = block % share;
+    return block / share * run + b * each + min(b, more);
+  }
   __device__ int owner(int chunk) const {
-    const int there = more * (each + 1);
-    return chunk < there ? chunk / (each + 1) : more + (chunk - there) / each;
+    const int there = more * (each + 1), c = chunk % run;
+    return chunk / run * share + (c < there ? c / (each + 1) : more + (c - there) / each);
   }
 };
 
@@ -69,15 +78,20 @@ __device__ __forceinline__ void finish(const Problem& p, int token, int feature,
   *(uint2*)(p.y + (u64)token * p.n + feature) = make_uint2(pair(v.x, v.y), pair(v.z, v.w));
 }
 
+// How many were here before; the last of all leaves the ticket as it was found.
+__device__ __forceinline__ u32 take_ticket(u32* ticket, u32 others) {
+  u32 before;
+  asm volatile("atom.global.acq_rel.gpu.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(ticket) : "memory");
+  if (before == others) *ticket = 0;
+  return before;
+}
+
 // Whether this block is the last of those that share a tile, after all have written their parts.
 __device__ __forceinline__ bool comes_last(const Problem& p, int head, int tail, int threads) {
   __shared__ u32 last;
   barrier(1, threads);
   if (threadIdx.x == 0) {
-    u32 before;
-    asm volatile("atom.global.acq_rel.gpu.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(p.tickets + head) : "memory");
-    last = before == (u32)(tail - head);
-    if (last) p.tickets[head] = 0;
+    last = take_ticket(p.tickets + head * TICKETS, tail - head) == tail - head;
   }
   barrier(1, threads);
   return last;
