@@ -3,6 +3,9 @@ typedef unsigned u32;
 typedef unsigned long long u64;
 typedef unsigned short u16;
 
+// What is the same in all threads of a warp, so that the compiler knows.
+__device__ __forceinline__ int uniform(int v) { return __shfl_sync(~0u, v, 0); }
+
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 // Weights are read once: no room for them in L1, and far ahead into L2.
@@ -75,11 +78,10 @@ __device__ __forceinline__ uint4 load_shared(u32 from) {
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from));
   return v;
 }
-__device__ __forceinline__ uint2 load_shared_pair(u32 from) {
-  uint2 v;
-  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(from));
-  return v;
+__device__ __forceinline__ void load_shared(u32 (&v)[2], u32 from) {
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v[0]), "=r"(v[1]) : "r"(from));
 }
+__device__ __forceinline__ void load_shared(u32 (&v)[1], u32 from) { asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v[0]) : "r"(from)); }
 // Four 8 x 8 matrices, each transposed: lane l gives where row l % 8 of matrix l / 8 goes.
 __device__ __forceinline__ void store_matrices(u32 to, const u32 (&r)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"

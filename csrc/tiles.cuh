@@ -78,11 +78,10 @@ __device__ __forceinline__ void finish(const Problem& p, int token, int feature,
   *(uint2*)(p.y + (u64)token * p.n + feature) = make_uint2(pair(v.x, v.y), pair(v.z, v.w));
 }
 
-// How many were here before; the last of all leaves the ticket as it was found.
-__device__ __forceinline__ u32 take_ticket(u32* ticket, u32 others) {
+// How many were here before. The last of all sets the ticket back to zero.
+__device__ __forceinline__ u32 take_ticket(u32* ticket) {
   u32 before;
   asm volatile("atom.global.acq_rel.gpu.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(ticket) : "memory");
-  if (before == others) *ticket = 0;
   return before;
 }
 
@@ -91,7 +90,8 @@ __device__ __forceinline__ bool comes_last(const Problem& p, int head, int tail,
   __shared__ u32 last;
   barrier(1, threads);
   if (threadIdx.x == 0) {
-    last = take_ticket(p.tickets + head * TICKETS, tail - head) == tail - head;
+    last = take_ticket(p.tickets + head * TICKETS) == tail - head;
+    if (last) p.tickets[head * TICKETS] = 0;
   }
   barrier(1, threads);
   return last;

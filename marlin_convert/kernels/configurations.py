@@ -48,7 +48,7 @@ class Configuration:
     @property
     def threads(self) -> int:
         """Threads of a block: the teams and, where the copy engine loads, the warpgroup that drives it."""
-        return {"mma": 128 * self.teams, "stream": 128 * self.teams + 128, "wgmma": 384}[self.kernel]
+        return 128 * self.teams + (0 if self.kernel == "mma" else 128)
 
     @property
     def scale_rows(self) -> int:
@@ -65,7 +65,7 @@ class Configuration:
     def _beside(self) -> int:
         """Bytes of shared memory beside the stages: sums or staging, and what alignment takes."""
         sums = 4 * self.teams * self.tokens * (FEATURES + 4)
-        return {"mma": sums, "stream": sums + 2048, "wgmma": 4096 + 2048}[self.kernel]
+        return {"mma": sums, "stream": sums + 2048, "wgmma": 2048 * self.teams + 2048}[self.kernel]
 
     @cached_property
     def stages(self) -> int:
@@ -131,7 +131,7 @@ def choose(m: int, n: int, k: int, group: int, bfloat16: bool, capability: tuple
     if m <= 32:
         return Configuration("stream", 32, 2, group, bfloat16, wgmma=True)
     few = chunks <= 3000 if m <= 128 else columns * -(-m // 128) <= 48
-    return Configuration("wgmma", 64 if m <= 64 or few else 128, 1, group, bfloat16)
+    return Configuration("wgmma", 64 if m <= 64 or few else 128, 2, group, bfloat16)
 
 
 def blocks(tiles: int, chunks: int, processors: int) -> int:
