@@ -6,13 +6,6 @@ __device__ __forceinline__ u32 matrix(u32 address) { return 1 << 16 | address >>
 #define D16(i) D4(i), D4(i + 4), D4(i + 8), D4(i + 12)
 __device__ __forceinline__ void wgmma(float (&d)[TOKENS / 2], const u32 (&a)[4], u32 matrix) {
   const u64 b = (u64)0x40000040 << 32 | matrix;
-#if TOKENS == 8
-  asm volatile("wgmma.mma_async.sync.aligned.m64n8k16.f32." TYPE "." TYPE " {"
-      "%0, %1, %2, %3"
-      "}, {%4, %5, %6, %7}, %8, 1, 1, 1, 0;"
-      : D4(0)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-#endif
 #if TOKENS == 16
   asm volatile("wgmma.mma_async.sync.aligned.m64n16k16.f32." TYPE "." TYPE " {"
       "%0, %1, %2, %3, %4, %5, %6, %7"

@@ -182,7 +182,7 @@ class Call:
         tiles = -(-n // FEATURES) * -(-m // configuration.tokens)
         self._launch = ctypes.create_string_buffer(
             struct.pack(
-                "7I4xQQI4x", blocks(tiles, k // 128, loaded.processors), 1, 1, configuration.threads, 1, 1,
+                "7I4xQQI4x", blocks(tiles, loaded.processors), 1, 1, configuration.threads, 1, 1,
                 configuration.shared_memory, stream, addressof(attribute), loaded.early,
             ),
             56,
