@@ -103,8 +103,8 @@ def _tensor_map(address: int, kind: int, rows: int, columns: int, box: tuple[int
 # Parts of tiles and tickets, by device, stream and size: kernels of one stream follow one another.
 _workspaces: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
 
-# Tickets for graphs, by device, cleared beforehand: every stream of a graph takes its own for good. Graphs may be
-# replayed side by side, and clearing memory inside of one would take a microsecond.
+# Tickets for graphs, by device, cleared beforehand: every stream of a graph takes its own for good. Graphs
+# may be replayed side by side, and clearing memory inside of one would take a microsecond.
 _spare_tickets: dict[int, list[Tensor]] = {}
 _graph_tickets: dict[tuple[int, int, int], Tensor] = {}
 GRAPHS = 512
