@@ -13,14 +13,14 @@ constexpr int ROWS = TOKENS / PARTS / 8;    // of eight tokens, in a part
 static_assert(PARTS * 8 <= TICKETS);
 
 typedef float Sums[2][SUMS];
-__device__ __forceinline__ void output_registers(const Problem& p, const Schedule& plan, int tile, Sums& acc, u32 staging);
+__device__ __forceinline__ void output_registers(const Problem& p, const Tile& tile, Sums& acc, u32 staging);
 
 extern "C" __global__ void __launch_bounds__(384, 1)
 marlin_wgmma(const __grid_constant__ Problem p, const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap scales, const __grid_constant__ TensorMap x) {
   extern __shared__ __align__(1024) unsigned char unaligned[];
   const u32 stages = (shared_address(unaligned) + 1023) & ~1023u, full = stages + STAGES * STAGE, empty = full + 8 * STAGES;
-  const Schedule plan(p);
-  const int begin = uniform(plan.first(blockIdx.x)), count = uniform(plan.first(blockIdx.x + 1)) - begin, chunks = uniform(plan.chunks);
+  const Schedule& plan = p.plan;
+  const int count = uniform(plan.count());
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; s++) {
@@ -33,19 +33,19 @@ marlin_wgmma(const __grid_constant__ Problem p, const __grid_constant__ TensorMa
   if (warp >= 8) {
     give_registers<GIVE>();
     if (threadIdx.x != 256) return;
-    Position at(plan, begin);
-    for (int i = 0, s = 0, phase = 1; i < count; i++, at.advance(plan, 1)) {
+    Position at(plan, 0);
+    for (int s = 0, phase = 1; at.i < count; at.advance(plan, 1)) {
       const u32 stage = stages + s * STAGE, flag = full + s * 8;
       flag_wait(empty + s * 8, phase);
       flag_expect(flag, FILLED);
-      copy_tile(stage, &weights, 256 * at.column, 8 * at.k, flag);
-      if (GROUP) copy_tile(stage + WEIGHTS + TOKENS * 256, &scales, 256 * at.column, GROUPS * at.k, flag);
-      if (i == 0) {
+      copy_tile(stage, &weights, at.tile.feature, 8 * at.k, flag);
+      if (GROUP) copy_tile(stage + WEIGHTS + TOKENS * 256, &scales, at.tile.feature, GROUPS * at.k, flag);
+      if (at.i == 0) {
         let_next_kernel_start();
         wait_for_previous_kernel();
       }
-      copy_tile(stage + WEIGHTS, &x, 128 * at.k, TOKENS * at.token_tile, flag);
-      copy_tile(stage + WEIGHTS + TOKENS * 128, &x, 128 * at.k + 64, TOKENS * at.token_tile, flag);
+      copy_tile(stage + WEIGHTS, &x, 128 * at.k, at.tile.token, flag);
+      copy_tile(stage + WEIGHTS + TOKENS * 128, &x, 128 * at.k + 64, at.tile.token, flag);
       if (++s == STAGES) { s = 0; phase ^= 1; }
     }
     return;
@@ -54,9 +54,10 @@ marlin_wgmma(const __grid_constant__ Problem p, const __grid_constant__ TensorMa
   const int group = warp / 4, column = warp % 4;
   Sums acc;
   wait_for_previous_kernel();
-  int i = 0, s = 0, phase = 0;
-  for (int tile = begin / chunks; tile * chunks < begin + count; tile++) {
-    const int stop = min(count, (tile + 1) * chunks - begin);
+  int s = 0, phase = 0;
+  for (int i = 0; i < count;) {
+    const Position here(plan, i);
+    const int stop = uniform(min(count, here.stop));
 #pragma unroll
     for (int j = 0; j < 2; j++)
 #pragma unroll
@@ -93,7 +94,7 @@ marlin_wgmma(const __grid_constant__ Problem p, const __grid_constant__ TensorMa
     }
     wgmma_wait<0>();
     if (lane == 0) flag_arrive(done);
-    output_registers(p, plan, tile, acc, empty + 8 * STAGES + warp * 512);
+    output_registers(p, here.tile, acc, empty + 8 * STAGES + warp * 512);
   }
 }
 
@@ -130,19 +131,15 @@ __device__ __forceinline__ void store_part(const Problem& p, int token, int feat
 // A tile whose sums are in registers. Of a tile that other blocks work on too, every warp writes its share down in
 // parts; who comes last to a part sums it up, in the order of the chunks. Blocks begin with different parts, so that
 // each comes last to some of them.
-__device__ __forceinline__ void output_registers(const Problem& p, const Schedule& plan, int tile, Sums& acc, u32 staging) {
+__device__ __forceinline__ void output_registers(const Problem& p, const Tile& tile, Sums& acc, u32 staging) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, me = blockIdx.x;
-  const int token = tile % plan.token_tiles * TOKENS;
-  const int feature = tile / plan.token_tiles * 256 + warp % 4 * 64 + warp / 4 * 32;
-  const int begin = tile * plan.chunks, head = plan.owner(begin), tail = plan.owner(begin + plan.chunks - 1);
-  const int late = begin > plan.first(head);
+  const int head = tile.head, tail = tile.tail, feature = tile.feature + warp % 4 * 64 + warp / 4 * 32;
   if (feature >= p.n) return;
   u32 mine = (1 << PARTS) - 1;  // parts that are this warp's to store
   if (head != tail) {
     constexpr int QUADS = ROWS * 2;  // of sums of a thread, in a part
-    float* const there = p.parts + (warp * PARTS * QUADS * 32 + lane) * 4;
     auto place = [&](int block, int part) {
-      return there + (u64)(2 * block + (block == head && late)) * (TOKENS * 256) + part * QUADS * 128;
+      return tile.part(p, block) + ((warp * PARTS + part) * QUADS * 32 + lane) * 4;
     };
     u32* const tickets = p.tickets + head * TICKETS + warp * PARTS;
     auto add = [&](int block, int part) {
@@ -154,14 +151,14 @@ __device__ __forceinline__ void output_registers(const Problem& p, const Schedul
       }
     };
     // a block that came late to a tile, when all others are done, adds theirs to its own: no need to write its own down
-    if (me == head && late && __all_sync(~0u, lane >= PARTS || load_acquire(tickets + lane % PARTS) == tail - head)) {
+    if (me == head && tile.late && __all_sync(~0u, lane >= PARTS || load_acquire(tickets + lane % PARTS) == tail - head)) {
       if (lane < PARTS) tickets[lane] = 0;
       for (int b = head + 1; b <= tail; b++)
 #pragma unroll
         for (int q = 0; q < PARTS; q++) add(b, q);
     } else {
       u32 before = ~0u;
-      const bool even = plan.run == plan.chunks;  // all come at the same time
+      const bool even = p.plan.even();  // then all come at the same time
 #pragma unroll
       for (int turn = 0; turn < PARTS; turn++) {
         const int part = (turn + me) % PARTS;
@@ -192,5 +189,5 @@ __device__ __forceinline__ void output_registers(const Problem& p, const Schedul
   }
 #pragma unroll
   for (int q = 0; q < PARTS; q++)
-    if (mine >> q & 1) store_part(p, token, feature, acc, q, staging);
+    if (mine >> q & 1) store_part(p, tile.token, feature, acc, q, staging);
 }

@@ -11,7 +11,7 @@ import torch
 from marlin_convert.errors import KernelError
 from marlin_convert.formats import marlin
 from marlin_convert.kernels import compile as compiling
-from marlin_convert.kernels.configurations import HOPPER_MEMORY, Configuration, blocks, choose
+from marlin_convert.kernels.configurations import HOPPER_MEMORY, Configuration, choose, schedule
 from marlin_convert.kernels.matmul import MarlinLinear, matmul, reference
 from marlin_convert.quantized import QuantizedLinear
 
@@ -94,10 +94,33 @@ def test_an_unknown_gpu_is_refused() -> None:
 
 
 def test_blocks_of_the_grid() -> None:
-    assert blocks(224, 132) == blocks(48, 132) == blocks(1, 132) == 132
-    assert blocks(112, 132) == 112
-    assert blocks(40, 132) == 120
-    assert blocks(32, 132) == 128
+    for tiles, blocks in (
+        (224, 132),
+        (48, 132),
+        (1, 132),
+        (112, 112),
+        (40, 120),
+        (32, 128),
+        (132, 132),
+        (256, 128),
+    ):
+        assert schedule(tiles, 32, 132)[0] == blocks
+
+
+@pytest.mark.parametrize("tiles", [1, 3, 40, 112, 131, 132, 133, 264, 300, 1792])
+@pytest.mark.parametrize("chunks", [1, 32, 224])
+def test_every_chunk_belongs_to_one_block(tiles: int, chunks: int) -> None:
+    """What csrc/tiles.cuh reads from the schedule, in Python."""
+    blocks, whole, run, share, each, more = schedule(tiles, chunks, 132)
+    done = [tile * chunks + k for tile in range(whole * blocks) for k in range(chunks)]
+
+    def first(block: int) -> int:
+        part = block % share
+        return block // share * run + part * each + min(part, more)
+
+    for block in range(blocks):
+        done += range(whole * blocks * chunks + first(block), whole * blocks * chunks + first(block + 1))
+    assert done == list(range(tiles * chunks))
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128, 256])

@@ -27,6 +27,11 @@ def layer(k: int, n: int, group_size: int, seed: int = 0) -> QuantizedLinear:
     return QuantizedLinear(codes=codes, scales=scales.half(), group_size=k // groups)
 
 
+@pytest.fixture(autouse=True)
+def _same_numbers_every_time() -> None:
+    torch.manual_seed(0)
+
+
 def packed(one: QuantizedLinear) -> tuple[torch.Tensor, torch.Tensor]:
     tensors = marlin.pack(one)
     return tensors["B"].cuda(), tensors["s"].cuda()

@@ -106,8 +106,8 @@ def choose(m: int, n: int, k: int, group: int, bfloat16: bool, capability: tuple
     ======  =================================  ==================================
     16      70B qkv: wgmma 18.5, stream 19.3   8B gate_up: wgmma 22.3, stream 20.3
     64      8B o: 32 a tile 11.0, 64 12.1      8B qkv: 32 15.1, 64 13.3
-    128     8B down: 64 30.6, 128 31.3         70B o: 64 35.0, 128 32.5
-    256     8B qkv: 64 26.9, 128 28.7          8B down: 64 53.2, 128 49.4
+    128     8B qkv: 64 18.5, 128 19.2          70B o: 64 35.0, 128 32.5
+    256     8B o: 64 19.8, 128 21.6            8B down: 64 53.2, 128 49.4
     ======  =================================  ==================================
     """
     if capability != (9, 0):
@@ -122,15 +122,23 @@ def choose(m: int, n: int, k: int, group: int, bfloat16: bool, capability: tuple
     elif m <= 64:
         tokens = 32 if chunks <= 512 else 64
     else:
-        tokens = 64 if (columns <= 16 if m <= 128 else m <= 256 and chunks <= 768) else 128
+        tokens = 64 if (columns <= 24 if m <= 128 else m <= 256 and chunks <= 768) else 128
     return Configuration("wgmma", tokens, 2, group, bfloat16)
 
 
-def blocks(tiles: int, processors: int) -> int:
-    """Blocks of the grid for so many tiles on so many multiprocessors.
+def schedule(tiles: int, chunks: int, processors: int) -> tuple[int, ...]:
+    """How many blocks work on so many tiles of so many chunks each, and on which: Schedule in csrc/tiles.cuh.
 
-    One per multiprocessor, or a multiple of the tiles where that leaves few idle: then no block works on two
-    tiles. 8B gate_up takes 112 blocks (24.3 us for 32 tokens, 29.0 with 132), 70B qkv 120 (20.1 us, 24.3).
+    As many blocks as leave no tile to be shared, or each by the same number, where that keeps most
+    multiprocessors busy: 8B gate_up takes 112 blocks (24.3 us for 32 tokens, 29.0 with 132), 70B qkv 120
+    (20.1 us, 24.3). Else one for each. Returns blocks, whole, run, share, each and more.
     """
-    even = processors // tiles * tiles
-    return even if even >= 0.8 * processors else processors
+    whole = -(-tiles // processors)
+    if tiles % whole == 0 and tiles // whole >= (0.8 if whole == 1 else 0.95) * processors:
+        return tiles // whole, whole, 0, 1, 0, 0
+    share = processors // tiles
+    if share * tiles >= 0.8 * processors:
+        return share * tiles, 0, chunks, share, chunks // share, chunks % share
+    whole = max(0, tiles // processors - 1)
+    run = (tiles - whole * processors) * chunks
+    return processors, whole, run, processors, run // processors, run % processors

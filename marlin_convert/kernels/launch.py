@@ -15,7 +15,7 @@ from torch import Tensor
 
 from marlin_convert.errors import KernelError
 from marlin_convert.kernels.compile import architecture, cubin
-from marlin_convert.kernels.configurations import FEATURES, Configuration, blocks
+from marlin_convert.kernels.configurations import FEATURES, Configuration, schedule
 
 # of cuda.h
 MAX_DYNAMIC_SHARED_MEMORY = 8
@@ -158,12 +158,14 @@ class Call:
         loaded = load(configuration, x.device.index)
         stream = torch.cuda.current_stream(x.device).cuda_stream
         parts, tickets = self._workspace = _workspace(x.device, stream, loaded)
+        columns, token_tiles, chunks = -(-n // FEATURES), -(-m // configuration.tokens), k // 128
+        blocks, *plan = schedule(columns * token_tiles, chunks, loaded.processors)
         problem = ctypes.create_string_buffer(
             struct.pack(
-                "7Q3i4x", B.data_ptr(), 0, s.data_ptr(), 0 if bias is None else bias.data_ptr(), 0,
-                parts.data_ptr(), tickets.data_ptr(), m, n, k,
+                "7Q11i4x", B.data_ptr(), 0, s.data_ptr(), 0 if bias is None else bias.data_ptr(), 0,
+                parts.data_ptr(), tickets.data_ptr(), m, n, k, columns, token_tiles, chunks, *plan,
             ),
-            72,
+            104,
         )  # fmt: skip
         self._x, self._y = c_uint64.from_buffer(problem, 8), c_uint64.from_buffer(problem, 32)
         arguments = [addressof(problem)]
@@ -179,10 +181,9 @@ class Call:
             ]
         self._pointers = (c_void_p * len(arguments))(*arguments)
         attribute = (c_int * 18)(PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)
-        tiles = -(-n // FEATURES) * -(-m // configuration.tokens)
         self._launch = ctypes.create_string_buffer(
             struct.pack(
-                "7I4xQQI4x", blocks(tiles, loaded.processors), 1, 1, configuration.threads, 1, 1,
+                "7I4xQQI4x", blocks, 1, 1, configuration.threads, 1, 1,
                 configuration.shared_memory, stream, addressof(attribute), loaded.early,
             ),
             56,
