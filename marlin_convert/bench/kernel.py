@@ -27,8 +27,8 @@ from marlin_convert.bench.measurements import (
     slice_rows,
 )
 from marlin_convert.bench.multipliers import CUBLAS, OURS, Multiplier, peers
-from marlin_convert.bench.shapes import LAYERS, MODELS, SQUARES, Shape, ideal
-from marlin_convert.bench.sustained import Slice, sustain
+from marlin_convert.bench.shapes import MODELS, SQUARES, Shape, ideal
+from marlin_convert.bench.sustained import Slice, read, sustain, uuid
 from marlin_convert.bench.timing import Cell, ceilings, measure
 from marlin_convert.checkpoint.writer import REPLACED, check_replaceable, publish, remove
 from marlin_convert.errors import ConvertError, FormatError
@@ -50,14 +50,17 @@ SUSTAINED = "sustained.csv"
 class Job:
     """What to measure and where to write it.
 
-    `batch_sizes` are those of everything but the figure of models; None: of each its own. `minutes` of load
-    are for sustained alone.
+    figures      any of peak, models, roofline, sustained
+    shapes       layers to sweep beside the figures
+    batch_sizes  of all but the figure of models; None: of each its own
+    group_size   rows that share a scale, -1 for all
+    minutes      of load, for sustained
     """
 
     output: Path
     device: torch.device
-    figures: tuple[str, ...] = ("peak", "models", "roofline")
-    shapes: tuple[Shape, ...] = LAYERS
+    figures: tuple[str, ...]
+    shapes: tuple[Shape, ...]
     batch_sizes: tuple[int, ...] | None = None
     group_size: int = 128
     minutes: float = 5
@@ -82,6 +85,8 @@ def run(job: Job) -> Measurements:
     """
     asked = sweeps(job, torch.cuda.get_device_properties(job.device).multi_processor_count)
     _check_shapes(asked, job.group_size)
+    if "sustained" in job.figures:
+        read(uuid(job.device))  # better now than after the sweeps
     with results(job.output, job.overwrite) as directory, torch.cuda.device(job.device):
         others, missing = peers()
         for name, why in missing.items():
@@ -112,17 +117,17 @@ def run(job: Job) -> Measurements:
 
 
 def sweeps(job: Job, processors: int) -> list[Sweep]:
-    """The cells to measure on a GPU with so many multiprocessors; sustained measures in its own way."""
+    """The cells to time on a GPU with so many multiprocessors; sustained has its own way."""
     own = job.batch_sizes
     found = {
+        "layers": Sweep("layers", job.shapes, own or BATCHES),
         "peak": Sweep("peak", (ideal(processors),), own or PEAK_BATCHES),
         "models": Sweep(
             "models", tuple(shape for shapes in MODELS.values() for shape in shapes), (MODELS_BATCH,)
         ),
         "roofline": Sweep("roofline", SQUARES, own or ROOFLINE_BATCHES, peers=False),
     }
-    layers = Sweep("layers", job.shapes, own or BATCHES)
-    return [layers, *(found[name] for name in job.figures if name in found)]
+    return [found[name] for name in ("layers", *job.figures) if name in found and found[name].shapes]
 
 
 def _check_shapes(asked: Sequence[Sweep], group_size: int) -> None:

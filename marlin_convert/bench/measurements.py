@@ -143,7 +143,8 @@ def text(done: Measurements) -> str:
         if sweep in done.cells:
             lines += ["", f"{sweep}: microseconds, and speed-up over cuBLAS float16"]
             lines += _cells(done.cells[sweep], list(done.multipliers))
-    lines += ["", "layers: geometric mean of the speed-ups (least-most)", *_means(done)]
+    if "layers" in done.cells:
+        lines += ["", "layers: geometric mean of the speed-ups (least-most)", *_means(done)]
     if "models" in done.cells:
         lines += ["", f"models: speed-up over the linears of a block, batch {done.cells['models'][0].batch}"]
         lines += _table(

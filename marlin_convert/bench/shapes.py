@@ -13,7 +13,7 @@ class Shape(NamedTuple):
 
 
 def _llama(name: str, width: int, inner: int, qkv: int | None = None) -> tuple[Shape, ...]:
-    """The linears of a block, fused as engines fuse them; `qkv` are the outputs of q, k and v, else 3 width."""
+    """The linears of a block, fused as engines fuse them; `qkv` outputs of q, k and v are 3 width if None."""
     return (
         Shape(f"{name}.qkv", width, qkv or 3 * width),
         Shape(f"{name}.o", width, width),

@@ -69,6 +69,11 @@ class Slice:
         return self.us[batch][CUBLAS.name] / self.us[batch][name]
 
 
+def uuid(device: torch.device) -> str:
+    """The UUID of a GPU, by which nvidia-smi finds the same one whatever CUDA_VISIBLE_DEVICES says."""
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+
+
 def read(gpu: str) -> Reading:
     """The clocks of the GPU with this UUID now; ConvertError when nvidia-smi does not tell them."""
     fields = "clocks.sm,temperature.gpu,power.draw,clocks_event_reasons.active"
@@ -143,7 +148,7 @@ def sustain(
     ConvertError when the clocks cannot be read, or the layer does not fit into the memory of the GPU;
     KernelError when a product is wrong.
     """
-    with Clocks(f"GPU-{torch.cuda.get_device_properties(device).uuid}") as clocks:
+    with Clocks(uuid(device)) as clocks:
         try:
             graphs, copies, _kept = _graphs(shape, batches, (CUBLAS, *multipliers), group_size, device)
         except torch.cuda.OutOfMemoryError as error:
