@@ -526,6 +526,7 @@ def parse_counts(
     type=click.FloatRange(min=0, min_open=True),
     default=5,
     show_default=True,
+    metavar="N",
     help="Of load, for sustained.",
 )
 @click.option("--device", default="auto", show_default=True, metavar="auto|cuda[:N]", help="What to measure.")

@@ -131,8 +131,8 @@ def _line(axes: Axes, batches: Sequence[int], values: Sequence[float | None], na
     axes.plot(batches, [_or_nan(value) for value in values], marker="o", label=name)
 
 
-def _or_nan(value: float | str | None) -> float:
-    return float("nan") if value is None else float(value)
+def _or_nan(value: float | None) -> float:
+    return float("nan") if value is None else value
 
 
 def _over_batches(axes: Axes, batches: Sequence[int]) -> None:

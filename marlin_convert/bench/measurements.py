@@ -79,8 +79,9 @@ def cell_rows(sweep: str, cell: Cell) -> Iterator[Row]:
         us = cell.us.get(name)
         yield {
             "sweep": sweep,
-            **cell.shape._asdict(),
             "shape": cell.shape.name,
+            "k": cell.shape.k,
+            "n": cell.shape.n,
             "group_size": cell.group_size,
             "batch": cell.batch,
             "kernel": name,
@@ -100,6 +101,7 @@ def slice_rows(found: Slice) -> Iterator[Row]:
             yield {
                 "second": _digits(found.second),
                 **found.clocks(),
+                "slowed_by": found.slowed_by,
                 "batch": batch,
                 "kernel": name,
                 "microseconds": _digits(time),
@@ -144,7 +146,8 @@ def text(done: Measurements) -> str:
             lines += ["", f"{sweep}: microseconds, and speed-up over cuBLAS float16"]
             lines += _cells(done.cells[sweep], list(done.multipliers))
     if "layers" in done.cells:
-        lines += ["", "layers: geometric mean of the speed-ups (least-most)", *_means(done)]
+        lines += ["", "layers: geometric mean of the speed-ups (least-most)"]
+        lines += means(done.cells["layers"], done.names)
     if "models" in done.cells:
         lines += ["", f"models: speed-up over the linears of a block, batch {done.cells['models'][0].batch}"]
         lines += _table(
@@ -182,12 +185,12 @@ def _cells(cells: Sequence[Cell], names: Sequence[str]) -> list[str]:
     return _table(["shape", "batch", *names], rows)
 
 
-def _means(done: Measurements) -> list[str]:
-    cells = done.cells["layers"]
+def means(cells: Sequence[Cell], names: Sequence[str]) -> list[str]:
+    """A table of the geometric means of the speed-ups over the layers, by batch size and multiplier."""
     rows = []
     for batch in dict.fromkeys(cell.batch for cell in cells):
         row = [str(batch)]
-        for name in done.names:
+        for name in names:
             found = [cell.speedup(name) for cell in cells if cell.batch == batch]
             speedups = [one for one in found if one]
             partly = f" of {len(speedups)}" if len(speedups) < len(found) else ""
@@ -197,7 +200,7 @@ def _means(done: Measurements) -> list[str]:
                 else "-"
             )
         rows.append(row)
-    return _table(["batch", *done.names], rows)
+    return _table(["batch", *names], rows)
 
 
 def _roofline(cells: Sequence[Cell]) -> list[str]:
@@ -221,16 +224,12 @@ def _slices(slices: Sequence[Slice]) -> list[str]:
     pairs = [(batch, name) for batch in slices[0].us for name in names]
     rows = []
     for one in slices:
-        clocks = one.clocks()
-        row = [f"{one.second:.0f}", *(_plain(clocks[key]) for key in SLICE_COLUMNS[1:5])]
+        clocks = ("-" if value is None else f"{value:.0f}" for value in one.clocks().values())
+        row = [f"{one.second:.0f}", *clocks]
         row += [f"{one.speedup(batch, name):.2f}" for batch, name in pairs]
-        rows.append([*row, str(clocks["slowed_by"])])
+        rows.append([*row, one.slowed_by or "-"])
     by_batch = [f"{batch}" if len(names) == 1 else f"{name} {batch}" for batch, name in pairs]
     return _table(["s", "MHz min", "median", "W", "C", *by_batch, "slowed by"], rows)
-
-
-def _plain(value: float | str | None) -> str:
-    return "-" if value is None else f"{value:.0f}" if isinstance(value, float) else value
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -51,8 +51,13 @@ class Slice:
     readings: tuple[Reading, ...]
     us: dict[int, dict[str, float]]
 
-    def clocks(self) -> dict[str, float | str | None]:
-        """SM clock (least, median), power (median), temperature (highest), and all that slowed the GPU."""
+    @property
+    def slowed_by(self) -> str:
+        """All that slowed the GPU, in words."""
+        return ", ".join(sorted(frozenset().union(*(one.reasons for one in self.readings))))
+
+    def clocks(self) -> dict[str, float | None]:
+        """SM clock (least, median), power (median) and temperature (highest); None where nothing was read."""
         mhz = [one.sm_mhz for one in self.readings if one.sm_mhz is not None]
         watts = [one.watts for one in self.readings if one.watts is not None]
         celsius = [one.celsius for one in self.readings if one.celsius is not None]
@@ -61,7 +66,6 @@ class Slice:
             "sm_mhz_median": statistics.median(mhz) if mhz else None,
             "watts_median": statistics.median(watts) if watts else None,
             "celsius_max": max(celsius, default=None),
-            "slowed_by": ", ".join(sorted(frozenset().union(*(one.reasons for one in self.readings)))),
         }
 
     def speedup(self, batch: int, name: str) -> float:
