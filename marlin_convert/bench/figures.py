@@ -51,7 +51,7 @@ def models(
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_ylabel(SPEEDUP)
     axes.set_title(f"{device}: linears of a block, batch {batch}")
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=len(names))
     return figure
 
 
