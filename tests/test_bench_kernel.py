@@ -338,7 +338,7 @@ def test_everything(measuring, cli, tmp_path):
     assert (
         "vllm-marlin failed at ideal, batch 1, 2, 4, 8, 16, 32, 64, 128, 256: RuntimeError" in result.stdout
     )
-    assert result.stdout.splitlines()[-1].startswith("written: kernel.csv, sustained.csv, peak.png")
+    assert result.stdout.splitlines()[-1] == f"written: {', '.join(sorted(names))}"
     assert "humming is left out: humming is not installed" in result.stderr
 
 
@@ -408,13 +408,31 @@ def test_what_an_interrupted_run_has_measured_stays(measuring, cli, tmp_path, mo
     words = ("bench", "kernel", "-o", tmp_path / "out", "--shapes", "8B.o")
     assert cli(*words).exit_code == 130
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
-    assert [row["kernel"] for row in rows_of(tmp_path / "out.partial" / "kernel.csv")] == [
+    assert [row["kernel"] for row in rows_of(tmp_path / "out.partial" / "results" / "kernel.csv")] == [
         "cublas",
         "marlin-convert",
     ]
     result = cli(*words)
     assert result.exit_code == 1
     assert "out.partial' is in the way" in result.stderr
+
+
+def test_a_directory_in_the_way_is_left_alone(measuring, cli, tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "mine").touch()
+    result = cli("bench", "kernel", "-o", tmp_path / "out", "--shapes", "8B.o", "--overwrite")
+    assert result.exit_code == 1
+    assert [path.name for path in tmp_path.rglob("*")] == ["out.partial", "mine"]
+
+
+def test_nothing_stays_of_a_run_that_has_measured_nothing(measuring, cli, tmp_path, monkeypatch):
+    def failing(*_: object) -> Iterator[Cell]:
+        raise KernelError("there is no compiler.", "install one.")
+
+    monkeypatch.setattr(kernel, "measure", failing)
+    result = cli("bench", "kernel", "-o", tmp_path / "out")
+    assert (result.exit_code, "there is no compiler" in result.stderr) == (1, True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_rows():

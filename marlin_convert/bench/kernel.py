@@ -9,7 +9,7 @@
 
 import csv
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -30,7 +30,7 @@ from marlin_convert.bench.multipliers import CUBLAS, OURS, Multiplier, peers
 from marlin_convert.bench.shapes import MODELS, SQUARES, Shape, ideal
 from marlin_convert.bench.sustained import Slice, read, sustain, uuid
 from marlin_convert.bench.timing import Cell, ceilings, measure
-from marlin_convert.checkpoint.writer import REPLACED, check_replaceable, publish, remove
+from marlin_convert.checkpoint.writer import check_replaceable, publish, remove
 from marlin_convert.errors import ConvertError, FormatError
 from marlin_convert.formats import marlin
 
@@ -98,21 +98,17 @@ def run(job: Job) -> Measurements:
             missing=missing,
             ceilings=ceilings(),
         )
-        with _rows(directory / CELLS, CELL_COLUMNS) as write:
-            done.files.append(CELLS)
-            for sweep in asked:
-                multipliers = (*OURS, *others) if sweep.peers else OURS
-                found = done.cells[sweep.name] = []
-                for cell in _measure(sweep, multipliers, job):
-                    write(cell_rows(sweep.name, cell))
-                    found.append(cell)
+        for sweep in asked:
+            found = done.cells[sweep.name] = []
+            for cell in _measure(sweep, (*OURS, *others) if sweep.peers else OURS, job):
+                _append(directory / CELLS, CELL_COLUMNS, cell_rows(sweep.name, cell))
+                found.append(cell)
         if "sustained" in job.figures:
-            with _rows(directory / SUSTAINED, SLICE_COLUMNS) as write:
-                done.files.append(SUSTAINED)
-                for one in _sustain(job):
-                    write(slice_rows(one))
-                    done.slices.append(one)
+            for one in _sustain(job):
+                _append(directory / SUSTAINED, SLICE_COLUMNS, slice_rows(one))
+                done.slices.append(one)
         _draw(done, job.figures, directory)
+        done.files = sorted(path.name for path in directory.iterdir())
     return done
 
 
@@ -139,13 +135,14 @@ def _check_shapes(asked: Sequence[Sweep], group_size: int) -> None:
 
 @contextmanager
 def results(output: Path, overwrite: bool) -> Iterator[Path]:
-    """A new directory beside `output` that takes its place in the end.
+    """A new directory in OUTPUT.partial, which takes the place of `output` in the end.
 
     If the work does not end, what was measured stays there. ConvertError when one of the two is taken.
     """
     output = output.resolve()
     check_replaceable(output, overwrite)
     partial = output.with_name(output.name + ".partial")
+    staging = partial / "results"
     try:
         partial.mkdir(parents=True)
     except FileExistsError as error:
@@ -153,29 +150,26 @@ def results(output: Path, overwrite: bool) -> Iterator[Path]:
             f"'{partial}' is in the way: perhaps what an interrupted run has measured.",
             "move or remove it, or choose another output directory.",
         ) from error
+    staging.mkdir()
     try:
-        yield partial
+        yield staging
     except BaseException:
-        with suppress(OSError):
+        with suppress(OSError):  # not empty: something was measured
+            staging.rmdir()
             partial.rmdir()
         raise
-    publish(partial, output, overwrite)
-    for replaced in (partial, partial.with_name(REPLACED)):
-        remove(replaced)
+    publish(staging, output, overwrite)
+    remove(partial)
 
 
-@contextmanager
-def _rows(path: Path, columns: Sequence[str]) -> Iterator[Callable[[Iterable[Row]], None]]:
-    """A CSV file; the rows it is given are on disk at once, for a run that does not end."""
-    with path.open("w", newline="", encoding="utf-8") as file:
+def _append(path: Path, columns: Sequence[str], found: Iterable[Row]) -> None:
+    """Add rows to a CSV file; what a run that does not end has measured is on disk."""
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
         rows = csv.DictWriter(file, columns)
-        rows.writeheader()
-
-        def write(found: Iterable[Row]) -> None:
-            rows.writerows(found)
-            file.flush()
-
-        yield write
+        if new:
+            rows.writeheader()
+        rows.writerows(found)
 
 
 def _measure(sweep: Sweep, multipliers: Sequence[Multiplier], job: Job) -> Iterator[Cell]:
@@ -219,4 +213,3 @@ def _draw(done: Measurements, wanted: Sequence[str], directory: Path) -> None:
     }
     for name in wanted:
         draw[name]().savefig(directory / f"{name}.png", dpi=150)
-        done.files.append(f"{name}.png")
