@@ -31,6 +31,19 @@ def float16_scales(scales: Tensor) -> Tensor:
     return narrow.contiguous()
 
 
+def check_quads(layer: QuantizedLinear) -> None:
+    """Raise FormatError when a quad, rows 4t .. 4t + 3 of a column, has more than two weights: not 2:4."""
+    crowded = layer.crowded_quads()
+    count = int(crowded.sum())
+    if count:
+        quad, column = crowded.nonzero()[0].tolist()
+        rows = slice(4 * quad, 4 * quad + 4)
+        raise FormatError(
+            f"{count} of {crowded.numel()} quads have more than two non-zeros; the first, rows {rows.start} to "
+            f"{rows.stop - 1} of column {column}, has codes {layer.codes[rows, column].tolist()}"
+        )
+
+
 def check_zeros_above(zeros: Tensor, least: int, reason: str) -> None:
     """Raise FormatError when a zero code (groups, n) lies below least, for the reason given."""
     _refuse(zeros < least, "zero points", reason, zeros)
