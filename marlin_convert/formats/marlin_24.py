@@ -159,6 +159,7 @@ def _transpose_columns(scales: Tensor, rows: int, columns: int) -> Tensor:
 # Axes: t tile, a quad and p row of it (r = 4a + p), then columns; kp = f >> 2 and h = (f >> 1) & 1 of B_24.
 
 _BIT = 0x1111_1111_1111_1111  # the lowest bit of every nibble
+_LOW = 0x0F0F_0F0F_0F0F_0F0F  # every other nibble
 _MIDDLE = -0x7777_7777_7777_7778  # 8 in every nibble: the code of zero becomes 0
 
 
@@ -268,9 +269,12 @@ def _pack_metadata(metadata: Tensor) -> Tensor:
     """B_meta (k / 32, 2n) int16 of octets of metadata (k / 32, 4, n) uint8."""
     t, _, n = metadata.shape
     natural = torch.empty(t, 2, n, dtype=torch.int16, device=metadata.device)
-    for half, nibbles in enumerate((metadata & 15, metadata >> 4)):
-        q0, q1, q2, q3 = nibbles.to(torch.int16).unbind(1)
-        natural[:, half] = q0 | q1 << 4 | q2 << 8 | q3 << 12
+    for tiles in words.slabs(t, words.rows_per_slab(natural[:, 0])):
+        q0, q1, q2, q3 = metadata[tiles].to(torch.int16).unbind(1)
+        even, odd = ((q | r << 8).view(torch.int64) for q, r in ((q0, q2), (q1, q3)))
+        low, high = natural[tiles].view(torch.int64).unbind(1)
+        low.copy_(even & _LOW | (odd & _LOW) << 4)
+        high.copy_(even >> 4 & _LOW | odd & ~_LOW)
     columns = torch.arange(2 * n, device=metadata.device).view(2, n // 64, 8, 2, 2, 2)
     return natural.view(t, 2 * n).index_select(1, columns.permute(1, 4, 2, 5, 0, 3).flatten())
 
@@ -287,9 +291,12 @@ def _metadata(tensors: Mapping[str, Tensor], scheme: Scheme, k: int, n: int) -> 
     columns = torch.arange(2 * n, device=meta.device).view(n // 64, 2, 8, 2, 2, 2)
     natural = meta.index_select(1, columns.permute(4, 0, 2, 5, 1, 3).flatten()).view(-1, 2, n)
     metadata = torch.empty(len(meta), 4, n, dtype=torch.uint8, device=meta.device)
-    for a in range(4):
-        low, high = (natural >> 4 * a & 15).unbind(1)
-        metadata[:, a] = low | high << 4
+    for tiles in words.slabs(len(meta), words.rows_per_slab(meta)):
+        low, high = natural[tiles].view(torch.int64).unbind(1)
+        even = (low & _LOW | (high & _LOW) << 4).view(torch.int16)
+        odd = (low >> 4 & _LOW | high & ~_LOW).view(torch.int16)
+        for a, quads in enumerate((even, odd, even >> 8, odd >> 8)):
+            metadata[tiles, a] = quads
     _check_metadata(metadata)
     return metadata
 
