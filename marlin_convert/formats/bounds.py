@@ -33,15 +33,18 @@ def float16_scales(scales: Tensor) -> Tensor:
 
 def check_quads(layer: QuantizedLinear) -> None:
     """Raise FormatError when a quad, rows 4t .. 4t + 3 of a column, has more than two weights: not 2:4."""
+    if layer.k % 4:
+        raise FormatError(f"{layer.k} inputs do not divide into quads")
     weights = layer.quad_weights()
     if int(weights.amax()) <= 2:
         return
     crowded = weights > 2
     quad, column = crowded.nonzero()[0].tolist()
     first, last = 4 * quad, 4 * quad + 3
+    codes = layer.codes[first : last + 1, column].tolist()
     raise FormatError(
-        f"{int(crowded.sum())} of {crowded.numel()} quads have more than two non-zeros; the first, rows {first} "
-        f"to {last} of column {column}, has codes {layer.codes[first : last + 1, column].tolist()}"
+        f"{int(crowded.sum())} of {crowded.numel()} quads have more than two non-zeros; the first, rows "
+        f"{first} to {last} of column {column}, has codes {', '.join(map(str, codes))}"
     )
 
 

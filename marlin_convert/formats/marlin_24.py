@@ -1,11 +1,13 @@
 """Sparse MARLIN: 4-bit symmetric codes of which 2:4 pruning left two in every quad, rows 4t .. 4t + 3.
 
-    B_24    (k / 32, 2n) int32  the two codes left of every quad: k / 2 rows, in tiles of 16 x 64 like MARLIN's
-    B_meta  (k / 32, 2n) int16  where in their quads they were, four bits a quad
+    B_24    (k / 32, 2n) int32   the two codes left of every quad: k / 2 rows, in tiles of 16 x 64
+    B_meta  (k / 32, 2n) int16   where in their quads they were, four bits a quad
     s       (groups, n) float16  columns permuted if there are several groups
 
-Nibble f of word 128J + 4i + j of row t of B_24 holds the code of
-row 16t + 2 (i mod 4) + (f >> 2) + 8 (f & 1) of those left and column 64J + 8 (i div 4) + 4 ((f >> 1) & 1) + j.
+Nibble f of word 128J + 4i + j of row t of B_24 holds the code, of the rows that are left, of
+row 16t + 2 (i mod 4) + (f >> 2) + 8 (f & 1) and column 64J + 8 (i div 4) + 4 ((f >> 1) & 1) + j.
+Nibble q of B_meta is of the quad of rows 32t + 16 half + 4q ... and column 64J + 8h + 4 c2 + 2 c1 + c0 if its
+place is row t and column 128J + 64 c1 + 8h + 4 c0 + 2 half + c2.
 
 Of a quad the codes at lo and hi are left, lo < hi, and its metadata is lo + 4 hi. The layout lets any two be
 left that hold all that is not zero; peers take, and so do we where nobody says what was kept,
@@ -109,7 +111,7 @@ def unpack(tensors: Mapping[str, Tensor], scheme: Scheme, memory: Tensor | None 
     Its codes, and what was kept, are put in memory, if that is given.
     FormatError when the tensors do not fit together, or metadata means no two rows of a quad.
     """
-    b_name, meta_name, s_name = scheme.names or SUFFIXES
+    b_name, _, s_name = scheme.names or SUFFIXES
     packed = tensor(tensors, b_name, (torch.int32,))
     scales = tensor(tensors, s_name, SCALE_DTYPES)
     k, n = 32 * packed.shape[0], packed.shape[1] // 2
@@ -125,7 +127,7 @@ def unpack(tensors: Mapping[str, Tensor], scheme: Scheme, memory: Tensor | None 
 def peculiarities(
     tensors: Mapping[str, Tensor], scheme: Scheme, k: int, n: int
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Zero codes and the group of each row: this layout has neither. FormatError for metadata of no meaning."""
+    """Zero codes and the group of each row: this layout has neither. FormatError for senseless metadata."""
     _check_order(scheme, k)
     _metadata(tensors, scheme, k, n)
     return None, None
@@ -136,10 +138,11 @@ def _check_order(scheme: Scheme, k: int) -> None:
 
     It compares the group size with k / 2; vLLM reads them as permuted all the same.
     """
-    if scheme.names and 1 < groups_of(k, scheme.group_size) <= 2:
+    if scheme.names and groups_of(k, scheme.group_size) == 2:
         raise FormatError(
             f"compressed-tensors does not permute the scales of {k} inputs in groups of {scheme.group_size}, "
-            "and vLLM reads them as if it did: what they mean is unknown"
+            "and vLLM reads them as if it did: what they mean is unknown",
+            hint="convert the model again from its original",
         )
 
 
@@ -154,9 +157,9 @@ def _transpose_columns(scales: Tensor, rows: int, columns: int) -> Tensor:
     return scales.reshape(groups, n // 8, rows, columns).transpose(2, 3).reshape(groups, n)
 
 
-# Codes and metadata of rows 16 apart share an octet, as they do in B_24, where they are 8 apart: row r of tile t
-# is the low nibble of octet [t, r], row r + 16 its high one. Sixteen nibbles are worked on at once, in an int64.
-# Axes: t tile, a quad and p row of it (r = 4a + p), then columns; kp = f >> 2 and h = (f >> 1) & 1 of B_24.
+# Codes and metadata of rows 16 apart share an octet, as they do in B_24, where they are 8 apart: row r of
+# tile t is the low nibble of octet [t, r], row r + 16 the high one. Sixteen nibbles are worked on at once, in
+# an int64. Axes: t tile, a quad and p row of it (r = 4a + p), then columns; kp = f >> 2 and h = (f >> 1) & 1.
 
 _BIT = 0x1111_1111_1111_1111  # the lowest bit of every nibble
 _LOW = 0x0F0F_0F0F_0F0F_0F0F  # every other nibble
@@ -164,7 +167,7 @@ _MIDDLE = -0x7777_7777_7777_7778  # 8 in every nibble: the code of zero becomes 
 
 
 def _compress(codes: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
-    """B_24 (k / 32, 2n) int32 of codes (k, n) uint8 that are 2:4, and the metadata (k / 32, 4, n) of octets."""
+    """B_24 (k / 32, 2n) int32 of codes (k, n) uint8 that are 2:4, and metadata as octets (k / 32, 4, n)."""
     k, n = codes.shape
     packed = torch.empty(k // 32, 2 * n, dtype=torch.int32, device=codes.device)
     metadata = torch.empty(k // 32, 4, n, dtype=torch.uint8, device=codes.device)
@@ -286,8 +289,6 @@ def _metadata(tensors: Mapping[str, Tensor], scheme: Scheme, k: int, n: int) -> 
     expect_shape(name, meta, (k // 32, 2 * n), f"a layer {k, n}")
     if n % 64:
         raise FormatError(f"{name} must have columns divisible by 128, has {tuple(meta.shape)}")
-    # word [t, half, c] has the quads of rows 32t + 16 half ... of column c; its place in a row of B_meta is
-    # made of half and c = 64J + 8h + 4 c2 + 2 c1 + c0 as 128J + 64 c1 + 8h + 4 c0 + 2 half + c2
     columns = torch.arange(2 * n, device=meta.device).view(n // 64, 2, 8, 2, 2, 2)
     natural = meta.index_select(1, columns.permute(4, 0, 2, 5, 1, 3).flatten()).view(-1, 2, n)
     metadata = torch.empty(len(meta), 4, n, dtype=torch.uint8, device=meta.device)
@@ -365,5 +366,7 @@ def checked(scheme: Scheme) -> Scheme:
     if scheme.bits != 4:
         raise FormatError(f"quantization_config: {scheme.bits} bits in marlin-24, must be 4")
     if scheme.group_size not in (-1, 128):
-        raise FormatError(f"quantization_config: groups of {scheme.group_size} in marlin-24, must be -1 or 128")
+        raise FormatError(
+            f"quantization_config: groups of {scheme.group_size} in marlin-24, must be -1 or 128"
+        )
     return scheme
