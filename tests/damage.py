@@ -38,8 +38,9 @@ TEXTS = [
         "outside 4 -1 nan None True {} model.safetensors ../model/model.safetensors sdpa default yarn"
     ),
     *str.split(
-        "gptq gptq_v2 marlin marlin_24 marlin-24 awq compressed-tensors gemm gemv pack-quantized dense group channel auto"
+        "gptq gptq_v2 marlin marlin_24 marlin-24 awq compressed-tensors gemm gemv pack-quantized dense group"
     ),
+    *("channel", "auto"),
     *str.split(
         "static int float float16 bfloat16 float32 float64 int8 torch.float16 llama qwen3 gemma2 phi3"
     ),

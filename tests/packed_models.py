@@ -6,8 +6,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from marlin_convert.checkpoint.linears import Weights
+from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.formats import compressed_tensors, gptq, marlin, marlin_24
 from marlin_convert.quantized import QuantizedLinear, contiguous_groups
 
@@ -97,6 +99,24 @@ def save(directory, linears, pack, quantization_config, blocks=2, vocabulary=409
     (directory / "config.json").write_text(json.dumps(config))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(Path(__file__).parents[1] / "examples" / "tinypy-4m" / name, directory)
+    return directory
+
+
+def prune(source, directory):
+    """A copy of a GPTQ model of ours as a peer leaves one, the smaller two codes of every quad zero."""
+    directory.mkdir()
+    for path in source.iterdir():
+        if not path.name.startswith("marlin_convert"):
+            shutil.copy(path, directory)
+    weights = Weights(Checkpoint.open(source))
+    tensors = load_file(source / "model.safetensors")
+    for linear in weights.packed_linears():
+        layer = weights.quantized(linear)
+        quads = layer.codes.view(-1, 4, layer.n)
+        smaller = (quads.int() - 8).abs().argsort(dim=1, stable=True)[:, :2]
+        quads.scatter_(1, smaller, 8)
+        tensors[f"{linear}.qweight"] = gptq.pack(layer)["qweight"]
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     return directory
 
 
