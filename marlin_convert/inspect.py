@@ -146,8 +146,8 @@ def text(found: dict[str, Any], checkpoint: str, *, verbose: bool = False) -> st
         ]
     if found["sparsity"]:
         sparse = found["packed"] - len(found["unpruned"])
-        as_marlin = " (as marlin)" if found["format"] == "marlin-24" and found["unpruned"] else ""
-        lines.append(f"{found['sparsity']:12} {sparse} linears, {len(found['unpruned'])} are not{as_marlin}")
+        others = ", the others are marlin" if found["unpruned"] and found["format"] == "marlin-24" else ""
+        lines.append(f"{found['sparsity']:12} {sparse} of {found['packed']} linears{others}")
         lines += _listed(found["unpruned"], verbose)
     lines.append(f"left dense   {len(found['dense'])} matrices of the blocks")
     lines += _listed(found["dense"], verbose)

@@ -47,7 +47,7 @@ def test_bits_of_marlin_24(quantized, tmp_path, cli):
     assert found["bits_per_weight"] == 3.125
     lines = cli("inspect", quantized("marlin-24")).stdout.splitlines()
     assert "format       marlin-24, 4 bits, group size 128" in lines
-    assert "2:4          28 linears, 0 are not" in lines
+    assert "2:4          28 of 28 linears" in lines
 
 
 @pytest.mark.parametrize("source", ["marlin-24", "marlin-24-channel", "marlin-24-compressed"])
@@ -71,7 +71,7 @@ def test_a_part_that_is_sparse(format, quantized, tmp_path, cli):
     manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
     assert found["bits_per_weight"] == manifest["bits_per_weight"]
     lines = cli("inspect", tmp_path / "out").stdout.splitlines()
-    assert "2:4          25 linears, 3 are not" + " (as marlin)" * (format == "marlin-24") in lines
+    assert "2:4          25 of 28 linears" + ", the others are marlin" * (format == "marlin-24") in lines
     assert f"  {names[0]}: unpruned by '*.3.mlp.*'" in lines
 
 
