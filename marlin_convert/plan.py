@@ -450,8 +450,10 @@ def _check_quads(fates: Sequence[Fate], weights: Weights) -> None:
     todo = [
         fate
         for fate in fates
-        if fate.format == "marlin-24" and weights.layout(fate.linear).format != "marlin-24"
+        if fate.format == "marlin-24" and weights.scheme_of(fate.linear).format != "marlin-24"
     ]
+    if todo:
+        log.info("counting the non-zeros of %d linears", len(todo))
     memory = torch.empty(max((fate.k * fate.n for fate in todo), default=0), dtype=torch.uint8)
     refused = []
     for fate in todo:

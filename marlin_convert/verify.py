@@ -280,7 +280,7 @@ def _check_layout(subject: _Subject) -> Check:
         found, note = _repack_problems(linear, layer, weights)
         problems += found
         notes |= {note} if note else set()
-    kinds = Counter(weights.layout(linear).format for linear in linears)
+    kinds = Counter(weights.scheme_of(linear).format for linear in linears)
     counted = " and ".join(f"{count} {format}" for format, count in kinds.items())
     summary = "; ".join([f"{counted} linears", *sorted(notes)])
     return _verdict(problems, summary, linears=len(linears), notes=sorted(notes))
@@ -297,7 +297,7 @@ def _shape_problems(weights: Weights, model: PreTrainedModel) -> list[str]:
 
 
 def _stage_problems(weights: Weights, model: PreTrainedModel) -> list[str]:
-    """Linears that engines fuse into one (q, k and v; gate and up) of which only some are packed, or so."""
+    """Linears that engines fuse into one (q, k and v; gate and up) packed in part, or in two layouts."""
     architecture = architecture_of(weights.checkpoint.config)
     linears = block_linears(model, architecture)
     problems = []
@@ -307,7 +307,7 @@ def _stage_problems(weights: Weights, model: PreTrainedModel) -> list[str]:
             dense = [name for name in names if name in linears and not weights.is_packed(name)]
             if dense and len(dense) < len(names):
                 problems.append(f"{' and '.join(dense)} dense, what engines fuse with it packed")
-            layouts = {weights.layout(name).format: name for name in names if weights.is_packed(name)}
+            layouts = {weights.scheme_of(name).format: name for name in names if weights.is_packed(name)}
             if len(layouts) > 1:
                 found = " and ".join(f"{name} {format}" for format, name in layouts.items())
                 problems.append(f"{found}, which engines fuse")
@@ -334,7 +334,7 @@ def _linear_problems(linear: str, layer: QuantizedLinear, model: PreTrainedModel
 
 def _repack_problems(linear: str, layer: QuantizedLinear, weights: Weights) -> tuple[list[str], str | None]:
     """Tensors that unpacking and packing changes, and what could not be compared."""
-    scheme = weights.layout(linear)
+    scheme = weights.scheme_of(linear)
     layout = formats.FORMATS[scheme.format]
     if not hasattr(layout, "pack"):
         return [], f"{scheme.format} is never written, so not packed again"
@@ -576,7 +576,7 @@ class _OnKernel(BlockModel):
 
 def _has_kernel(weights: Weights, linear: str) -> bool:
     """Whether there is a kernel for a linear."""
-    return weights.is_packed(linear) and weights.layout(linear).format != "marlin-24"
+    return weights.is_packed(linear) and weights.scheme_of(linear).format != "marlin-24"
 
 
 def _check_kernel(job: Job, subject: _Subject) -> Check:

@@ -207,7 +207,7 @@ def check_reading(directory: Path) -> tuple[dict[str, torch.Tensor], dict[str, n
         except ConvertError as error:
             note(f"{linear}: {error}")
             continue
-        found[linear] = plain_reading.weight(tensors, linear, weights.layout(linear))
+        found[linear] = plain_reading.weight(tensors, linear, weights.scheme_of(linear))
         assert np.array_equal(weight, found[linear], equal_nan=True), linear
     return tensors, found
 

@@ -295,7 +295,7 @@ def test_a_part_that_is_sparse(mixed):
     _, linears, output = mixed
     names = [name for name in linears if name.endswith(UNPRUNED)]
     found = Weights(Checkpoint.open(output))
-    assert {name: found.layout(name).format for name in linears} == {
+    assert {name: found.scheme_of(name).format for name in linears} == {
         name: "marlin" if name in names else "marlin-24" for name in linears
     }
     assert_same(read(output), linears)

@@ -61,17 +61,19 @@ class Weights:
     def sparse_linears(self, manifest: Mapping[str, Any] | None) -> list[str]:
         """The packed linears that are 2:4 by their layout, or if what their manifest claims is true."""
         if self.scheme and self.scheme.format == "marlin-24":
-            return [linear for linear in self.packed_linears() if self.layout(linear).format == "marlin-24"]
+            return [
+                linear for linear in self.packed_linears() if self.scheme_of(linear).format == "marlin-24"
+            ]
         return [linear for linear in self.packed_linears() if manifests.claims_sparse(manifest, linear)]
 
-    def layout(self, linear: str) -> formats.Scheme:
+    def scheme_of(self, linear: str) -> formats.Scheme:
         """How a packed linear is stored."""
         assert self.scheme is not None
         return self.scheme.of(linear)
 
     def _suffixes(self, linear: str) -> tuple[str, ...]:
         """The suffixes that the tensors of a packed linear may have, that of its codes first."""
-        return formats.suffixes(self.layout(linear))
+        return formats.suffixes(self.scheme_of(linear))
 
     def packed_names(self) -> set[str]:
         """The names of all tensors that make packed linears, without their biases."""
@@ -87,10 +89,10 @@ class Weights:
 
         The codes are put in `memory` (flat uint8), if that is given and large enough.
         """
-        layout, stored = self.layout(linear), self.stored(linear)
+        scheme, stored = self.scheme_of(linear), self.stored(linear)
         try:
-            return formats.FORMATS[layout.format].unpack(
-                {suffix: self.checkpoint.read(name) for suffix, name in stored.items()}, layout, memory
+            return formats.FORMATS[scheme.format].unpack(
+                {suffix: self.checkpoint.read(name) for suffix, name in stored.items()}, scheme, memory
             )
         except FormatError as error:
             raise FormatError(f"{linear}: {error}.", error.hint) from error
@@ -101,10 +103,10 @@ class Weights:
         SourceError when its tensors are not of that shape and type, FormatError when those beside the codes
         make no sense or float16 cannot hold its scales.
         """
-        layout, stored = self.layout(linear), self.stored(linear)
+        scheme, stored = self.scheme_of(linear), self.stored(linear)
         codes = self._suffixes(linear)[0]
         infos = {suffix: self.checkpoint.tensors[name] for suffix, name in stored.items()}
-        for suffix, (dtype, shape) in formats.tensors(layout, k, n).items():
+        for suffix, (dtype, shape) in formats.tensors(scheme, k, n).items():
             if suffix not in infos and suffix != "g_idx":
                 raise SourceError(
                     f"{linear}.{suffix} is not in {self.checkpoint.directory.name}.", "fetch the model again."
@@ -126,14 +128,14 @@ class Weights:
             if suffix != codes and infos[suffix].dtype != torch.float16
         }
         try:
-            zeros, rows = formats.FORMATS[layout.format].peculiarities(small, layout, k, n)
+            zeros, rows = formats.FORMATS[scheme.format].peculiarities(small, scheme, k, n)
             for tensor in small.values():
                 if tensor.is_floating_point():
                     float16_scales(tensor)
         except FormatError as error:
             raise FormatError(f"{linear}: {error}.", error.hint) from error
-        middle = 1 << (layout.bits - 1)
-        group_rows = k if layout.group_size == -1 else layout.group_size
+        middle = 1 << (scheme.bits - 1)
+        group_rows = k if scheme.group_size == -1 else scheme.group_size
         return Peculiarities(
             symmetric=zeros is None or bool((zeros == middle).all()),
             act_order=rows is not None and not torch.equal(rows.int(), contiguous_groups(k, group_rows)),
