@@ -267,6 +267,9 @@ def _making(published: Published) -> str:
         )
     packed, dense = manifest["linears"], manifest["dense"]
     rows["linears"] = f"{len(packed)} packed, {len(dense)} of the blocks left dense"
+    unpruned = _object(manifest.get("unpruned"))
+    if manifest.get("sparsity") == manifests.SPARSITY:
+        rows["sparsity"] = f"2:4 in {len(packed) - len(unpruned)} of the packed linears"
     errors = [row["error"] for row in origin["linears"] if "error" in row]
     if errors:
         rows["error"] = (
@@ -275,6 +278,7 @@ def _making(published: Published) -> str:
         )
     lines = [_table(["", ""], [[name, value] for name, value in rows.items()])]
     lines += [f"- left dense: {_code(name)} ({_line(reason)})" for name, reason in dense.items()]
+    lines += [f"- not 2:4: {_code(name)} ({_line(reason)})" for name, reason in unpruned.items()]
     lines += [f"- left out: {_code(name)}" for name in manifest["left_out"]]
     lines += [
         f"- rounded to nearest: {_code(row['name'])}"
