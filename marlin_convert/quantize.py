@@ -5,7 +5,6 @@ A source that is already quantized is repacked: its codes take the place of cali
 
 import errno
 import logging
-import os
 import platform
 import shutil
 import time
@@ -27,7 +26,13 @@ from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.manifest import MANIFEST, sha256_file
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.checkpoint.unfinished import UnfinishedRun
-from marlin_convert.checkpoint.writer import ShardWriter, publish, write_json, write_report
+from marlin_convert.checkpoint.writer import (
+    ShardWriter,
+    check_replaceable,
+    publish,
+    write_json,
+    write_report,
+)
 from marlin_convert.codes import Codes, Repack, Solve
 from marlin_convert.errors import ConvertError, FormatError, SourceError, reading
 from marlin_convert.hub import Source
@@ -260,13 +265,7 @@ def _check_output(job: Job, plan: Plan) -> None:
     job.run.check_ours()
     if job.resume and job.run.published():
         return
-    empty = job.output.is_dir() and not job.output.is_symlink() and not any(job.output.iterdir())
-    replaceable = empty or (job.output.is_dir() and job.overwrite)
-    if os.path.lexists(job.output) and not replaceable:
-        raise ConvertError(
-            f"'{job.output}' already exists and is not empty.",
-            "choose another directory, or pass --overwrite.",
-        )
+    check_replaceable(job.output, job.overwrite)
     place = next(parent for parent in output.parents if parent.exists())
     free = shutil.disk_usage(place).free
     if plan.output_bytes > free + job.run.staged_bytes:

@@ -550,6 +550,9 @@ BATCHES = (1, 16, 17, 64, 257, 2048)
 # Nats a token between the checkpoint on the kernel and the same weights dequantized, both in 16 bits.
 KERNEL_DIVERGENCE = 2e-3
 
+# Nats by which the dequantized model may prefer its likeliest token to the one the kernel finds likeliest.
+KERNEL_MARGIN = 0.1
+
 
 class _OnKernel(BlockModel):
     """The checkpoint with every packed linear multiplied by the kernel."""
@@ -607,11 +610,16 @@ def _check_kernel(job: Job, subject: _Subject) -> Check:
         problems.append(
             f"the whole model on the kernel has divergence {text.divergence:.1e}, at most {KERNEL_DIVERGENCE}"
         )
+    if not text.margin <= KERNEL_MARGIN:
+        problems.append(
+            f"a greedy token on the kernel is {text.margin:.2g} nats less likely than that of the same "
+            f"weights dequantized, at most {KERNEL_MARGIN}"
+        )
     worst = max(row["error"] for row in rows)
     summary = (
         f"{len(rows)} linears at {len(BATCHES)} batch sizes on {torch.cuda.get_device_name(job.device)}, "
         f"relative error at most {worst:.1e}; whole model: divergence {text.divergence:.1e}, "
-        f"{text.agreement:.2%} of the likeliest tokens"
+        f"{text.agreement:.2%} of the greedy tokens, others within {text.margin:.1e} nats"
     )
     figures = {name: _json_number(value) for name, value in asdict(text).items()}
     check = _verdict(problems, summary, tolerance=job.tolerance, linears=rows, model=figures)

@@ -11,22 +11,22 @@ import torch
 from marlin_convert.errors import KernelError
 from marlin_convert.formats import marlin
 from marlin_convert.kernels import compile as compiling
-from marlin_convert.kernels.configurations import HOPPER_MEMORY, Configuration, blocks, choose
+from marlin_convert.kernels.configurations import HOPPER_MEMORY, Configuration, choose, schedule
 from marlin_convert.kernels.matmul import MarlinLinear, matmul, reference
 from marlin_convert.quantized import QuantizedLinear
 
 GROUPS = (0, 32, 64, 128)
 # the least shared memory of a block: sm_86, sm_89 and sm_120
 LEAST_MEMORY = 99 * 1024
-# bytes a thread may spill: none where few tokens are multiplied, some around the loops of large tiles
-SPILLS = {"stream": 0, "wgmma": 160, "mma": 900}
+# bytes a thread may spill: next to none on Hopper, some around the loops of mma.sync's large tiles
+SPILLS = {"stream": 0, "wgmma": 32, "mma": 900}
 
 
 def configurations(capability: tuple[int, int]) -> list[Configuration]:
     """Everything that can be chosen for an architecture."""
     found = {
         choose(m, n, k, group, bfloat16, capability): None
-        for m in (1, 8, 9, 16, 17, 32, 33, 64, 128, 129, 4096)
+        for m in (1, 9, 17, 33, 65, 129, 4096)
         for n, k in ((4096, 4096), (57344, 8192))
         for group in GROUPS
         for bfloat16 in (False, True)
@@ -94,10 +94,33 @@ def test_an_unknown_gpu_is_refused() -> None:
 
 
 def test_blocks_of_the_grid() -> None:
-    assert blocks(40, 64, 132) == blocks(224, 64, 132) == blocks(1, 1, 132) == 132
-    assert blocks(112, 32, 132) == 112
-    assert blocks(32, 64, 132) == 128
-    assert blocks(48, 32, 132) == 96
+    for tiles, blocks in (
+        (224, 132),
+        (48, 132),
+        (1, 132),
+        (112, 112),
+        (40, 120),
+        (32, 128),
+        (132, 132),
+        (256, 128),
+    ):
+        assert schedule(tiles, 32, 132)[0] == blocks
+
+
+@pytest.mark.parametrize("tiles", [1, 3, 40, 112, 131, 132, 133, 264, 300, 1792])
+@pytest.mark.parametrize("chunks", [1, 32, 224])
+def test_every_chunk_belongs_to_one_block(tiles: int, chunks: int) -> None:
+    """What csrc/tiles.cuh reads from the schedule, in Python."""
+    blocks, whole, run, share, each, more = schedule(tiles, chunks, 132)
+    done = [tile * chunks + k for tile in range(whole * blocks) for k in range(chunks)]
+
+    def first(block: int) -> int:
+        part = block % share
+        return block // share * run + part * each + min(part, more)
+
+    for block in range(blocks):
+        done += range(whole * blocks * chunks + first(block), whole * blocks * chunks + first(block + 1))
+    assert done == list(range(tiles * chunks))
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128, 256])

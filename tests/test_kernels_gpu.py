@@ -1,5 +1,8 @@
 """The kernels on a GPU: right at every edge, the same every time, and never quietly wrong."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -25,6 +28,11 @@ def layer(k: int, n: int, group_size: int, seed: int = 0) -> QuantizedLinear:
     scales = (torch.rand(groups, n, generator=draw) + 0.1) * 0.02
     scales *= torch.randint(0, 2, scales.shape, generator=draw) * 2 - 1
     return QuantizedLinear(codes=codes, scales=scales.half(), group_size=k // groups)
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers_every_time() -> None:
+    torch.manual_seed(0)
 
 
 def packed(one: QuantizedLinear) -> tuple[torch.Tensor, torch.Tensor]:
@@ -163,3 +171,28 @@ def test_graphs_and_compile() -> None:
         assert torch.equal(z, expected) and y.shape == (m, 768)
         compiled = torch.compile(module, fullgraph=True)
         assert torch.equal(compiled(x), expected)
+
+
+@pytest.mark.skipif("VLLM_C" not in os.environ, reason="VLLM_C names vLLM's _C_stable_libtorch.abi3.so")
+@pytest.mark.parametrize("group_size", [128, -1])
+def test_vllm_multiplies_the_same_bytes(group_size: int) -> None:
+    """Its own Marlin kernel takes B and s as they are on disk."""
+    from marlin_convert.bench.multipliers import U4B8
+    from marlin_convert.formats import words
+    from marlin_convert.kernels.matmul import matmul, reference
+
+    torch.ops.load_library(Path(os.environ["VLLM_C"]))
+    theirs, k, n = torch.ops._C, 4096, 6144
+    one = layer(k, n, group_size)
+    B, s = packed(one)
+    empty, locks = (torch.zeros(size, dtype=torch.int32, device="cuda") for size in (0, 4096))
+    assert torch.equal(
+        theirs.gptq_marlin_repack(words.pack_rows(one.codes, 4).cuda(), empty, k, n, 4, False), B
+    )
+    for m in (1, 16, 100, 1000):
+        x = torch.randn(m, k, device="cuda", dtype=torch.float16)
+        none = [None] * 5
+        y = theirs.marlin_gemm(x, None, B, None, s, *none, locks, U4B8, m, n, k, True, False, True, False)
+        ours, expected = matmul(x, B, s), reference(x, one)
+        assert error(y, expected) < 1e-3
+        assert error(ours, y.double()) < 1e-3 and error(ours, expected) < 3e-4

@@ -21,6 +21,7 @@ BELOW = {
     "checkpoint": {"formats"},
     "models": {"formats", "checkpoint"},
     "integrations": {"formats", "checkpoint", "models", "kernels"},
+    "bench": {"formats", "checkpoint", "kernels"},
 }
 LONGEST_FUNCTION = 80
 VAGUE_NAMES = {"util", "utils", "helper", "helpers", "common", "core", "base", "manager", "misc"}

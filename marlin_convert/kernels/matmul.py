@@ -1,9 +1,11 @@
 """The torch operator marlin_convert::matmul, its reference in plain torch, and a module around it."""
 
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch._C import _len_torch_dispatch_stack
 
 from marlin_convert.errors import KernelError
 from marlin_convert.formats import marlin
@@ -21,7 +23,9 @@ def matmul(x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None = None) -> Tenso
     x and bias are float16 or bfloat16; sums are float32. KernelError when shapes, dtypes or devices do not
     fit, or there is no kernel for the GPU.
     """
-    return torch.ops.marlin_convert.matmul(x, B, s, bias)
+    if type(x) is not Tensor or not x.is_cuda or torch.compiler.is_compiling() or _len_torch_dispatch_stack():
+        return torch.ops.marlin_convert.matmul.default(x, B, s, bias)
+    return _cuda(x, B, s, bias)  # past the dispatcher, which takes two microseconds
 
 
 def reference(x: Tensor, layer: QuantizedLinear, bias: Tensor | None = None) -> Tensor:
@@ -81,47 +85,85 @@ def _shape(B: Tensor, s: Tensor) -> tuple[int, int, int]:
     return k, n, groups
 
 
-# Prepared launches, by everything that decides them but the addresses of activations and output.
-_calls: dict[tuple[Any, ...], Call] = {}
+class _Layer:
+    """Prepared launches of one B, s and bias, by number of tokens, dtype and stream."""
+
+    def __init__(self, B: Tensor, s: Tensor, bias: Tensor | None):
+        self._tensors = [tensor if tensor is None else ref(tensor) for tensor in (B, s, bias)]
+        self._addresses = B.data_ptr(), s.data_ptr(), 0 if bias is None else bias.data_ptr()
+        self.k, self.n, groups = _shape(B, s)
+        self.group = 0 if groups == 1 else self.k // groups
+        self.device = B.device.index
+        self.calls: dict[tuple[torch.Size, torch.dtype, int], Call] = {}
+
+    def is_of(self, B: Tensor, s: Tensor, bias: Tensor | None) -> bool:
+        """Whether these are the tensors, and in the same place."""
+        first, second, third = self._tensors
+        return (
+            first() is B  # type: ignore[misc]
+            and second() is s  # type: ignore[misc]
+            and (third is bias if third is None else third() is bias)
+            and self._addresses == (B.data_ptr(), s.data_ptr(), 0 if bias is None else bias.data_ptr())
+        )
+
+
+# By the identity of B. As many as the layers of a large model, some times over.
+_layers: dict[int, _Layer] = {}
 KEPT = 4096
+
+# Numbers of tokens, dtypes and streams of a layer.
+KEPT_CALLS = 64
 
 
 def _cuda(x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None = None) -> Tensor:
-    y = x.new_empty((*x.shape[:-1], s.shape[-1]))
-    device = x.device.index
-    key = (
-        x.shape, x.dtype, B.data_ptr(), B.shape, B.dtype, B.is_contiguous(), s.data_ptr(), s.shape, s.dtype,
-        s.is_contiguous(), None if bias is None else (bias.data_ptr(), bias.shape, bias.dtype), B.device,
-        s.device, device, torch._C._cuda_getCurrentRawStream(device),
-    )  # fmt: skip
-    call = _calls.get(key)
-    if call is not None and x.is_contiguous() and not x.data_ptr() % 16 and _current(device):
-        call(x.data_ptr(), y.data_ptr())
-        return y
+    layer = _layers.get(id(B))
+    if layer is not None and layer.is_of(B, s, bias):
+        shape, device = x.shape, layer.device
+        call = layer.calls.get((shape, x.dtype, torch._C._cuda_getCurrentRawStream(device)))
+        if call is not None and x.is_contiguous() and _current(device):
+            address = x.data_ptr()
+            if not address % 16 and x.get_device() == device:
+                y = x.new_empty((*shape[:-1], layer.n))
+                call(address, y.data_ptr())
+                return y
+    return _prepare(x, B, s, bias)
+
+
+def _prepare(x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None) -> Tensor:
+    """The product by a launch that is prepared now, and kept for the next time."""
     _check(x, B, s, bias)
+    y = x.new_empty((*x.shape[:-1], s.shape[-1]))
     if not y.numel():
         return y
     x = x.contiguous()
     if x.data_ptr() % 16:
         x = x.clone()
-    k, n, groups = _shape(B, s)
-    group = 0 if groups == 1 else k // groups
-    bfloat16 = x.dtype == torch.bfloat16
+    device = x.device.index
+    layer = _layers.get(id(B))
+    if layer is None or not layer.is_of(B, s, bias):
+        layer = _Layer(B, s, bias)
     with torch.cuda.device(device):
         capability = torch.cuda.get_device_capability(device)
-        configuration = choose(x.numel() // k, n, k, group, bfloat16, capability)
+        m = x.numel() // layer.k
+        configuration = choose(m, layer.n, layer.k, layer.group, x.dtype == torch.bfloat16, capability)
         call = Call(configuration, x, B, s, bias)
         call(x.data_ptr(), y.data_ptr())
         if not torch.cuda.is_current_stream_capturing():
-            if len(_calls) >= KEPT:
-                _calls.pop(next(iter(_calls)))
-            _calls[key] = call
+            _keep(_layers, id(B), layer, KEPT)
+            stream = torch._C._cuda_getCurrentRawStream(device)
+            _keep(layer.calls, (x.shape, x.dtype, stream), call, KEPT_CALLS)
     return y
+
+
+def _keep(cache: dict[Any, Any], key: Any, value: Any, limit: int) -> None:
+    if len(cache) >= limit and key not in cache:
+        cache.pop(next(iter(cache)))
+    cache[key] = value
 
 
 def _current(device: int) -> bool:
     """Whether a prepared launch may be used: on the current device, and not in a graph."""
-    return torch.cuda.current_device() == device and not torch.cuda.is_current_stream_capturing()
+    return torch._C._cuda_getDevice() == device and not torch._C._cuda_isCurrentStreamCapturing()
 
 
 def _check(x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None) -> None:
