@@ -36,6 +36,7 @@ MOST = 200
 
 TAGS = {
     "marlin": ("marlin",),
+    "marlin-24": ("marlin", "sparse-24"),
     "gptq": ("gptq", "vllm"),
     "compressed-tensors": ("compressed-tensors", "vllm"),
 }
@@ -56,9 +57,7 @@ tokens = tokenizer("Hello", return_tensors="pt")
 print(tokenizer.decode(model.generate(**tokens, max_new_tokens=32)[0]))
 ```
 """
-# Only what tests/engines has seen load and answer right.
-SERVING = {
-    "marlin": """\
+_OURS = """\
 No released engine loads this layout.{also}
 
 > **Do not load it with `AutoModelForCausalLM.from_pretrained`.** transformers does not know the layout,
@@ -69,7 +68,11 @@ Its codes can be written in another layout, exactly:
 ```
 marlin-convert quantize {repository}{revision} -o DIR --format gptq
 ```
-""",
+"""
+# Only what tests/engines has seen load and answer right.
+SERVING = {
+    "marlin": _OURS,
+    "marlin-24": _OURS,
     "gptq": _STOCK % "optimum gptqmodel",
     "compressed-tensors": _STOCK % "compressed-tensors",
 }
@@ -206,7 +209,7 @@ def _metadata(published: Published, facts: Facts) -> dict[str, Any]:
     if facts.language:
         metadata["language"] = facts.language
     # the Hub takes a repository with a config.json for one that transformers loads, and tells people to
-    metadata["library_name"] = "marlin-convert" if published.format == "marlin" else "transformers"
+    metadata["library_name"] = "marlin-convert" if SERVING[published.format] is _OURS else "transformers"
     metadata["pipeline_tag"] = facts.pipeline_tag
     tags = ["quantized", "4-bit", "w4a16", "marlin-convert"]
     metadata["tags"] = sorted({*tags, *TAGS[published.format]})
@@ -239,7 +242,7 @@ def _serving(published: Published) -> str:
         keyword="" if main else f', revision="{branch}"',
         also=also,
     )
-    others = [name for name in published.also if published.format != "marlin"]
+    others = [name for name in published.also if SERVING[published.format] is not _OURS]
     return text + (f"\nOther layouts of the same codes: branches {', '.join(others)}.\n" if others else "")
 
 
@@ -264,6 +267,9 @@ def _making(published: Published) -> str:
         )
     packed, dense = manifest["linears"], manifest["dense"]
     rows["linears"] = f"{len(packed)} packed, {len(dense)} of the blocks left dense"
+    unpruned = _object(manifest.get("unpruned"))
+    if manifest.get("sparsity") == manifests.SPARSITY:
+        rows["sparsity"] = f"2:4 in {len(packed) - len(unpruned)} of the packed linears"
     errors = [row["error"] for row in origin["linears"] if "error" in row]
     if errors:
         rows["error"] = (
@@ -272,6 +278,7 @@ def _making(published: Published) -> str:
         )
     lines = [_table(["", ""], [[name, value] for name, value in rows.items()])]
     lines += [f"- left dense: {_code(name)} ({_line(reason)})" for name, reason in dense.items()]
+    lines += [f"- not 2:4: {_code(name)} ({_line(reason)})" for name, reason in unpruned.items()]
     lines += [f"- left out: {_code(name)}" for name in manifest["left_out"]]
     lines += [
         f"- rounded to nearest: {_code(row['name'])}"

@@ -186,7 +186,7 @@ def parse_size(context: click.Context, parameter: click.Parameter, value: str) -
 )
 @click.option(
     "--format",
-    type=click.Choice(["marlin", "gptq", "compressed-tensors"]),
+    type=click.Choice(["marlin", "marlin-24", "gptq", "compressed-tensors"]),
     help="On-disk layout.  [default: marlin]",
 )
 @click.option(
@@ -195,6 +195,12 @@ def parse_size(context: click.Context, parameter: click.Parameter, value: str) -
     help="Weights that share a scale; -1 is one per column.",
 )
 @click.option("--skip", multiple=True, metavar="PATTERN", help="Leave matching linears dense; repeatable.")
+@click.option(
+    "--unpruned",
+    multiple=True,
+    metavar="PATTERN",
+    help="Matching linears are not 2:4: in marlin-24 they are stored as marlin; repeatable.",
+)
 @click.option(
     "--calibration", metavar="builtin|FILE|hf:DATASET[:SPLIT]", help="Text to calibrate on: .txt or .jsonl."
 )
@@ -254,7 +260,7 @@ def quantize(
 
     check_report(report)
     settings["group_size"] = int(settings["group_size"]) if settings["group_size"] else None
-    settings["skip"] = settings["skip"] or None
+    settings |= {name: settings[name] or None for name in ("skip", "unpruned")}
     chosen, where = recipes.load(recipe).changed(settings), pick_device(device)
     job = story.Job(
         source=resolve(model, revision, code=trust_remote_code),
@@ -280,7 +286,7 @@ def quantize(
         click.echo(reports.summary_text(done, job))
 
 
-CHECKS = ("files", "layout", "numbers", "kernel")
+CHECKS = ("files", "layout", "sparsity", "numbers", "kernel")
 
 
 def parse_checks(context: click.Context, parameter: click.Parameter, value: str) -> frozenset[str]:
@@ -347,6 +353,7 @@ def verify(
     \b
     files    all as in the manifest, every tensor once, no NaN, no zero scale
     layout   the same bytes when unpacked and packed; shapes, fused groups
+    sparsity every quad of what is said to be 2:4
     numbers  products; with --source also weights, perplexity, divergence
     kernel   the kernel's output on a GPU
 

@@ -64,10 +64,10 @@ class Repack:
         self._workers = min(WORKERS, self._threads)
         self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="repack")
         largest = max((fate.k * fate.n for fate in fates.values()), default=0)
-        # the codes of a linear, and those it is checked with, for every linear in work
+        # the codes of a linear and what was kept of it, and those it is checked with, for every one in work
         self._memory: SimpleQueue[Tensor] = SimpleQueue()
         for _ in range(self._workers):
-            self._memory.put(torch.empty(2, largest, dtype=torch.uint8))
+            self._memory.put(torch.empty(2, 2 * largest, dtype=torch.uint8))
 
     def __enter__(self) -> "Repack":
         torch.set_num_threads(1)
@@ -121,8 +121,11 @@ class Solve:
             log.debug("block %d was finished before, running the text through it", number)
             block = self._model.load(number)
             for fate in plan.packed_in(number):
-                stored = {suffix: writer.read(f"{fate.linear}.{suffix}") for suffix in plan.suffixes}
-                self._model.replace(fate.linear, plan.unpack(stored).dequantize(self._model.dtype))
+                stored = {
+                    suffix: writer.read(f"{fate.linear}.{suffix}") for suffix in plan.suffixes(fate.linear)
+                }
+                layer = plan.unpack(fate.linear, stored)
+                self._model.replace(fate.linear, layer.dequantize(self._model.dtype))
             self._hidden.advance(block, number)
             self._model.unload(number)
 
@@ -207,11 +210,11 @@ def _pack(linear: str, layer: QuantizedLinear, plan: Plan, memory: Tensor | None
     The codes it is compared with are put in `memory`, if that is given.
     """
     try:
-        packed = plan.pack(layer)
+        packed = plan.pack(linear, layer)
     except FormatError as error:
         hint = error.hint or f"leave it dense with --skip '{linear}'."
         raise FormatError(f"{linear}: {error}.", hint) from error
-    again = plan.unpack(packed, memory)
+    again = plan.unpack(linear, packed, memory)
     if not (
         same_codes(again.codes, layer.codes)
         and torch.equal(again.scales.float(), layer.scales.float())
@@ -219,6 +222,7 @@ def _pack(linear: str, layer: QuantizedLinear, plan: Plan, memory: Tensor | None
             one is other or (one is not None and other is not None and torch.equal(one, other))
             for one, other in ((again.zeros, layer.zeros), (again.group_of_row, layer.group_of_row))
         )
+        and (again.kept is None or layer.kept is None or not bool((layer.kept & ~again.kept).any()))
     ):
         raise RuntimeError(
             f"{linear} does not survive {plan.recipe.format}; this is a bug, nothing was published"

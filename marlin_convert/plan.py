@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -12,9 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from marlin_convert import formats
+from marlin_convert.checkpoint import manifest as manifests
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.writer import TensorSpec
 from marlin_convert.errors import ConvertError, FormatError, SourceError
+from marlin_convert.formats import bounds
 from marlin_convert.models.architectures import Architecture, Stage, architecture_of
 from marlin_convert.models.blocks import block_linears, module_tree
 from marlin_convert.quantized import QuantizedLinear
@@ -32,17 +35,29 @@ _OTHER_MODEL = "the config.json may be of another model; fetch the model again."
 
 @dataclass(frozen=True)
 class Fate:
-    """What becomes of one linear of shape (k, n): packed, or left dense for a reason."""
+    """What becomes of one linear of shape (k, n).
+
+    `format` is what it is written in, None if it is left dense; `sparse` says that it is 2:4; `reason` why it
+    is left dense, or not 2:4 while others are.
+    """
 
     linear: str
     k: int
     n: int
+    format: str | None
+    sparse: bool = False
     reason: str | None = None
 
     @property
     def packed(self) -> bool:
         """Whether the linear is written as integer codes."""
-        return self.reason is None
+        return self.format is not None
+
+    @property
+    def layout(self) -> ModuleType:
+        """The module of its format."""
+        assert self.format is not None
+        return formats.FORMATS[self.format]
 
 
 @dataclass(frozen=True)
@@ -80,10 +95,14 @@ class Plan:
         return [fate for fate in self.fates if not fate.packed]
 
     @property
-    def suffixes(self) -> tuple[str, ...]:
-        """The suffixes of the tensors a packed linear is written as."""
-        first = self.packed[0].linear if self.packed else None
-        return tuple(suffix for linear, suffix in self.owner.values() if linear == first)
+    def unpruned(self) -> list[Fate]:
+        """The packed linears that are not 2:4 while others are."""
+        return [fate for fate in self.packed if fate.reason is not None]
+
+    @property
+    def sparsity(self) -> str | None:
+        """What the packed linears but for the unpruned ones are: 2:4, or nothing special."""
+        return manifests.SPARSITY if any(fate.sparse for fate in self.fates) else None
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
@@ -95,18 +114,27 @@ class Plan:
         prefix = f"{self.architecture.blocks}.{block}."
         return [fate for fate in self.packed if fate.linear.startswith(prefix)]
 
-    def pack(self, layer: QuantizedLinear) -> dict[str, Tensor]:
-        """The tensors of a linear in the plan's format, by suffix."""
+    def suffixes(self, linear: str) -> tuple[str, ...]:
+        """The suffixes of the tensors that a packed linear is written as."""
+        return tuple(suffix for owner, suffix in self.owner.values() if owner == linear)
+
+    def pack(self, linear: str, layer: QuantizedLinear) -> dict[str, Tensor]:
+        """The tensors that a linear is written as, by suffix."""
         if not self.symmetric and layer.zeros is None:
             # the config speaks for all: one linear with zero points makes every linear store them
             middle = 1 << (layer.bits - 1)
             layer = replace(layer, zeros=torch.full_like(layer.scales, middle, dtype=torch.uint8))
-        return formats.FORMATS[self.recipe.format].pack(layer)
+        return formats.FORMATS[self._scheme(linear).format].pack(layer)
 
-    def unpack(self, tensors: Mapping[str, Tensor], memory: Tensor | None = None) -> QuantizedLinear:
-        """A linear from its tensors in the plan's format; its codes in memory, if that is given."""
-        scheme = formats.detect(self.quantization_config)
+    def unpack(
+        self, linear: str, tensors: Mapping[str, Tensor], memory: Tensor | None = None
+    ) -> QuantizedLinear:
+        """A linear from the tensors that it is written as; its codes in memory, if that is given."""
+        scheme = self._scheme(linear)
         return formats.FORMATS[scheme.format].unpack(tensors, scheme, memory)
+
+    def _scheme(self, linear: str) -> formats.Scheme:
+        return formats.detect(self.quantization_config).of(linear)
 
     @property
     def output_bytes(self) -> int:
@@ -152,6 +180,11 @@ def make_plan(
         assert weights.scheme is not None
         recipe = _with_group_size_of_source(recipe, weights.scheme.group_size, group_size)
         bits = weights.scheme.bits
+    elif recipe.format == "marlin-24":
+        raise FormatError(
+            "marlin-24 holds codes that are 2:4, and quantize does not prune.",
+            "give a MODEL that is quantized and 2:4 already, or choose another --format.",
+        )
     else:
         recipe = _within_positions(recipe, model)
 
@@ -160,17 +193,17 @@ def make_plan(
     if not linears:
         raise SourceError("config.json means a model without blocks.", _OTHER_MODEL)
     fates = tuple(_fates(linears, architecture, recipe, weights if repack else None))
-    _check_skips(recipe, linears)
+    _check_patterns(recipe, linears)
     _check_stages(fates, architecture)
     symmetric, act_order = True, False
     if repack:
-        symmetric, act_order = _check_codes(fates, weights, recipe.format)
+        symmetric, act_order = _check_codes(fates, weights)
+        _check_quads(fates, weights)
     else:
         _check_shapes(fates, recipe)
 
-    layout = formats.FORMATS[recipe.format]
     packed = {
-        fate.linear: layout.tensors(
+        fate.linear: fate.layout.tensors(
             fate.k, fate.n, bits=bits, group_size=recipe.group_size, symmetric=symmetric
         )
         for fate in fates
@@ -192,12 +225,13 @@ def make_plan(
         notes=tuple(_notes(fates, recipe, weights if repack else None)),
         source_bytes=sum(info.end - info.start for info in checkpoint.tensors.values()),
         vocabulary=model.config.get_text_config().vocab_size,
-        quantization_config=layout.quantization_config(
+        quantization_config=formats.FORMATS[recipe.format].quantization_config(
             bits=bits,
             group_size=recipe.group_size,
             skipped=[fate.linear for fate in fates if not fate.packed],
             symmetric=symmetric,
             act_order=act_order,
+            **_other_layouts(fates, recipe),
         ),
     )
 
@@ -232,11 +266,11 @@ def _notes(fates: Sequence[Fate], recipe: Recipe, repacked: Weights | None) -> I
     """What the reader of a plan should know."""
     if repacked is not None and repacked.scheme is not None:
         yield f"the source is already {repacked.scheme.format}: its codes are kept, nothing is calibrated"
-    if recipe.format == "marlin":
+    if recipe.format in ("marlin", "marlin-24"):
         odd = sum(fate.packed and bool(fate.n % 256) for fate in fates)
         if odd:
             yield f"{odd} linears have outputs not divisible by 256: for our own kernel and plugins only"
-        if recipe.group_size in (32, 64):
+        if recipe.group_size in (32, 64):  # in marlin: marlin-24 has no such groups
             yield f"group size {recipe.group_size} in marlin files: for our own kernel and plugins only"
 
 
@@ -291,6 +325,7 @@ def _is_idle_bias(weights: Weights, name: str) -> bool:
 def _fates(
     linears: dict[str, torch.nn.Linear], architecture: Architecture, recipe: Recipe, repacked: Weights | None
 ) -> list[Fate]:
+    sparse = _sparse(recipe, repacked)
     fates = []
     for name, linear in linears.items():
         path = name.removeprefix(architecture.blocks + ".").partition(".")[2]
@@ -307,43 +342,72 @@ def _fates(
             reason = f"skipped by {pattern!r}"
         elif architecture.stage_of(path) is None:
             reason = "not in the table of this architecture"
-        fates.append(Fate(name, linear.in_features, linear.out_features, reason))
+        format: str | None = None if reason else recipe.format
+        if format is not None and sparse and name not in sparse:
+            pattern = next((pattern for pattern in recipe.unpruned if fnmatchcase(name, pattern)), None)
+            reason = f"unpruned by {pattern!r}" if pattern else "not 2:4 in the source"
+            format = "marlin" if format == "marlin-24" else format
+        is_sparse = format is not None and name in sparse
+        fates.append(Fate(name, linear.in_features, linear.out_features, format, is_sparse, reason))
     return fates
 
 
-def _check_skips(recipe: Recipe, linears: dict[str, torch.nn.Linear]) -> None:
-    for pattern in recipe.skip:
-        if not any(fnmatchcase(name, pattern) for name in linears):
-            raise ConvertError(
-                f"--skip {pattern!r} matches no linear of the blocks.",
-                f"their names are like {next(iter(linears))!r}.",
-            )
+def _sparse(recipe: Recipe, repacked: Weights | None) -> set[str]:
+    """The linears that are 2:4: those of which the source says so or, if the format asks for it, all."""
+    found: set[str] = set()
+    if repacked is not None:
+        found = set(repacked.sparse_linears(manifests.load(repacked.checkpoint.directory)))
+        if recipe.format == "marlin-24":
+            found = found or set(repacked.packed_linears())
+    sparse = {name for name in found if not any(fnmatchcase(name, pattern) for pattern in recipe.unpruned)}
+    if recipe.unpruned and not sparse:
+        raise ConvertError(
+            f"--unpruned {recipe.unpruned[0]!r} leaves no linear that is 2:4.",
+            "it is for those that are not while others are.",
+        )
+    return sparse
+
+
+def _other_layouts(fates: Sequence[Fate], recipe: Recipe) -> dict[str, list[str]]:
+    """What a quantization_config says of packed linears in another layout than its own."""
+    if recipe.format != "marlin-24":
+        return {}
+    return {"unpruned": [fate.linear for fate in fates if fate.packed and not fate.sparse]}
+
+
+def _check_patterns(recipe: Recipe, linears: dict[str, torch.nn.Linear]) -> None:
+    for option, patterns in (("--skip", recipe.skip), ("--unpruned", recipe.unpruned)):
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in linears):
+                raise ConvertError(
+                    f"{option} {pattern!r} matches no linear of the blocks.",
+                    f"their names are like {next(iter(linears))!r}.",
+                )
 
 
 def _check_stages(fates: Sequence[Fate], architecture: Architecture) -> None:
-    """Engines fuse the linears of a stage: all are packed or none."""
-    reasons = {fate.linear: fate.reason for fate in fates}
-    for linear, reason in reasons.items():
-        path = linear.removeprefix(architecture.blocks + ".").partition(".")[2]
+    """Engines fuse the linears of a stage: all are packed or none, and in one format."""
+    found = {fate.linear: fate.format for fate in fates}
+    for fate in fates:
+        path = fate.linear.removeprefix(architecture.blocks + ".").partition(".")[2]
         stage = architecture.stage_of(path)
-        if reason is None or stage is None:
+        if fate.reason is None or stage is None:
             continue
-        block = linear.removesuffix("." + path)
-        packed = [f"{block}.{name}" for name in stage if reasons[f"{block}.{name}"] is None]
-        if packed:
+        block = fate.linear.removesuffix("." + path)
+        others = [f"{block}.{name}" for name in stage if found[f"{block}.{name}"] not in (None, fate.format)]
+        if others:
+            kind, option = ("left dense", "--skip") if fate.format is None else ("not 2:4", "--unpruned")
             raise ConvertError(
-                f"{linear} is left dense, {' and '.join(packed)} beside it not; engines load them as one.",
-                "add " + " ".join(f"--skip '{name}'" for name in packed),
+                f"{fate.linear} is {kind}, {' and '.join(others)} beside it not; engines load them as one.",
+                "add " + " ".join(f"{option} '{name}'" for name in others),
             )
 
 
 def _check_shapes(fates: Sequence[Fate], recipe: Recipe) -> None:
-    layout = formats.FORMATS[recipe.format]
     _refuse(
         fates,
-        recipe.format,
         lambda fate: (
-            layout.refusal(fate.k, fate.n, bits=4, group_size=recipe.group_size)
+            fate.layout.refusal(fate.k, fate.n, bits=4, group_size=recipe.group_size)
             or _short_group(fate.k, recipe.group_size)
         ),
     )
@@ -356,14 +420,13 @@ def _short_group(k: int, group_size: int) -> str | None:
     return None
 
 
-def _check_codes(fates: Sequence[Fate], weights: Weights, format: str) -> tuple[bool, bool]:
-    """Check that the format can hold the codes, which only the stored zero points and group orders tell.
+def _check_codes(fates: Sequence[Fate], weights: Weights) -> tuple[bool, bool]:
+    """Check that the formats can hold the codes, which only the stored zero points and group orders tell.
 
     Returns whether all linears are symmetric, and whether the groups of any follow activation order.
     """
     scheme = weights.scheme
     assert scheme is not None
-    layout = formats.FORMATS[format]
     elsewhere = set(weights.packed_linears()) - {fate.linear for fate in fates}
     if elsewhere:
         raise FormatError(
@@ -373,8 +436,7 @@ def _check_codes(fates: Sequence[Fate], weights: Weights, format: str) -> tuple[
     found = {fate.linear: weights.peculiarities(fate.linear, fate.k, fate.n) for fate in fates if fate.packed}
     _refuse(
         fates,
-        format,
-        lambda fate: layout.refusal(
+        lambda fate: fate.layout.refusal(
             fate.k, fate.n, bits=scheme.bits, group_size=scheme.group_size, **asdict(found[fate.linear])
         ),
         "--requantize solves again from the dequantized weights; another --format may hold them as they are.",
@@ -383,20 +445,51 @@ def _check_codes(fates: Sequence[Fate], weights: Weights, format: str) -> tuple[
     return all(kind.symmetric for kind in kinds), any(kind.act_order for kind in kinds)
 
 
-def _refuse(
-    fates: Sequence[Fate], format: str, refusal: Callable[[Fate], str | None], hint: str | None = None
-) -> None:
+def _check_quads(fates: Sequence[Fate], weights: Weights) -> None:
+    """Check that what becomes marlin-24 and is not yet is 2:4, which only the codes tell."""
+    todo = [
+        fate
+        for fate in fates
+        if fate.format == "marlin-24" and weights.scheme_of(fate.linear).format != "marlin-24"
+    ]
+    if todo:
+        log.info("counting the non-zeros of %d linears", len(todo))
+    memory = torch.empty(max((fate.k * fate.n for fate in todo), default=0), dtype=torch.uint8)
+    refused = []
+    for fate in todo:
+        layer = weights.quantized(fate.linear, memory)
+        try:
+            bounds.check_quads(layer)
+        except FormatError as error:
+            refused.append((fate, str(error)))
+    if refused:
+        fate, why = refused[0]
+        raise FormatError(
+            f"{fate.linear} is not 2:4: {why}{_more(refused)}.",
+            "--format marlin holds it; to write only what is not 2:4 so: " + _options("--unpruned", refused),
+        )
+
+
+def _refuse(fates: Sequence[Fate], refusal: Callable[[Fate], str | None], hint: str | None = None) -> None:
     refused = [(fate, why) for fate in fates if fate.packed and (why := refusal(fate))]
     if refused:
         fate, why = refused[0]
-        more = f" (and {len(refused) - 1} more linears)" if len(refused) > 1 else ""
-        skips = sorted(
-            {"*." + fate.linear.rpartition(".")[2] if more else fate.linear for fate, _ in refused}
-        )
         raise FormatError(
-            f"{fate.linear} has {fate.k} inputs and {fate.n} outputs; {format} {why}{more}.",
-            hint or "leave dense what does not fit: " + " ".join(f"--skip '{name}'" for name in skips),
+            f"{fate.linear} has {fate.k} inputs and {fate.n} outputs; {fate.format} {why}{_more(refused)}.",
+            hint or "leave dense what does not fit: " + _options("--skip", refused),
         )
+
+
+def _more(refused: Sequence[tuple[Fate, str]]) -> str:
+    """How many linears are refused beside the first."""
+    return f" (and {len(refused) - 1} more linears)" if len(refused) > 1 else ""
+
+
+def _options(option: str, refused: Sequence[tuple[Fate, str]]) -> str:
+    """The option that names what is refused: the linear or, of several, those of its kind."""
+    names = [fate.linear for fate, _ in refused]
+    patterns = names if len(names) == 1 else sorted({"*." + name.rpartition(".")[2] for name in names})
+    return " ".join(f"{option} '{pattern}'" for pattern in patterns)
 
 
 def _specs(

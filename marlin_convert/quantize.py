@@ -310,6 +310,8 @@ def _assemble(
         "source": {**source, "card": read_facts(job.source.directory)},
         "bits_per_weight": round(plan.bits_per_weight, 4),
         "linears": rows,
+        "sparsity": plan.sparsity,
+        "unpruned": {fate.linear: fate.reason for fate in plan.unpruned},
         "dense": {fate.linear: fate.reason for fate in plan.dense},
         "left_out": list(plan.left_out),
         "files": {

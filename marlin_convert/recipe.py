@@ -11,6 +11,7 @@ import yaml
 from marlin_convert.errors import ConvertError
 
 DEFAULT = "w4a16-g128"
+FORMATS = ("marlin", "marlin-24", "gptq", "compressed-tensors")
 MOST = 10**9  # of anything that is counted
 NESTING_LIMIT = 10
 _HINT = f"the recipe.yaml of any output, and the recipe {DEFAULT}, show every setting."
@@ -23,6 +24,7 @@ class Recipe:
     format: str = "marlin"
     group_size: int = 128
     skip: tuple[str, ...] = ()
+    unpruned: tuple[str, ...] = ()
     dtype: str = "auto"
     calibration: str = "builtin"
     samples: int = 256
@@ -33,7 +35,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         checks: dict[str, tuple[bool, str]] = {
-            "format": (self.format in ("marlin", "gptq", "compressed-tensors"), "unknown"),
+            "format": (self.format in FORMATS, "unknown"),
             "group_size": (self.group_size in (-1, 32, 64, 128), "must be 128, 64, 32 or -1"),
             "dtype": (self.dtype in ("auto", "float16", "bfloat16"), "must be auto, float16 or bfloat16"),
             "calibration": (self.calibration.isprintable(), "must be one line of text"),
@@ -53,7 +55,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON and YAML can hold them."""
-        return asdict(self) | {"skip": list(self.skip)}
+        return asdict(self) | {"skip": list(self.skip), "unpruned": list(self.unpruned)}
 
     def dump(self) -> str:
         """The recipe as YAML that `load` reads back."""

@@ -21,8 +21,18 @@ def plan_json(plan: "Plan") -> dict[str, Any]:
         "repack": plan.repack,
         "recipe": plan.recipe.to_dict(),
         "linears": [
-            {"name": fate.linear, "k": fate.k, "n": fate.n, "dense": fate.reason} for fate in plan.fates
+            {
+                "name": fate.linear,
+                "k": fate.k,
+                "n": fate.n,
+                "format": fate.format,
+                "sparse": fate.sparse,
+                "dense": None if fate.packed else fate.reason,
+                "unpruned": fate.reason if fate.packed else None,
+            }
+            for fate in plan.fates
         ],
+        "sparsity": plan.sparsity,
         "left_out": list(plan.left_out),
         "notes": list(plan.notes),
         "bits_per_weight": round(plan.bits_per_weight, 4),
@@ -40,7 +50,9 @@ def plan_text(plan: "Plan", job: "Job") -> str:
         f"{'Repack' if plan.repack else 'Quantize'} {job.source.name} to {recipe.format}, "
         f"group size {recipe.group_size}",
         f"  {len(plan.packed)} linears in {plan.blocks} blocks packed "
-        f"at {plan.bits_per_weight:.3f} bits per weight",
+        f"at {plan.bits_per_weight:.3f} bits per weight{', 2:4' if plan.sparsity else ''}",
+        *([f"  {len(plan.unpruned)} of them not 2:4"] if plan.unpruned else []),
+        *(f"    {fate.linear}: {fate.format}, {fate.reason}" for fate in plan.unpruned),
         f"  {len(plan.dense)} linears of the blocks left dense",
         *(f"    {fate.linear}: {fate.reason}" for fate in plan.dense),
         f"  tensors {_size(plan.source_bytes)} -> {_size(plan.output_bytes)}",
@@ -90,6 +102,7 @@ def summary_text(done: "Report", job: "Job") -> str:
         lines += [f"{row['name']:48} {row['k']:7} {row['n']:7} {row['error']:8.4f}" for row in errors[:WORST]]
         lines.append(f"{f'mean of {len(errors)} linears':48} {'':7} {'':7} {mean:8.4f}")
     lines += [f"rounded to nearest: {row['name']}" for row in rows if row.get("rounded_to_nearest")]
+    lines += [f"not 2:4: {fate.linear}, as {fate.format} ({fate.reason})" for fate in plan.unpruned]
     lines += [f"left dense: {fate.linear} ({fate.reason})" for fate in plan.dense]
     lines += left_out(plan)
     lines += [f"note: {note}" for note in plan.notes]

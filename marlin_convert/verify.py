@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -21,6 +22,7 @@ from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.checkpoint.writer import to_json, write_json, write_report
 from marlin_convert.errors import ConvertError, FormatError, SourceError, printable
 from marlin_convert.evaluate import Comparison, compare
+from marlin_convert.formats import bounds
 from marlin_convert.hub import Source
 from marlin_convert.models.architectures import architecture_of
 from marlin_convert.models.blocks import BlockModel, block_linears, module_tree
@@ -70,12 +72,16 @@ class Check:
 
 @dataclass(frozen=True)
 class Verification:
-    """What came of all checks; `manifest_sha256` says of which files, None without a manifest."""
+    """What came of all checks; `manifest_sha256` says of which files, None without a manifest.
+
+    `required` must be able to run, `needed` must pass for the checkpoint to count as verified.
+    """
 
     checkpoint: str
     manifest_sha256: str | None
     checks: dict[str, Check]
     required: frozenset[str]
+    needed: frozenset[str]
 
     @property
     def failed(self) -> bool:
@@ -84,8 +90,8 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """Whether files, layout and numbers passed, and nothing else failed or was required in vain."""
-        needed = all(self.checks[name].status == "pass" for name in ("files", "layout", "numbers"))
+        """Whether all that is needed passed, and nothing else failed or was required in vain."""
+        needed = all(self.checks[name].status == "pass" for name in self.needed)
         return needed and not self.failed and not self.could_not_run
 
     @property
@@ -136,10 +142,11 @@ def verify(job: Job, progress: Progress = lambda blocks, total: blocks) -> Verif
     }
     if subject is not None:
         checks["layout"] = partial(_check_layout, subject)
+        checks["sparsity"] = partial(_check_sparsity, subject)
         checks["numbers"] = partial(_check_numbers, job, subject, original, progress)
         checks["kernel"] = partial(_check_kernel, job, subject)
     done = {}
-    for name in ("files", "layout", "numbers", "kernel"):
+    for name in ("files", "layout", "sparsity", "numbers", "kernel"):
         if name not in job.checks:
             done[name] = Check("skipped", "not asked for")
         elif name not in checks:
@@ -147,13 +154,15 @@ def verify(job: Job, progress: Progress = lambda blocks, total: blocks) -> Verif
         else:
             done[name] = checks[name]()
     required = frozenset({"kernel"} if job.require_kernel else ())
-    return Verification(job.checkpoint.name, digest, done, required)
+    needed = {"files", "layout", "numbers"}
+    if subject is not None and subject.weights.sparse_linears(manifest):
+        needed.add("sparsity")
+    return Verification(job.checkpoint.name, digest, done, required, frozenset(needed))
 
 
 def save(done: Verification, job: Job, report: Path | None = None) -> None:
     """Write the report of a whole verification into a directory that has our manifest, and where asked."""
-    whole = {"files", "layout", "numbers"} <= job.checks
-    if whole and done.manifest_sha256 is not None and job.checkpoint.commit is None:
+    if done.needed <= job.checks and done.manifest_sha256 is not None and job.checkpoint.commit is None:
         try:
             write_json(job.checkpoint.directory / manifests.VERIFIED, done.to_dict())
         except OSError as error:
@@ -259,7 +268,6 @@ def _check_layout(subject: _Subject) -> Check:
     linears = weights.packed_linears()
     if not linears:
         return Check("skipped", "no linear is packed")
-    assert weights.scheme is not None
     problems = _shape_problems(weights, model) + _stage_problems(weights, model)
     notes = set()
     for linear in linears:
@@ -272,7 +280,9 @@ def _check_layout(subject: _Subject) -> Check:
         found, note = _repack_problems(linear, layer, weights)
         problems += found
         notes |= {note} if note else set()
-    summary = "; ".join([f"{len(linears)} {weights.scheme.format} linears", *sorted(notes)])
+    kinds = Counter(weights.scheme_of(linear).format for linear in linears)
+    counted = " and ".join(f"{count} {format}" for format, count in kinds.items())
+    summary = "; ".join([f"{counted} linears", *sorted(notes)])
     return _verdict(problems, summary, linears=len(linears), notes=sorted(notes))
 
 
@@ -287,7 +297,7 @@ def _shape_problems(weights: Weights, model: PreTrainedModel) -> list[str]:
 
 
 def _stage_problems(weights: Weights, model: PreTrainedModel) -> list[str]:
-    """Linears that engines fuse into one (q, k and v; gate and up) of which only some are packed."""
+    """Linears that engines fuse into one (q, k and v; gate and up) packed in part, or in two layouts."""
     architecture = architecture_of(weights.checkpoint.config)
     linears = block_linears(model, architecture)
     problems = []
@@ -297,6 +307,10 @@ def _stage_problems(weights: Weights, model: PreTrainedModel) -> list[str]:
             dense = [name for name in names if name in linears and not weights.is_packed(name)]
             if dense and len(dense) < len(names):
                 problems.append(f"{' and '.join(dense)} dense, what engines fuse with it packed")
+            layouts = {weights.scheme_of(name).format: name for name in names if weights.is_packed(name)}
+            if len(layouts) > 1:
+                found = " and ".join(f"{name} {format}" for format, name in layouts.items())
+                problems.append(f"{found}, which engines fuse")
     return problems
 
 
@@ -320,8 +334,7 @@ def _linear_problems(linear: str, layer: QuantizedLinear, model: PreTrainedModel
 
 def _repack_problems(linear: str, layer: QuantizedLinear, weights: Weights) -> tuple[list[str], str | None]:
     """Tensors that unpacking and packing changes, and what could not be compared."""
-    scheme = weights.scheme
-    assert scheme is not None
+    scheme = weights.scheme_of(linear)
     layout = formats.FORMATS[scheme.format]
     if not hasattr(layout, "pack"):
         return [], f"{scheme.format} is never written, so not packed again"
@@ -343,6 +356,39 @@ def _repack_problems(linear: str, layer: QuantizedLinear, weights: Weights) -> t
         if suffix in again and not torch.equal(stored, again[suffix].to(stored.dtype)):
             changed.append(f"{name} is not what packing its codes again gives")
     return changed, note
+
+
+# sparsity
+
+
+def _check_sparsity(subject: _Subject) -> Check:
+    """Every quad of every linear that is said to be 2:4, by the layout or by the manifest."""
+    weights = subject.weights
+    linears = weights.sparse_linears(subject.manifest)
+    if not linears:
+        return Check("skipped", "nothing is said to be 2:4")
+    quads = good = unread = 0
+    problems = []
+    for linear in linears:
+        try:
+            layer = weights.quantized(linear)
+        except ConvertError as error:
+            problems.append(str(error))
+            unread += 1
+            continue
+        held = layer.quad_weights()
+        quads += held.numel()
+        good += int((held <= 2).sum())
+        try:
+            bounds.check_quads(layer)
+        except FormatError as error:
+            problems.append(f"{linear} is not 2:4: {error}")
+    # rounded down: 100 is all of them
+    share = 10_000 * good // max(quads, 1) / 100
+    summary = f"{share:.2f} % of {quads} quads"
+    summary += f", {unread} linears cannot be read" if unread else ""
+    check = _verdict(problems, summary, linears=len(linears), quads=quads, sparse_quads=good)
+    return replace(check, reason=f"{summary}; {check.reason}") if problems else check
 
 
 # numbers
@@ -518,7 +564,7 @@ class _OnKernel(BlockModel):
         block = super().load(i)
         for path, module in block.named_modules():
             linear = f"{self.name(i)}.{path}"
-            if isinstance(module, nn.Linear) and self.weights.is_packed(linear):
+            if isinstance(module, nn.Linear) and _has_kernel(self.weights, linear):
                 tensors = formats.FORMATS["marlin"].pack(self.weights.quantized(linear))
                 B, s = (tensors[suffix].to(self.device) for suffix in ("B", "s"))
                 module.forward = partial(matmul, B=B, s=s, bias=module.bias)  # type: ignore[method-assign]
@@ -531,13 +577,21 @@ class _OnKernel(BlockModel):
         super().unload(i)
 
 
+def _has_kernel(weights: Weights, linear: str) -> bool:
+    """Whether there is a kernel for a linear."""
+    return weights.is_packed(linear) and weights.scheme_of(linear).format != "marlin-24"
+
+
 def _check_kernel(job: Job, subject: _Subject) -> Check:
     """Every packed linear through the kernel, then the whole model, each against its dequantized weights."""
+    packed = subject.weights.packed_linears()
+    linears = [linear for linear in packed if _has_kernel(subject.weights, linear)]
+    if packed and not linears:
+        return Check("skipped", "no kernel for marlin-24 yet")
     if not torch.cuda.is_available():
         return Check("skipped", "no CUDA GPU here")
     if job.device.type != "cuda":
         return Check("skipped", f"--device {job.device}")
-    linears = subject.weights.packed_linears()
     if not linears:
         return Check("skipped", "no linear is packed")
     rows, problems = [], []
@@ -568,7 +622,11 @@ def _check_kernel(job: Job, subject: _Subject) -> Check:
         f"{text.agreement:.2%} of the greedy tokens, others within {text.margin:.1e} nats"
     )
     figures = {name: _json_number(value) for name, value in asdict(text).items()}
-    return _verdict(problems, summary, tolerance=job.tolerance, linears=rows, model=figures)
+    check = _verdict(problems, summary, tolerance=job.tolerance, linears=rows, model=figures)
+    if problems or len(linears) == len(packed):
+        return check
+    left = len(packed) - len(linears)
+    return replace(check, status="skipped", reason=f"{left} linears: no kernel for marlin-24 yet; {summary}")
 
 
 def _kernel_error(layer: QuantizedLinear, device: torch.device) -> float:
