@@ -6,10 +6,13 @@ table of quantizers: when that is loaded, ours is put into it. Nothing is import
 `import marlin_convert` and `import transformers` does not matter.
 """
 
+import logging
 import sys
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
+
+log = logging.getLogger("marlin_convert")
 
 _TABLE = "transformers.quantizers.auto"
 
@@ -43,6 +46,30 @@ def announce() -> None:
 
 
 def _register() -> None:
-    from marlin_convert.integrations import transformers
+    try:
+        from marlin_convert.integrations import transformers
 
-    transformers.register()
+        transformers.register()
+    except Exception as error:
+        _does_not_fit("transformers", "5.17.0 and 5.23.0", error)
+
+
+def plug_into_vllm() -> None:
+    """The entry point of vLLM's group of general plugins, called in each of its processes."""
+    try:
+        from marlin_convert.integrations import vllm
+
+        vllm.register()
+    except Exception as error:
+        _does_not_fit("vLLM", "0.32.0", error)
+
+
+def _does_not_fit(engine: str, tried: str, error: Exception) -> None:
+    """Say so and let the engine go on: it may be there for another model."""
+    log.warning(
+        "marlin-convert does not fit this %s, which loads no marlin checkpoints now; tried with %s. %s: %s",
+        engine,
+        tried,
+        type(error).__name__,
+        error,
+    )
