@@ -9,13 +9,10 @@ from pathlib import Path
 
 import packed_models
 import pytest
-import tiny_models
 import torch
-from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
-from marlin_convert.cli import main
 from marlin_convert.errors import FormatError, SourceError
 from marlin_convert.kernels.matmul import Marlin24Linear, MarlinLinear
 
@@ -32,29 +29,9 @@ def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.dtype == other.dtype and torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
-def command(line: str) -> None:
-    result = CliRunner().invoke(main, line.split())
-    assert result.exit_code == 0, result.output
-
-
 @torch.inference_mode()
 def logits(model: torch.nn.Module) -> torch.Tensor:
     return model(IDS).logits
-
-
-@pytest.fixture(scope="module")
-def mixed(tmp_path_factory) -> Path:
-    """A marlin-24 checkpoint with everything in it: biases, linears that are not 2:4, and dense ones."""
-    directory = tmp_path_factory.mktemp("mixed")
-    source = tiny_models.save(tiny_models.build("llama", torch.bfloat16), directory / "source")
-    text = tiny_models.text(directory)
-    command(
-        f"quantize {source} -o {directory}/gptq --format gptq --skip *.1.mlp.[gu]* --calibration {text}"
-        " --samples 4 --sequence-length 64"
-    )
-    packed_models.prune(directory / "gptq", directory / "pruned")
-    command(f"quantize {directory}/pruned -o {directory}/marlin-24 --format marlin-24 --unpruned *.0.mlp.*")
-    return directory / "marlin-24"
 
 
 @pytest.mark.parametrize("format", ["marlin", "marlin-24"])
