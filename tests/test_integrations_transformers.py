@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
+from marlin_convert import integrations
 from marlin_convert.errors import FormatError, SourceError
 from marlin_convert.kernels.matmul import Marlin24Linear, MarlinLinear
 
@@ -151,3 +152,10 @@ def test_the_import_is_enough_and_imports_nothing(program):
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr, done.stderr
+
+
+def test_an_engine_that_does_not_fit_goes_on(caplog, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    integrations.plug_into_vllm()
+    [line] = caplog.messages
+    assert line.startswith("marlin-convert does not fit this vLLM") and "tried with 0.32.0" in line

@@ -139,6 +139,26 @@ def test_the_module_runs_on_a_cpu(group_size: int, dtype: torch.dtype) -> None:
     assert set(module.state_dict()) == {"B", "s", "bias"}
 
 
+def random_linear(seed: int) -> MarlinLinear:
+    draw = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 16, (128, 64), generator=draw, dtype=torch.uint8)
+    return MarlinLinear(**marlin.pack(QuantizedLinear(codes, torch.ones(1, 64).half(), 128)))
+
+
+def test_the_module_dequantizes_once_until_its_tensors_change() -> None:
+    module, other, x = random_linear(0), random_linear(1), torch.randn(3, 128)
+    with torch.inference_mode():
+        expected = module(x)
+    weight = module._weight
+    gradient = module(x.requires_grad_())
+    gradient.sum().backward()
+    assert torch.equal(gradient, expected) and module._weight is weight and x.grad is not None
+    assert module(x.half()).dtype == torch.float16
+    module.load_state_dict(other.state_dict())
+    assert torch.equal(module(x), other(x)) and not torch.equal(module(x), expected)
+    assert module.to("meta")._weight is None
+
+
 def test_shapes_that_do_not_fit_are_refused() -> None:
     B, s = torch.zeros(16, 256, dtype=torch.int32), torch.zeros(2, 128, dtype=torch.float16)
     MarlinLinear(B, s)
