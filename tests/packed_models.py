@@ -131,6 +131,8 @@ def dequantize(source, directory, dtype):
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     (directory / "config.json").write_text(json.dumps(config))
+    for path in (*source.glob("tokenizer*.json"), *source.glob("generation_config.json")):
+        shutil.copy(path, directory)
     return directory
 
 

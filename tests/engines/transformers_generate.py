@@ -23,7 +23,8 @@ checkpoint, request, out = sys.argv[1:]
 request = json.loads(Path(request).read_text())
 tokenizer = AutoTokenizer.from_pretrained(checkpoint)
 options = request["options"]
-if AutoConfig.from_pretrained(checkpoint).quantization_config["quant_method"] == "gptq":
+quantization = getattr(AutoConfig.from_pretrained(checkpoint), "quantization_config", {})
+if quantization.get("quant_method") == "gptq":
     # what GPTQModel takes on a CPU by itself may compute in bfloat16, whatever the model's type
     options["quantization_config"] = GPTQConfig(bits=4, backend="gptq_torch")
 model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float16, **options)
