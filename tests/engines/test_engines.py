@@ -303,16 +303,21 @@ def test_vllm_without_the_plugin_refuses_marlin(quantized, tmp_path):
     assert done.returncode != 0 and "Unknown quantization method: marlin" in done.stdout, done.stdout[-4000:]
 
 
-# In transformers: 5.23.0, and 5.17.0 in llm-compressor's environment.
+# In transformers: 5.23.0, and 5.17.0 in llm-compressor's environment. On a CPU its float16 arithmetic is up to
+# 0.014 from float32, with plain weights as well: these are what its answers are compared with.
 
 
 @pytest.mark.parametrize(
     ("environment", "format"),
     [("transformers", "gptq"), ("transformers", "compressed-tensors"), ("llmc", "compressed-tensors")],
 )
-def test_transformers_answers_right(environment, format, quantized, deviation, tmp_path):
-    answers, _ = answer(environment, "transformers_generate.py", quantized(format), tmp_path)
-    assert deviation(answers, quantized(format)) < TOLERANCE
+def test_transformers_answers_as_with_plain_weights(environment, format, quantized, plain, tmp_path):
+    script = "transformers_generate.py"
+    answers, _ = answer(environment, script, quantized(format), tmp_path)
+    expected, _ = answer(environment, script, plain(quantized(format)), tmp_path)
+    for one, other in zip(answers, expected, strict=True):
+        assert one["tokens"] == other["tokens"]
+        assert one["logprobs"] == pytest.approx(other["logprobs"], abs=TOLERANCE)
 
 
 @pytest.mark.parametrize("environment", ["transformers", "llmc"])
@@ -320,7 +325,7 @@ def test_transformers_answers_right(environment, format, quantized, deviation, t
 def test_transformers_with_the_quantizer_answers_as_with_plain_weights(
     environment, format, plugin, quantized, mixed, plain, tmp_path
 ):
-    """Every bit: it multiplies by the same float16 weights. How far these are from float32 is its own affair."""
+    """To the bit: it multiplies by the same float16 weights."""
     checkpoint = mixed if format == "mixed" else quantized(format)
     script = "transformers_generate.py"
     options = {"device_map": "auto"}

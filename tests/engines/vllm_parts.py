@@ -26,15 +26,15 @@ linears = {name.rpartition(".")[0] for name in tensors if ".0." in name and name
 ROWS = {"marlin": 16, "marlin-24": 32}[scheme.format]
 
 
-def load(parameter, tensor, part, n):
+def load(into, tensor, part, n):
     """What vLLM's row parallel, column parallel and merged linears do with a tensor of n outputs."""
     if part == "rows":
-        parameter.load_row_parallel_weight(tensor)
+        into.load_row_parallel_weight(tensor)
     elif part == "columns":
-        parameter.load_column_parallel_weight(tensor)
+        into.load_column_parallel_weight(tensor)
     else:
         for shard in (0, n // 2):
-            parameter.load_merged_column_weight(tensor, shard_offset=shard, shard_size=n // 2)
+            into.load_merged_column_weight(tensor, shard_offset=shard, shard_size=n // 2)
 
 
 def weight_of(linear, part, rank):
