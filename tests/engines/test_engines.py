@@ -49,6 +49,11 @@ TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 
 Answers = list[dict[str, Any]]
 
+needs_avx512 = pytest.mark.skipif(
+    "avx512f" not in Path("/proc/cpuinfo").read_text(),
+    reason="vLLM's CPU build has int4 products (cpu_gemm_wna16) for AVX-512 only",
+)
+
 
 def run(*command: object, **environment: str) -> subprocess.CompletedProcess:
     """The finished command, all that it printed in stdout."""
@@ -220,12 +225,14 @@ def called(checkpoint: Path, quantization: dict[str, Any], directory: Path) -> P
 # In vLLM on a CPU.
 
 
+@needs_avx512
 @pytest.mark.parametrize("format", ["gptq", "compressed-tensors"])
 def test_vllm_answers_right(format, quantized, deviation, tmp_path):
     answers, _ = answer("vllm", "vllm_generate.py", quantized(format), tmp_path)
     assert deviation(answers, quantized(format)) < TOLERANCE
 
 
+@needs_avx512
 @pytest.mark.parametrize("format", ["gptq", "compressed-tensors"])
 def test_vllm_serves_right_answers(format, quantized, deviation, tmp_path):
     with vllm_serve(quantized(format), tmp_path / "server.log") as address:
