@@ -97,7 +97,9 @@ class Configuration:
         return macros
 
 
-def choose(m: int, n: int, k: int, group: int, bfloat16: bool, capability: tuple[int, int]) -> Configuration:
+def choose(
+    m: int, n: int, k: int, group: int, bfloat16: bool, capability: tuple[int, int], sparse: bool = False
+) -> Configuration:
     """The configuration for m tokens of a layer with n outputs and k inputs.
 
     From a sweep on an H200 (benchmarks/RESULTS.md). wgmma has less to do per code than mma.sync, but only two
@@ -116,18 +118,18 @@ def choose(m: int, n: int, k: int, group: int, bfloat16: bool, capability: tuple
     """
     if capability != (9, 0):
         tokens = 8 if m <= 8 else 16 if m <= 16 else 32
-        return Configuration("mma", tokens, 2, group, bfloat16)
+        return Configuration("mma", tokens, 2, group, bfloat16, sparse)
     columns = -(-n // FEATURES)
     chunks = columns * (k // 128)
     if m <= 8 or (m <= 16 and chunks > 3000):
-        return Configuration("stream", 8 if m <= 8 else 16, 3, group, bfloat16)
+        return Configuration("stream", 8 if m <= 8 else 16, 3, group, bfloat16, sparse)
     if m <= 32:
         tokens = 16 if m <= 16 else 32
     elif m <= 64:
         tokens = 32 if chunks <= 512 else 64
     else:
         tokens = 64 if (columns <= 24 if m <= 128 else m <= 256 and chunks <= 768) else 128
-    return Configuration("wgmma", tokens, 2, group, bfloat16)
+    return Configuration("wgmma", tokens, 2, group, bfloat16, sparse)
 
 
 def schedule(tiles: int, chunks: int, processors: int) -> tuple[int, ...]:
