@@ -189,8 +189,7 @@ def _diagonal_quads(matrix: Tensor) -> Tensor:
 def _feedback(matrix: Tensor) -> Tensor:
     """A matrix (k, k) times the inverse of its diagonal blocks, those left out (zero)."""
     columns = matrix.view(len(matrix), -1, QUAD).transpose(0, 1)
-    feedback = torch.linalg.solve(_diagonal_quads(matrix), columns, left=False)
-    feedback = feedback.transpose(0, 1).reshape(matrix.shape)
+    feedback = (columns @ torch.linalg.inv(_diagonal_quads(matrix))).transpose(0, 1).reshape(matrix.shape)
     _diagonal_quads(feedback).zero_()
     return feedback
 
