@@ -1,7 +1,7 @@
 """Quality of 2:4 sparsity with int4 on a CPU: ours, its parts left out one by one, and a plain reference.
 
-usage: python benchmarks/sparsity_quality.py MODEL [--text FILE] [--samples 128] [--length 1024] [--held-out 64]
-           [--rows joint,separate,ours,...]
+usage: python benchmarks/sparsity_quality.py MODEL [--text FILE] [--samples 128] [--length 1024]
+           [--held-out 64] [--rows joint,separate,ours,...]
 
 All rows share the token ids, the walk through the blocks and the evaluation, in float32; they differ in what
 a stage's linears are replaced by. The reference prunes with SparseGPT and rounds with GPTQ as published, in

@@ -1,8 +1,8 @@
 """A weight that makes up for its inputs: what they have become in the quantized model, not what they were.
 
 Where the blocks before have lost much, as pruned ones have, a linear's inputs x are no longer the original
-model's x0. The weight V that gives x V^T closest to x0 W^T, the original output, is W + W C^T (H + d)^-1,
-C the mean of x^T (x0 - x) and d the damping (asymmetric calibration: GPTAQ, arXiv 2504.02692). Solving for V in
+model's x0. The weight V that gives x V^T closest to x0 W^T, the original output, is W + W C^T (H + d)^-1, C
+the mean of x^T (x0 - x) and d the damping (asymmetric calibration: GPTAQ, arXiv 2504.02692). Solving for V in
 place of W is all that is left to do: the rest of the error does not depend on what is solved for.
 """
 

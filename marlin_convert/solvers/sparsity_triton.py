@@ -48,6 +48,35 @@ def _away(w, errors, here, inside, goal):
 
 
 @triton.jit
+def _pair(
+    goal, scale, allowed, regression, here, n, inside,
+    A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
+    LOW: tl.constexpr, SCALED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Cost and values of keeping the positions A and B of a quad, and not C and D."""
+    c = _of(goal, C)
+    d = _of(goal, D)
+    a = _of(goal, A) + tl.load(regression) * c + tl.load(regression + 1) * d
+    b = _of(goal, B) + tl.load(regression + 2) * c + tl.load(regression + 3) * d
+    cost = _quadratic(regression + 24, c, d)
+    if SCALED:
+        inner = regression + 48
+        best_a = a
+        best_b = b
+        a = _rounded(best_a, tl.load(scale + here + A * n, mask=inside, other=1.0), LOW)
+        moved = best_b + tl.load(inner + 1) / tl.load(inner + 3) * (best_a - a)
+        b = _rounded(moved, tl.load(scale + here + B * n, mask=inside, other=1.0), LOW)
+        cost += _quadratic(inner, a - best_a, b - best_b)
+    # of a scale that is not finite there is nothing to compare
+    cost = tl.where(cost == cost, cost, 3e38)
+    if MASKED:
+        both = tl.load(allowed + here + A * n, mask=inside, other=1)
+        both *= tl.load(allowed + here + B * n, mask=inside, other=1)
+        cost = tl.where(both != 0, cost, float("inf"))
+    return cost, a, b
+
+
+@triton.jit
 def _kernel(
     target, w, scale, allowed, feedback, tables, metric, errors, kept, rows, n,
     LOW: tl.constexpr, SCALED: tl.constexpr, MASKED: tl.constexpr, DESCENT: tl.constexpr,
@@ -72,27 +101,12 @@ def _kernel(
         best_a = tl.zeros((COLUMNS,), tl.float32)
         best_b = tl.zeros((COLUMNS,), tl.float32)
         for mask in tl.static_range(6):
-            a: tl.constexpr = (A >> 2 * mask) & 3
-            b: tl.constexpr = (B >> 2 * mask) & 3
-            c = _of(goal, (C >> 2 * mask) & 3)
-            d = _of(goal, (D >> 2 * mask) & 3)
-            regression = tables + quad * 72 + mask * 4
-            left = regression + 24
-            inner = regression + 48
-            value_a = _of(goal, a) + tl.load(regression) * c + tl.load(regression + 1) * d
-            value_b = _of(goal, b) + tl.load(regression + 2) * c + tl.load(regression + 3) * d
-            cost = _quadratic(left, c, d)
-            if SCALED:
-                code_a = _rounded(value_a, tl.load(scale + here + a * n, mask=inside, other=1.0), LOW)
-                moved = value_b + tl.load(inner + 1) / tl.load(inner + 3) * (value_a - code_a)
-                code_b = _rounded(moved, tl.load(scale + here + b * n, mask=inside, other=1.0), LOW)
-                cost += _quadratic(inner, code_a - value_a, code_b - value_b)
-                value_a = code_a
-                value_b = code_b
-            better = (cost < best) | (cost != cost)  # of a scale that is not finite nothing is compared
-            if MASKED:
-                better &= tl.load(allowed + here + a * n, mask=inside, other=1) != 0
-                better &= tl.load(allowed + here + b * n, mask=inside, other=1) != 0
+            cost, value_a, value_b = _pair(
+                goal, scale, allowed, tables + quad * 72 + mask * 4, here, n, inside,
+                (A >> 2 * mask) & 3, (B >> 2 * mask) & 3, (C >> 2 * mask) & 3, (D >> 2 * mask) & 3,
+                LOW, SCALED, MASKED,
+            )  # fmt: skip
+            better = cost < best
             best = tl.where(better, cost, best)
             chosen = tl.where(better, mask, chosen)
             best_a = tl.where(better, value_a, best_a)
