@@ -25,7 +25,7 @@ from marlin_convert.models.blocks import BlockModel
 from marlin_convert.models.hidden import HiddenStates, memory_for_activations
 from marlin_convert.models.stages import BlockWalk
 from marlin_convert.plan import Fate, Plan
-from marlin_convert.quantized import QuantizedLinear, same_codes
+from marlin_convert.quantized import QuantizedLinear, crowded_quads, same_codes
 from marlin_convert.solvers import gptq, sparsity
 from marlin_convert.solvers.drift import Drift, compensated
 from marlin_convert.solvers.gptq import Solution
@@ -257,7 +257,7 @@ class Solve:
 
     def _mask(self, fates: list[Fate], weights: list[Tensor]) -> Tensor | None:
         """What weights that are 2:4 keep, None if they are not; SourceError if they are said to be."""
-        quads = [_crowded_quads(weight) for weight in weights]
+        quads = [crowded_quads(weight) for weight in weights]
         if not any(len(found) for found in quads):
             return sparsity.complete_mask(torch.cat(weights))
         for fate, found in zip(fates, quads, strict=True):
@@ -288,11 +288,6 @@ class Solve:
             row = {"name": fate.linear, "k": fate.k, "n": fate.n, "error": error}
             log.debug("%s: relative output error %.4f", fate.linear, error)
             yield {f"{fate.linear}.weight": written.cpu()}, row
-
-
-def _crowded_quads(weight: Tensor) -> Tensor:
-    """Where a weight (n, k) has more than two non-zeros in a quad: (found, 2) of output and quad."""
-    return ((weight.view(len(weight), -1, 4) != 0).sum(-1) > 2).nonzero()
 
 
 def _output_error(error: Tensor, weight: Tensor, hessian: Tensor) -> float:
