@@ -297,6 +297,10 @@ def quantize(
     if settings["sparsity"] and not settings["format"] and recipes.load(recipe).format == "marlin":
         settings["format"] = "marlin-24"
     chosen, where = recipes.load(recipe).changed(settings), pick_device(device)
+    if chosen.format == "dense":
+        raise ConvertError(
+            f"{recipe!r} is a recipe of sparsify.", "name a layout with --format, or sparsify."
+        )
     job = story.Job(
         source=resolve(model, revision, code=trust_remote_code),
         output=output,
@@ -361,18 +365,16 @@ def sparsify(
     check_report(report)
     settings["skip"] = settings["skip"] or None
     chosen, where = recipes.load(recipe).changed(settings), pick_device(device)
-    job = story.dense(
-        story.Job(
-            source=resolve(model, revision, code=trust_remote_code),
-            output=output,
-            recipe=chosen,
-            device=where,
-            max_shard_size=max_shard_size,
-            resume=resume,
-            overwrite=overwrite,
-            trust_remote_code=trust_remote_code,
-            report=report,
-        )
+    job = story.Job(
+        source=resolve(model, revision, code=trust_remote_code),
+        output=output,
+        recipe=chosen,
+        device=where,
+        max_shard_size=max_shard_size,
+        resume=resume,
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+        report=report,
     )
     if dry_run:
         _, plan = story.plan_job(job)

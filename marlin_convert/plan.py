@@ -252,6 +252,11 @@ def make_plan(
 def _check_sparsity(weights: Weights, recipe: Recipe, *, repack: bool) -> None:
     """Raise ConvertError when what is asked of sparsity is not what a repack, or quantizing, does."""
     claimed = weights.sparse_linears(manifests.load(weights.checkpoint.directory))
+    if recipe.format == "dense" and weights.scheme is not None:
+        raise ConvertError(
+            f"{weights.checkpoint.directory.name} is quantized already ({weights.scheme.format}).",
+            "prune the model it was made from, or quantize --requantize --sparsity 2:4.",
+        )
     if repack and recipe.sparsity != "none" and not claimed and recipe.format != "marlin-24":
         raise ConvertError(
             "the source is quantized and not known to be 2:4; a repack does not prune.",

@@ -57,7 +57,7 @@ def plan_text(plan: "Plan", job: "Job") -> str:
     lines += [
         *([f"  {len(plan.unpruned)} of them not 2:4"] if plan.unpruned else []),
         *(f"    {fate.linear}: {fate.format}, {fate.reason}" for fate in plan.unpruned),
-        f"  {len(plan.dense)} linears of the blocks left dense",
+        f"  {len(plan.dense)} linears of the blocks {_left(plan)}",
         *(f"    {fate.linear}: {fate.reason}" for fate in plan.dense),
         f"  tensors {_size(plan.source_bytes)} -> {_size(plan.output_bytes)}",
     ]
@@ -71,6 +71,11 @@ def plan_text(plan: "Plan", job: "Job") -> str:
     lines += [f"  {line}" for line in left_out(plan)]
     lines += [f"  note: {note}" for note in plan.notes]
     return "\n".join(lines)
+
+
+def _left(plan: "Plan") -> str:
+    """What linears are that nothing is done to."""
+    return "left as they are" if plan.recipe.format == "dense" else "left dense"
 
 
 def _worked_on(plan: "Plan") -> str:
@@ -116,7 +121,7 @@ def summary_text(done: "Report", job: "Job") -> str:
         lines.append(f"{f'mean of {len(errors)} linears':48} {'':7} {'':7} {mean:8.4f}")
     lines += [f"rounded to nearest: {row['name']}" for row in rows if row.get("rounded_to_nearest")]
     lines += [f"not 2:4: {fate.linear}, as {fate.format} ({fate.reason})" for fate in plan.unpruned]
-    lines += [f"left dense: {fate.linear} ({fate.reason})" for fate in plan.dense]
+    lines += [f"{_left(plan)}: {fate.linear} ({fate.reason})" for fate in plan.dense]
     lines += left_out(plan)
     lines += [f"note: {note}" for note in plan.notes]
     what = (
