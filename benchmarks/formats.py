@@ -30,11 +30,14 @@ def seconds(run: Callable[[], object], repeats: int) -> float:
     return min(times)
 
 
-def layer(k: int, n: int, bits: int, zeros: bool) -> QuantizedLinear:
-    """A random layer in groups of 128 rows, with or without zero points."""
+def layer(k: int, n: int, bits: int, zeros: bool, sparse: bool = False) -> QuantizedLinear:
+    """A random layer in groups of 128 rows, with or without zero points, all or half of it left."""
     shape = (k // GROUP_SIZE, n)
+    codes = torch.randint(0, 1 << bits, (k, n), dtype=torch.uint8)
+    if sparse:
+        codes.view(-1, 4, n).scatter_(1, torch.rand(k // 4, 4, n).argsort(1)[:, :2], 8)
     return QuantizedLinear(
-        torch.randint(0, 1 << bits, (k, n), dtype=torch.uint8),
+        codes,
         torch.rand(shape).half() + 0.125,
         GROUP_SIZE,
         bits,
@@ -68,6 +71,7 @@ def main() -> None:
     print(f"| {'GB/s of codes':<38} | {'pack':>6} | {'unpack':>6} |\n|{'-' * 40}|{'-' * 8}|{'-' * 8}|")
     for name, bits, zeros in (
         ("marlin", 4, False),
+        ("marlin-24", 4, False),
         ("gptq", 4, False),
         ("gptq", 4, True),
         ("gptq", 8, False),
@@ -75,7 +79,7 @@ def main() -> None:
         ("compressed-tensors", 4, True),
         ("compressed-tensors", 8, False),
     ):
-        module, q = FORMATS[name], layer(k, n, bits, zeros)
+        module, q = FORMATS[name], layer(k, n, bits, zeros, sparse=name == "marlin-24")
         packed, scheme = module.pack(q), Scheme(name, bits, GROUP_SIZE, not zeros)
         row(
             f"{name} {bits}-bit{', zero points' if zeros else ''}",
@@ -92,6 +96,7 @@ def main() -> None:
     row("awq 4-bit", None, lambda: awq.unpack(words, Scheme("awq", 4, GROUP_SIZE, symmetric=False)))
     print(f"\n| {'GB/s of codes':<38} | {'':>6} |\n|{'-' * 40}|{'-' * 8}|")
     row("chain gptq -> marlin -> codes, equal", lambda: chain(gptq))
+    row("quads counted", lambda: q.quad_weights())
     copy = torch.empty_like(q.codes)
     row("memcpy, into memory in use", lambda: copy.copy_(q.codes))
     row("memcpy, into fresh memory", lambda: q.codes.clone())

@@ -4,7 +4,8 @@
 // turn. Weights go from memory to registers one chunk ahead; activations go through shared memory, shared by a team.
 // TOKENS: 8, 16 or 32. GROUP: rows of k per scale, 0 for one scale for all.
 struct Chunk {
-  uint4 codes[8];
+  uint4 codes[STEPS];
+  uint2 metadata[4];
   uint4 scales[GROUPS];
 };
 
@@ -13,15 +14,22 @@ extern "C" __global__ void __launch_bounds__(128 * SPLITS, 1) marlin_mma(const P
   const int thread = threadIdx.x % 128, team = threadIdx.x / 128, warp = thread / 32, lane = thread % 32;
   const u32 xs = shared_address(memory) + team * (2 * TOKENS * 256);
   float* sums = (float*)(memory + SPLITS * 2 * TOKENS * 256);
-  const Schedule plan(p);
-  const int begin = plan.first(blockIdx.x), end = plan.first(blockIdx.x + 1), columns = p.n / 64;
+  const Schedule& plan = p.plan;
+  const int count = plan.count(), columns = p.n / 64;
 
   auto load = [&](Chunk& c, const Position& at) {
     // of a narrower last tile the last column, again: its sums are not used
-    const int column = min(4 * at.column + warp, columns - 1);
-    const uint4* w = p.weights + ((u64)at.k * 8 * columns + column) * 32 + lane;
+    const int column = min(at.tile.feature / 64 + warp, columns - 1);
+    const uint4* w = p.weights + ((u64)at.k * STEPS * columns + column) * 32 + lane;
 #pragma unroll
-    for (int s = 0; s < 8; s++) c.codes[s] = load_once(w + (u64)s * columns * 32);
+    for (int s = 0; s < STEPS; s++) c.codes[s] = load_once(w + (u64)s * columns * 32);
+#if SPARSE
+#pragma unroll
+    for (int s = 0; s < 4; s++) {
+      const u32* m = p.metadata + (((u64)at.k * 4 + s) * columns + column) * 64 + lane;
+      c.metadata[s] = make_uint2(m[0], m[32]);
+    }
+#endif
 #if GROUP
 #pragma unroll
     for (int g = 0; g < GROUPS; g++)
@@ -29,13 +37,12 @@ extern "C" __global__ void __launch_bounds__(128 * SPLITS, 1) marlin_mma(const P
 #endif
   };
   auto load_x = [&](int buffer, const Position& at) {
-    const int first = at.token_tile * TOKENS;
 #pragma unroll
     for (int i = 0; i < TILES; i++) {
       const int token = i * 8 + thread / 16, v = thread % 16;
-      const bool there = first + token < p.m;
+      const bool there = at.tile.token + token < p.m;
       copy_async(xs + buffer * (TOKENS * 256) + place(token, v),
-                 p.x + (u64)(there ? first + token : 0) * p.k + at.k * 128 + v * 8, there);
+                 p.x + (u64)(there ? at.tile.token + token : 0) * p.k + at.k * 128 + v * 8, there);
     }
     copies_commit();
   };
@@ -44,35 +51,36 @@ extern "C" __global__ void __launch_bounds__(128 * SPLITS, 1) marlin_mma(const P
   clear(acc);
   Chunk a, b;
   let_next_kernel_start();
-  int i = begin + team;
-  Position at(plan, i);
-  if (i < end) load(a, at);
+  Position at(plan, team);
+  if (at.i < count) load(a, at);
   wait_for_previous_kernel();
-  if (i < end) load_x(0, at);
+  if (at.i < count) load_x(0, at);
   int buffer = 0;
   // one chunk: the next one is on its way while this one is multiplied
   auto step = [&](Chunk& now, Chunk& next) {
     copies_wait<0>();
     barrier(2 + team, 128);
     at.advance(plan, SPLITS);
-    if ((i += SPLITS) < end) {
+    if (at.i < count) {
       load_x(buffer ^ 1, at);
       load(next, at);
     }
-    multiply(acc, xs + buffer * (TOKENS * 256), [&](int s) { return now.codes[s]; }, [&](int g) { return now.scales[g]; });
+    multiply(acc, xs + buffer * (TOKENS * 256), [&](int s) { return now.codes[s]; }, [&](int s) { return now.metadata[s]; },
+             [&](int g) { return now.scales[g]; });
     buffer ^= 1;
   };
-  for (int tile = begin / plan.chunks; tile * plan.chunks < end; tile++) {
-    const int stop = min(end, (tile + 1) * plan.chunks);
-    while (i < stop) {
+  for (int i = 0, stop; i < count; i = stop) {
+    const Position here(plan, i);
+    stop = min(count, here.stop);
+    while (at.i < stop) {
       step(a, b);
-      if (i >= stop) { a = b; break; }
+      if (at.i >= stop) { a = b; break; }
       step(b, a);
     }
     barrier(1, 128 * SPLITS);
     put(acc, sums + team * TOKENS * ROW, warp);
     barrier(1, 128 * SPLITS);
-    output(p, plan, tile, sums, 128 * SPLITS);
+    output(p, here.tile, sums, 128 * SPLITS);
     clear(acc);
   }
 }

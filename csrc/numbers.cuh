@@ -20,6 +20,14 @@ __device__ __forceinline__ void unpack(u32 q, u32 (&a)[4]) {
   a[1] = multiply_add(under(q >> 8, mask, top), one, minus);
   a[3] = multiply_add(under(q >> 12, mask, top), one, minus);
 }
+// A scale of float16 has more digits than bfloat16: it is the sum of two.
+struct Factor { u32 high, low; };
+__device__ __forceinline__ u32 multiply(u32 a, u32 b) {
+  u32 r;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+__device__ __forceinline__ u32 multiply(u32 a, const Factor& f) { return multiply_add(a, f.high, multiply(a, f.low)); }
 #define TYPE "bf16"
 __device__ __forceinline__ u32 pair(float low, float high) {
   u32 r;
@@ -46,6 +54,12 @@ __device__ __forceinline__ void unpack(u32 q, u32 (&a)[4]) {
   a[1] = subtract(under(h, low, top), 0x64086408u);
   a[3] = multiply_add(under(h, high, top), 0x2c002c00u, 0xd480d480u);
 }
+struct Factor { u32 both; };
+__device__ __forceinline__ u32 multiply(u32 a, const Factor& f) {
+  u32 r;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(f.both));
+  return r;
+}
 #define TYPE "f16"
 __device__ __forceinline__ u32 pair(float low, float high) {
   u32 r;
@@ -68,4 +82,24 @@ __device__ __forceinline__ float scale_high(u32 s) {
   float f;
   asm("{ .reg .b16 a, b; mov.b32 {a, b}, %1; cvt.f32.f16 %0, b; }" : "=f"(f) : "r"(s));
   return f;
+}
+
+// The two scales of a fragment, of features l / 4 and l / 4 + 8, for multiplication of its codes.
+__device__ __forceinline__ void factors(u32 scales, Factor (&f)[2]) {
+#if BF16
+  const float s[2] = {scale_low(scales), scale_high(scales)};
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    f[h].high = pair(s[h], s[h]);
+    const float rest = s[h] - __uint_as_float(f[h].high << 16);
+    f[h].low = pair(rest, rest);
+  }
+#else
+  f[0].both = __byte_perm(scales, 0, 0x1010);
+  f[1].both = __byte_perm(scales, 0, 0x3232);
+#endif
+}
+__device__ __forceinline__ void multiply_by(const Factor (&f)[2], u32 (&a)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) a[i] = multiply(a[i], f[i % 2]);
 }

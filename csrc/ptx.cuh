@@ -3,6 +3,9 @@ typedef unsigned u32;
 typedef unsigned long long u64;
 typedef unsigned short u16;
 
+// What is the same in all threads of a warp, so that the compiler knows.
+__device__ __forceinline__ int uniform(int v) { return __shfl_sync(~0u, v, 0); }
+
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 // Weights are read once: no room for them in L1, and far ahead into L2.
@@ -18,13 +21,17 @@ __device__ __forceinline__ float4 load_global(const float* p) {  // past L1, whi
                : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p) : "memory");
   return v;
 }
+__device__ __forceinline__ u32 load_acquire(const u32* p) {
+  u32 v;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
 
 // 16 bytes to shared memory, zeros if there is no source.
 __device__ __forceinline__ void copy_async(u32 to, const void* from, bool there) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
 }
 __device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-__device__ __forceinline__ void copies_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 template <int pending> __device__ __forceinline__ void copies_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
@@ -51,18 +58,8 @@ __device__ __forceinline__ void flag_expect(u32 flag, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(flag), "r"(bytes) : "memory");
 }
 __device__ __forceinline__ void flag_arrive(u32 flag) { asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(flag) : "memory"); }
-__device__ __forceinline__ void flag_arrive_after_copies(u32 flag) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(flag) : "memory");
-}
 __device__ __forceinline__ void flag_wait(u32 flag, u32 phase) {
   asm volatile("{ .reg .pred done;\nAGAIN: mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n@!done bra AGAIN;\n}" ::"r"(flag), "r"(phase) : "memory");
-#if SYNC
-  __syncwarp();
-#endif
-}
-__device__ __forceinline__ void copy_bulk(u32 to, const void* from, int bytes, u32 flag) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-               ::"r"(to), "l"(from), "r"(bytes), "r"(flag) : "memory");
 }
 // A rectangle of a matrix, by the copy engine; what lies outside the matrix arrives as zeros.
 struct __align__(64) TensorMap { u64 opaque[16]; };
@@ -75,12 +72,28 @@ __device__ __forceinline__ uint4 load_shared(u32 from) {
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from));
   return v;
 }
-__device__ __forceinline__ uint2 load_shared_pair(u32 from) {
-  uint2 v;
-  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(from));
+__device__ __forceinline__ void load_shared(u32 (&v)[2], u32 from) {
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v[0]), "=r"(v[1]) : "r"(from));
+}
+__device__ __forceinline__ u32 load_shared_word(u32 from) {
+  u32 v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(from));
   return v;
 }
-__device__ __forceinline__ void store_shared(u32 to, u16 v) { asm volatile("st.shared.u16 [%0], %1;" ::"r"(to), "h"(v) : "memory"); }
+// The metadata of four fragments: two words, 128 bytes apart.
+__device__ __forceinline__ uint2 load_metadata(u32 from) {
+  uint2 v = make_uint2(0, 0);
+#if SPARSE
+  asm volatile("ld.shared.u32 %0, [%2];\nld.shared.u32 %1, [%2 + 128];" : "=r"(v.x), "=r"(v.y) : "r"(from));
+#endif
+  return v;
+}
+__device__ __forceinline__ void store_shared(u32 to, u32 v) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(v) : "memory"); }
+// Four 8 x 8 matrices, each transposed: lane l gives where row l % 8 of matrix l / 8 goes.
+__device__ __forceinline__ void store_matrices(u32 to, const u32 (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
+               ::"r"(to), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
+}
 template <int registers> __device__ __forceinline__ void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers)); }
 template <int registers> __device__ __forceinline__ void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers)); }
 #endif

@@ -6,17 +6,17 @@
 // A stage always belongs to the same team: a warp waits for a flag by the parity of its round, and a team that ran
 // ahead by a whole round of another team's stages would take the round before for its own.
 static_assert(STAGES % SPLITS == 0);
-constexpr int WEIGHTS = 16384, SCALES = GROUP ? 512 * GROUPS : 0, FILLED = WEIGHTS + TOKENS * 256 + SCALES;
+constexpr int WEIGHTS = CODES + METADATA, FILLED = WEIGHTS + TOKENS * 256 + SCALES;
 constexpr int STAGE = (FILLED + 1023) / 1024 * 1024;
 
 extern "C" __global__ void __launch_bounds__(128 * SPLITS + 128, 1)
-marlin_stream(const __grid_constant__ Problem p, const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap scales, const __grid_constant__ TensorMap x) {
+marlin_stream(const __grid_constant__ Problem p, const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap metadata, const __grid_constant__ TensorMap scales, const __grid_constant__ TensorMap x) {
   extern __shared__ __align__(1024) unsigned char unaligned[];
   unsigned char* memory = unaligned + (-shared_address(unaligned) & 1023);
   const u32 stages = shared_address(memory), full = stages + STAGES * STAGE, empty = full + 8 * STAGES;
   float* sums = (float*)(memory + STAGES * STAGE + 16 * STAGES);
-  const Schedule plan(p);
-  const int begin = plan.first(blockIdx.x), count = plan.first(blockIdx.x + 1) - begin;
+  const Schedule& plan = p.plan;
+  const int count = plan.count();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; s++) {
@@ -32,15 +32,16 @@ marlin_stream(const __grid_constant__ Problem p, const __grid_constant__ TensorM
     auto load = [&](const Position& at, int s) {
       const u32 stage = stages + s * STAGE, flag = full + s * 8;
       flag_expect(flag, FILLED);
-      copy_tile(stage, &weights, 256 * at.column, 8 * at.k, flag);
-      if (GROUP) copy_tile(stage + WEIGHTS + TOKENS * 256, &scales, 256 * at.column, GROUPS * at.k, flag);
+      copy_tile(stage, &weights, at.tile.feature, STEPS * at.k, flag);
+      if (SPARSE) copy_tile(stage + CODES, &metadata, at.tile.feature, 4 * at.k, flag);
+      if (GROUP) copy_tile(stage + WEIGHTS + TOKENS * 256, &scales, at.tile.feature, GROUPS * at.k, flag);
     };
     auto load_x = [&](const Position& at, int s) {
       const u32 stage = stages + s * STAGE + WEIGHTS, flag = full + s * 8;
-      copy_tile(stage, &x, 128 * at.k, TOKENS * at.token_tile, flag);
-      copy_tile(stage + TOKENS * 128, &x, 128 * at.k + 64, TOKENS * at.token_tile, flag);
+      copy_tile(stage, &x, 128 * at.k, at.tile.token, flag);
+      copy_tile(stage + TOKENS * 128, &x, 128 * at.k + 64, at.tile.token, flag);
     };
-    Position at(plan, begin), at_x(plan, begin);
+    Position at(plan, 0), at_x(plan, 0);
     const int ahead = min(count, STAGES);
     for (int i = 0; i < ahead; i++, at.advance(plan, 1)) load(at, i);
     let_next_kernel_start();
@@ -59,14 +60,15 @@ marlin_stream(const __grid_constant__ Problem p, const __grid_constant__ TensorM
   Sums acc;
   clear(acc);
   wait_for_previous_kernel();
-  int i = team;
-  int s = team, phase = 0;
-  for (int tile = begin / plan.chunks; tile * plan.chunks < begin + count; tile++) {
-    const int stop = min(count, (tile + 1) * plan.chunks - begin);
+  int i = team, s = team, phase = 0;
+  for (int begin = 0, stop; begin < count; begin = stop) {
+    const Position here(plan, begin);
+    stop = min(count, here.stop);
     for (; i < stop; i += SPLITS) {
       const u32 stage = stages + s * STAGE;
       flag_wait(full + s * 8, phase);
-      multiply(acc, stage + WEIGHTS, [&](int row) { return load_shared(stage + row * 2048 + column * 512 + lane * 16); },
+      multiply(acc, stage + WEIGHTS, [&](int step) { return load_shared(stage + step * 2048 + column * 512 + lane * 16); },
+               [&](int step) { return load_metadata(stage + CODES + step * 1024 + column * 256 + lane * 4); },
                [&](int g) { return load_shared(stage + WEIGHTS + TOKENS * 256 + g * 512 + column * 128 + lane / 4 * 16); });
       __syncwarp();
       if (lane == 0) flag_arrive(empty + s * 8);
@@ -75,7 +77,7 @@ marlin_stream(const __grid_constant__ Problem p, const __grid_constant__ TensorM
     barrier(1, 128 * SPLITS);
     put(acc, sums + team * TOKENS * ROW, column);
     barrier(1, 128 * SPLITS);
-    output(p, plan, tile, sums, 128 * SPLITS);
+    output(p, here.tile, sums, 128 * SPLITS);
     clear(acc);
   }
 }

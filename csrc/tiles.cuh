@@ -1,58 +1,104 @@
 // Which block of the grid computes what, and how the parts of a tile become its output.
 //
-// A tile is 256 features x TOKENS tokens; its work is k / 128 chunks. All chunks of all tiles stand in one row, tile
-// after tile, and every block takes an equal run of them. A tile that more than one block worked on is summed by the
-// block that comes last, always in the order of the chunks: the result does not depend on who that is.
+// A tile is 256 features x TOKENS tokens; its work is k / 128 chunks. Every block first computes the same number of
+// tiles alone. The chunks of the tiles that are left stand in one row, and every block takes an equal run of them. A
+// tile that more than one block worked on is summed by the block that comes last, always in the order of the chunks:
+// the result does not depend on who that is.
 
-struct Problem {
-  const uint4* weights;   // (k / 16, n / 64, 32 lanes) of 16 bytes: B of the MARLIN layout
-  const u16* x;           // (m, k)
-  const u16* scales;      // (k / group, n) in the order of the MARLIN layout
-  const u16* bias;        // (n) or null
-  u16* y;                 // (m, n)
-  float* parts;           // per block of the grid two tiles, of 256 x TOKENS
-  u32* tickets;           // per block of the grid one; zero between launches
-  int m, n, k;
-};
+constexpr int TICKETS = 32;
 
 struct Schedule {
-  int token_tiles, chunks, each, more;  // the first `more` blocks take one chunk above `each`
-  __device__ Schedule(const Problem& p) {
-    token_tiles = (p.m + TOKENS - 1) / TOKENS;
-    chunks = p.k / 128;
-    const u32 total = (u32)((p.n + 255) / 256) * token_tiles * chunks;
-    each = total / gridDim.x;
-    more = total % gridDim.x;
-  }
-  __device__ int first(int block) const { return block * each + min(block, more); }
+  int columns, token_tiles, chunks;
+  int whole;                   // tiles that a block computes alone
+  int run, share, each, more;  // of the others every `run` chunks go to `share` blocks; the first `more` take one above `each`
+  __device__ bool even() const { return run == chunks; }  // every run is a tile: no block has parts of two
+  __device__ int first(int place) const { return place * each + min(place, more); }
   __device__ int owner(int chunk) const {
     const int there = more * (each + 1);
     return chunk < there ? chunk / (each + 1) : more + (chunk - there) / each;
   }
+  __device__ int count() const {
+    const int place = blockIdx.x % share;
+    return whole * chunks + (run ? each + (place < more) : 0);
+  }
 };
 
-// A chunk: which 128 rows of k, of which 256 features, for which tokens. Divides once, then only counts.
+struct Problem {
+  const uint4* weights;   // (k / 16 or, SPARSE, k / 32, n / 64, 32 lanes) of 16 bytes: B or B_24
+  const u16* x;           // (m, k)
+  const u16* scales;      // (k / group, n) in the order of the layout
+  const u16* bias;        // (n) or null
+  u16* y;                 // (m, n)
+  float* parts;           // per block of the grid two tiles, of 256 x TOKENS
+  u32* tickets;           // per block of the grid TICKETS; zero between launches
+  const u32* metadata;    // (k / 32, n / 64, 2, 32 lanes): B_meta
+  int m, n, k;
+  Schedule plan;
+};
+
+// What a tile is: where it lies, and which blocks share it.
+struct Tile {
+  int token, feature, head, tail;
+  bool late;  // the first of them began another tile before, and has a second place for its part of this one
+  __device__ Tile() {}
+  __device__ Tile(const Schedule& plan, int number) {
+    int column = number, token_tile = 0;
+    if (plan.token_tiles > 1) {
+      // those computed at the same time lie together: eight token tiles of one column, then of the next
+      const int band = number / (8 * plan.columns), height = min(8, plan.token_tiles - 8 * band);
+      column = (number - band * 8 * plan.columns) / height;
+      token_tile = 8 * band + (number - band * 8 * plan.columns) % height;
+    }
+    token = token_tile * TOKENS;
+    feature = column * 256;
+    const int among = number - plan.whole * (int)gridDim.x;
+    head = tail = blockIdx.x;
+    late = false;
+    if (among < 0) return;
+    if (plan.even()) {
+      head = among * plan.share;
+      tail = head + min(plan.share, plan.chunks) - 1;
+    } else {
+      head = plan.owner(among * plan.chunks);
+      tail = plan.owner((among + 1) * plan.chunks - 1);
+      late = among * plan.chunks > plan.first(head);
+    }
+  }
+  __device__ float* part(const Problem& p, int block) const {
+    return p.parts + (u64)(2 * block + (block == head && late)) * (TOKENS * 256);
+  }
+};
+
+// A chunk of a block: which 128 rows of k of which tile. Divides once a tile, then only counts.
 struct Position {
-  int k, token_tile, column;
-  __device__ Position(const Schedule& plan, int chunk) {
-    const int tile = chunk / plan.chunks;
-    k = chunk % plan.chunks;
-    column = tile / plan.token_tiles;
-    token_tile = tile % plan.token_tiles;
+  int i, stop, k;
+  Tile tile;
+  __device__ Position(const Schedule& plan, int i) : i(i) { find(plan); }
+  __device__ void find(const Schedule& plan) {
+    const int alone = plan.whole * plan.chunks;
+    int number = i < alone ? blockIdx.x : plan.whole * gridDim.x;
+    k = i;
+    if (i >= alone) {
+      k += plan.first(plan.even() ? blockIdx.x % plan.share : blockIdx.x) - alone;
+      if (plan.even()) number += blockIdx.x / plan.share;
+    }
+    if (k >= plan.chunks) {
+      const int tiles = k / plan.chunks;
+      number += i < alone ? tiles * gridDim.x : tiles;
+      k -= tiles * plan.chunks;
+    }
+    stop = i + plan.chunks - k;
+    tile = Tile(plan, number);
   }
   __device__ __forceinline__ void advance(const Schedule& plan, int by) {
-    for (k += by; k >= plan.chunks; k -= plan.chunks)
-      if (++token_tile == plan.token_tiles) {
-        token_tile = 0;
-        column++;
-      }
+    i += by;
+    k += by;
+    if (i >= stop) find(plan);
   }
 };
 
-// The scale of a feature where there is one for all of k: inside 32 features, 8 i + 2 m + e holds 2 i + e + 8 m.
 __device__ __forceinline__ float single_scale(const Problem& p, int feature) {
-  const int r = feature % 32;
-  return scale_low(p.scales[(feature & ~31) + 8 * (r % 8 / 2) + 2 * (r / 8) + r % 2]);
+  return scale_low(p.scales[place_of_scale(feature)]);
 }
 
 // What is left to do to four neighbouring features of a token.
@@ -69,15 +115,20 @@ __device__ __forceinline__ void finish(const Problem& p, int token, int feature,
   *(uint2*)(p.y + (u64)token * p.n + feature) = make_uint2(pair(v.x, v.y), pair(v.z, v.w));
 }
 
+// How many were here before. The last of all sets the ticket back to zero.
+__device__ __forceinline__ u32 take_ticket(u32* ticket) {
+  u32 before;
+  asm volatile("atom.global.acq_rel.gpu.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(ticket) : "memory");
+  return before;
+}
+
 // Whether this block is the last of those that share a tile, after all have written their parts.
 __device__ __forceinline__ bool comes_last(const Problem& p, int head, int tail, int threads) {
   __shared__ u32 last;
   barrier(1, threads);
   if (threadIdx.x == 0) {
-    u32 before;
-    asm volatile("atom.global.acq_rel.gpu.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(p.tickets + head) : "memory");
-    last = before == (u32)(tail - head);
-    if (last) p.tickets[head] = 0;
+    last = take_ticket(p.tickets + head * TICKETS) == tail - head;
+    if (last) p.tickets[head * TICKETS] = 0;
   }
   barrier(1, threads);
   return last;
@@ -85,12 +136,9 @@ __device__ __forceinline__ bool comes_last(const Problem& p, int head, int tail,
 
 // The sums of a tile lie in shared memory, SPLITS times (tokens, ROW) floats; all threads of the block come here.
 constexpr int ROW = 256 + 4;
-__device__ __forceinline__ void output(const Problem& p, const Schedule& plan, int tile, const float* sums, int threads) {
-  const int first_token = tile % plan.token_tiles * TOKENS, first_feature = tile / plan.token_tiles * 256;
-  const int begin = tile * plan.chunks, head = plan.owner(begin), tail = plan.owner(begin + plan.chunks - 1);
-  const int tokens = min(TOKENS, p.m - first_token), late = begin > plan.first(head);
-  // the block that begins a tile after another one has a second place for it
-  float* mine = p.parts + (2 * blockIdx.x + (blockIdx.x == head && late)) * (TOKENS * 256);
+__device__ __forceinline__ void output(const Problem& p, const Tile& tile, const float* sums, int threads) {
+  const int tokens = min(TOKENS, p.m - tile.token), head = tile.head, tail = tile.tail;
+  float* mine = tile.part(p, blockIdx.x);
   for (int i = threadIdx.x; i < tokens * 64; i += threads) {
     const int token = i / 64, feature = 4 * (i % 64);
     float4 v = *(const float4*)(sums + token * ROW + feature);
@@ -99,7 +147,7 @@ __device__ __forceinline__ void output(const Problem& p, const Schedule& plan, i
       float4 w = *(const float4*)(sums + (split * TOKENS + token) * ROW + feature);
       v.x += w.x; v.y += w.y; v.z += w.z; v.w += w.w;
     }
-    if (head == tail) finish(p, first_token + token, first_feature + feature, v);
+    if (head == tail) finish(p, tile.token + token, tile.feature + feature, v);
     else *(float4*)(mine + 4 * i) = v;
   }
   if (head == tail || !comes_last(p, head, tail, threads)) return;
@@ -109,11 +157,11 @@ __device__ __forceinline__ void output(const Problem& p, const Schedule& plan, i
       float4 w[8];
 #pragma unroll
       for (int b = 0; b < 8; b++)
-        if (b0 + b <= tail) w[b] = load_global(p.parts + (2 * (b0 + b) + (b0 + b == head && late)) * (TOKENS * 256) + 4 * i);
+        if (b0 + b <= tail) w[b] = load_global(tile.part(p, b0 + b) + 4 * i);
 #pragma unroll
       for (int b = 0; b < 8; b++)
         if (b0 + b <= tail) { v.x += w[b].x; v.y += w[b].y; v.z += w[b].z; v.w += w[b].w; }
     }
-    finish(p, first_token + i / 64, first_feature + 4 * (i % 64), v);
+    finish(p, tile.token + i / 64, tile.feature + 4 * (i % 64), v);
   }
 }

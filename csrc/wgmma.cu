@@ -1,22 +1,24 @@
 // W4A16 for many tokens on Hopper: one warp keeps the copy engine busy, two warpgroups multiply by wgmma.
 //
-// A stage holds one chunk: 128 rows of k of 256 features, their scales and the activations. Each warp has its own 64
-// features, as fragments of 16; a warpgroup takes two of the four fragments of its warps, one after the other: while
-// one warpgroup scales what it has summed over a group, the other one multiplies.
-constexpr int GROUPS = GROUP ? 128 / GROUP : 1;  // per chunk
-constexpr int STEPS = 8 / GROUPS;                // of 16 rows of k, per group
-constexpr int WEIGHTS = 16384, SCALES = GROUP ? 512 * GROUPS : 0, FILLED = WEIGHTS + TOKENS * 256 + SCALES;
+// A stage holds one chunk: 128 rows of k of 256 features, their scales and the activations. Two warps of a warpgroup
+// share 64 features, two fragments of 16 each. The codes of a step are unpacked and scaled while the tensor cores still
+// multiply the step before.
+constexpr int WEIGHTS = CODES + METADATA, FILLED = WEIGHTS + TOKENS * 256 + SCALES;
 constexpr int STAGE = (FILLED + 1023) / 1024 * 1024;
 constexpr int SUMS = TOKENS / 2;  // of a thread, per fragment: features l / 4 and + 8, tokens 8 i + 2 (l % 4) and + 1
+constexpr int PARTS = TOKENS < 64 ? 1 : 2;  // of a warp's share of a tile, that are summed up each by itself
+constexpr int ROWS = TOKENS / PARTS / 8;    // of eight tokens, in a part
+static_assert(PARTS * 8 <= TICKETS);
 
-__device__ __forceinline__ void output_registers(const Problem& p, const Schedule& plan, int tile, float (&acc)[2][SUMS], u32 staging);
+typedef float Sums[2][SUMS];
+__device__ __forceinline__ void output_registers(const Problem& p, const Tile& tile, Sums& acc, u32 staging, int column, int half);
 
 extern "C" __global__ void __launch_bounds__(384, 1)
-marlin_wgmma(const __grid_constant__ Problem p, const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap scales, const __grid_constant__ TensorMap x) {
+marlin_wgmma(const __grid_constant__ Problem p, const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap metadata, const __grid_constant__ TensorMap scales, const __grid_constant__ TensorMap x) {
   extern __shared__ __align__(1024) unsigned char unaligned[];
   const u32 stages = (shared_address(unaligned) + 1023) & ~1023u, full = stages + STAGES * STAGE, empty = full + 8 * STAGES;
-  const Schedule plan(p);
-  const int begin = plan.first(blockIdx.x), count = plan.first(blockIdx.x + 1) - begin;
+  const Schedule& plan = p.plan;
+  const int count = uniform(plan.count());
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; s++) {
@@ -29,127 +31,193 @@ marlin_wgmma(const __grid_constant__ Problem p, const __grid_constant__ TensorMa
   if (warp >= 8) {
     give_registers<GIVE>();
     if (threadIdx.x != 256) return;
-    Position at(plan, begin);
-    for (int i = 0, s = 0, phase = 1; i < count; i++, at.advance(plan, 1)) {
+    Position at(plan, 0);
+    for (int s = 0, phase = 1; at.i < count; at.advance(plan, 1)) {
       const u32 stage = stages + s * STAGE, flag = full + s * 8;
       flag_wait(empty + s * 8, phase);
       flag_expect(flag, FILLED);
-      copy_tile(stage, &weights, 256 * at.column, 8 * at.k, flag);
-      if (GROUP) copy_tile(stage + WEIGHTS + TOKENS * 256, &scales, 256 * at.column, GROUPS * at.k, flag);
-      if (i == 0) {
+      copy_tile(stage, &weights, at.tile.feature, STEPS * at.k, flag);
+      if (SPARSE) copy_tile(stage + CODES, &metadata, at.tile.feature, 4 * at.k, flag);
+      if (GROUP) copy_tile(stage + WEIGHTS + TOKENS * 256, &scales, at.tile.feature, GROUPS * at.k, flag);
+      if (at.i == 0) {
         let_next_kernel_start();
         wait_for_previous_kernel();
       }
-      copy_tile(stage + WEIGHTS, &x, 128 * at.k, TOKENS * at.token_tile, flag);
-      copy_tile(stage + WEIGHTS + TOKENS * 128, &x, 128 * at.k + 64, TOKENS * at.token_tile, flag);
+      copy_tile(stage + WEIGHTS, &x, 128 * at.k, at.tile.token, flag);
+      copy_tile(stage + WEIGHTS + TOKENS * 128, &x, 128 * at.k + 64, at.tile.token, flag);
       if (++s == STAGES) { s = 0; phase ^= 1; }
     }
     return;
   }
   take_registers<TAKE>();
-  const int group = warp / 4, column = warp % 4;
-  float acc[2][SUMS];
-  auto clear = [&]() {
+  const int column = warp / 4 * 2 + warp % 2, half = warp / 2 % 2;  // fragments 2 half and 2 half + 1 of 64 features
+  Sums acc;
+  wait_for_previous_kernel();
+  int s = 0, phase = 0;
+  for (int i = 0; i < count;) {
+    const Position here(plan, i);
+    const int stop = uniform(min(count, here.stop));
 #pragma unroll
     for (int j = 0; j < 2; j++)
 #pragma unroll
-      for (int i = 0; i < SUMS; i++) acc[j][i] = 0.f;
-  };
-  clear();
-  wait_for_previous_kernel();
-  int i = 0, s = 0, phase = 0;
-  for (int tile = begin / plan.chunks; tile * plan.chunks < begin + count; tile++) {
-    const int stop = min(count, (tile + 1) * plan.chunks - begin);
+      for (int k = 0; k < SUMS; k++) acc[j][k] = 0.f;
+    u32 done = 0;  // the flag of the stage before, which the tensor cores still read
     for (; i < stop; i++) {
-      const u32 stage = stages + s * STAGE, at = stage + WEIGHTS;
+      const u32 stage = stages + s * STAGE;
+      const u32 codes = stage + column * 512 + lane * 16 + half * 8;
+      const u32 scale = stage + WEIGHTS + TOKENS * 256 + column * 128 + lane / 4 * 16 + half * 8;
+      const u32 tokens = uniform(matrix(stage + WEIGHTS));
       flag_wait(full + s * 8, phase);
-      uint2 words[8];
+      u32 words[STEPS][2], which[STEPS], pairs[2], a[2][2][4];
+      Factor factor[2][2];
 #pragma unroll
-      for (int r = 0; r < 8; r++) words[r] = load_shared_pair(stage + r * 2048 + column * 512 + lane * 16 + group * 8);
+      for (int r = 0; r < STEPS; r++) {
+        load_shared(words[r], codes + r * 2048);
+        which[r] = SPARSE ? load_shared_word(stage + CODES + r * 1024 + column * 256 + half * 128 + lane * 4) : 0;
+      }
 #pragma unroll
-      for (int g = 0; g < GROUPS; g++) {
-        const uint2 scale = GROUP ? load_shared_pair(at + TOKENS * 256 + g * 512 + column * 128 + lane / 4 * 16 + group * 8) : make_uint2(0, 0);
+      for (int r = 0; r < STEPS; r++) {
+        if (GROUP && r % GROUP_STEPS == 0) load_shared(pairs, scale + r / GROUP_STEPS * 512);
 #pragma unroll
         for (int j = 0; j < 2; j++) {
-          float part[SUMS];
-          u32 a[2][4];
-#pragma unroll
-          for (int r = g * STEPS; r < (g + 1) * STEPS; r++) {
-            unpack(j ? words[r].y : words[r].x, a[r & 1]);
-            wgmma_fence();
-            wgmma(GROUP ? part : acc[j], a[r & 1], matrix(at + r / 4 * (TOKENS * 128) + r % 4 * 32), GROUP ? r > g * STEPS : 1);
-            wgmma_commit();
-            if (r + 1 < (g + 1) * STEPS) wgmma_wait<1>(); else wgmma_wait<0>();
-          }
-          if (GROUP) {
-            const float low = scale_low(j ? scale.y : scale.x), high = scale_high(j ? scale.y : scale.x);
-#pragma unroll
-            for (int k = 0; k < SUMS; k++) acc[j][k] += (k % 4 < 2 ? low : high) * part[k];
-          }
+          if (GROUP && r % GROUP_STEPS == 0) factors(pairs[j], factor[j]);
+          unpack(words[r][j], a[r % 2][j]);
+          if (GROUP) multiply_by(factor[j], a[r % 2][j]);
         }
+        constexpr int PER_ROWS = STEPS / 2;  // steps of 64 rows of k, the bytes of a swizzled token
+        const u32 rows = tokens + (r / PER_ROWS * (TOKENS * 128) + r % PER_ROWS * (128 / PER_ROWS)) / 16;
+        wgmma_fence();
+        wgmma<0>(acc[0], a[r % 2][0], which[r], rows);
+        wgmma<1>(acc[1], a[r % 2][1], which[r], rows);
+        wgmma_commit();
+        wgmma_wait<1>();
+        if (r == 0 && done && lane == 0) flag_arrive(done);
       }
-      if (lane == 0) flag_arrive(empty + s * 8);
+      done = empty + s * 8;
       if (++s == STAGES) { s = 0; phase ^= 1; }
     }
-    output_registers(p, plan, tile, acc, empty + 8 * STAGES + warp * 512);
-    clear();
+    wgmma_wait<0>();
+    if (lane == 0) flag_arrive(done);
+    output_registers(p, here.tile, acc, empty + 8 * STAGES + column * 1024, column, half);
   }
 }
 
-// A tile whose sums are in registers; parts of it lie in memory as they do in the registers, thread beside thread.
-__device__ __forceinline__ void output_registers(const Problem& p, const Schedule& plan, int tile, float (&acc)[2][SUMS], u32 staging) {
-  const int first_token = tile % plan.token_tiles * TOKENS, first_feature = tile / plan.token_tiles * 256;
-  const int begin = tile * plan.chunks, head = plan.owner(begin), tail = plan.owner(begin + plan.chunks - 1);
-  const int late = begin > plan.first(head), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  if (head != tail) {
-    float* mine = p.parts + (u64)(2 * blockIdx.x + (blockIdx.x == head && late)) * (TOKENS * 256) + 4 * threadIdx.x;
-#pragma unroll
-    for (int j = 0; j < 2; j++)
-#pragma unroll
-      for (int i = 0; i < SUMS; i += 4)
-        *(float4*)(mine + (j * SUMS + i) * 256) = make_float4(acc[j][i], acc[j][i + 1], acc[j][i + 2], acc[j][i + 3]);
-    if (!comes_last(p, head, tail, 256)) return;
-#pragma unroll
-    for (int j = 0; j < 2; j++)
-#pragma unroll
-      for (int i = 0; i < SUMS; i++) acc[j][i] = 0.f;
-    for (int b = head; b <= tail; b++) {
-      const float* theirs = p.parts + (u64)(2 * b + (b == head && late)) * (TOKENS * 256) + 4 * threadIdx.x;
-#pragma unroll
-      for (int j = 0; j < 2; j++)
-#pragma unroll
-        for (int i = 0; i < SUMS; i += 4) {
-          const float4 v = load_global(theirs + (j * SUMS + i) * 256);
-          acc[j][i] += v.x; acc[j][i + 1] += v.y; acc[j][i + 2] += v.z; acc[j][i + 3] += v.w;
-        }
-    }
-  }
-  // eight tokens at a time through shared memory: a lane then has eight neighbouring features of one token
-  const int feature = first_feature + warp % 4 * 64 + warp / 4 * 32;
-  if (feature >= p.n) return;
-  float factor[2][2] = {{1.f, 1.f}, {1.f, 1.f}}, bias[2][2] = {};
+// Who stores together: a warp has 32 features side by side; of Sparse-MARLIN's it has every other two, and the other
+// warp of the column those between.
+__device__ __forceinline__ void meet(int column) {
+  if (SPARSE) barrier(2 + column, 64); else __syncwarp();
+}
+
+// Eight tokens at a time through shared memory: a lane then has eight neighbouring features of one token.
+__device__ __forceinline__ void store_part(const Problem& p, int token, int feature, const Sums& acc, int part, u32 staging, int column, int half) {
+  const int lane = threadIdx.x % 32, row = lane % 8, back = SPARSE ? 4 * half + lane / 8 : lane / 4;
+  const u32 to = staging + half * 512 + row * 64 + ((lane / 8 ^ row / 2) & 3) * 16;
+  const u32 from = SPARSE ? staging + back * 128 + ((lane ^ back) & 7) * 16
+                          : staging + half * 512 + back * 64 + ((lane ^ back / 2) & 3) * 16;
+  float factor[2][2], bias[2][2];
 #pragma unroll
   for (int j = 0; j < 2; j++)
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      const int f = feature + 16 * j + 8 * h + lane / 4;
-      if (GROUP == 0) factor[j][h] = single_scale(p, f);
-      if (p.bias) bias[j][h] = number(p.bias[f]);
+      const int f = feature + feature_in_column(2 * half + j, h, lane);
+      factor[j][h] = GROUP ? 1.f : single_scale(p, f);
+      bias[j][h] = p.bias ? number(p.bias[f]) : 0.f;
     }
-  const int row = lane / 4, part = lane % 4;
 #pragma unroll
-  for (int i = 0; i < SUMS; i += 4) {
-    const int token = first_token + 2 * i;
-    if (token >= p.m) return;
+  for (int r = part * ROWS; r < (part + 1) * ROWS; r++) {
+    float v[2][2][2];  // of two fragments, features l / 4 and + 8, tokens 2 (l % 4) and + 1
 #pragma unroll
-    for (int j = 0; j < 2; j++)
+    for (int i = 0; i < 8; i++) v[i / 4][i / 2 % 2][i % 2] = acc[i / 4][4 * r + i % 4] * factor[i / 4][i / 2 % 2] + bias[i / 4][i / 2 % 2];
+    meet(column);
+    if (SPARSE) {
 #pragma unroll
-      for (int e = 0; e < 4; e++) {
-        const u32 v = pair(acc[j][i + e] * factor[j][e / 2] + bias[j][e / 2], 0.f);
-        store_shared(staging + (2 * (lane % 4) + e % 2) * 64 + (16 * j + 8 * (e / 2) + lane / 4) * 2, (u16)v);
-      }
-    __syncwarp();
-    if (token + row < p.m) *(uint4*)(p.y + (u64)(token + row) * p.n + feature + 8 * part) = load_shared(staging + row * 64 + part * 16);
-    __syncwarp();
+      for (int h = 0; h < 2; h++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          const int t = 2 * (lane % 4) + e;
+          store_shared(staging + t * 128 + ((lane / 4 ^ t) & 7) * 16 + 8 * h + 4 * half, pair(v[0][h][e], v[1][h][e]));
+        }
+    } else {
+      const u32 pairs[4] = {pair(v[0][0][0], v[0][0][1]), pair(v[0][1][0], v[0][1][1]), pair(v[1][0][0], v[1][0][1]), pair(v[1][1][0], v[1][1][1])};
+      store_matrices(to, pairs);
+    }
+    meet(column);
+    const int t = token + 8 * r + back, f = feature + (SPARSE ? lane % 8 * 8 : 32 * half + lane % 4 * 8);
+    if (t < p.m) *(uint4*)(p.y + (u64)t * p.n + f) = load_shared(from);
   }
+}
+
+// A tile whose sums are in registers. Of a tile that other blocks work on too, those who store together write their
+// share down in parts; who comes last to a part sums it up, in the order of the chunks. Blocks begin with different
+// parts, so that each comes last to some of them.
+__device__ __forceinline__ void output_registers(const Problem& p, const Tile& tile, Sums& acc, u32 staging, int column, int half) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, me = blockIdx.x;
+  const int head = tile.head, tail = tile.tail, feature = tile.feature + column * 64;
+  if (feature >= p.n) return;
+  u32 mine = (1 << PARTS) - 1;  // parts that are this warp's to store
+  if (head != tail) {
+    constexpr int QUADS = ROWS * 2;  // of sums of a thread, in a part
+    auto place = [&](int block, int part) {
+      return tile.part(p, block) + ((warp * PARTS + part) * QUADS * 32 + lane) * 4;
+    };
+    u32* const tickets = p.tickets + head * TICKETS + (SPARSE ? column : warp) * PARTS;
+    const bool first = !SPARSE || half == 0;  // of those who store together, the warp that takes the tickets
+    auto told = [&](u32 answer) {  // by the first
+      if (!SPARSE) return answer;
+      meet(column);
+      if (first && lane == 0) store_shared(staging, answer);
+      meet(column);
+      answer = load_shared_word(staging);
+      meet(column);
+      return answer;
+    };
+    auto add = [&](int block, int part) {
+#pragma unroll
+      for (int r = 0; r < QUADS; r++) {
+        const float4 v = load_global(place(block, part) + r * 128);
+        float* sum = &acc[r % 2][4 * (part * ROWS + r / 2)];
+        sum[0] += v.x; sum[1] += v.y; sum[2] += v.z; sum[3] += v.w;
+      }
+    };
+    u32 all = 0;
+    if (me == head && tile.late) all = told(__all_sync(~0u, !first || lane >= PARTS || load_acquire(tickets + lane % PARTS) == tail - head));
+    if (all) {  // a block that came late to a tile, when all others are done, adds theirs to its own
+      if (first && lane < PARTS) tickets[lane] = 0;
+      for (int b = head + 1; b <= tail; b++)
+#pragma unroll
+        for (int q = 0; q < PARTS; q++) add(b, q);
+    } else {
+      u32 before = ~0u;
+      const bool even = p.plan.even();  // then all come at the same time
+#pragma unroll
+      for (int turn = 0; turn < PARTS; turn++) {
+        const int part = (turn + me) % PARTS;
+        float* to = place(me, part);
+#pragma unroll
+        for (int q = 0; q < PARTS; q++)
+          if (q == part)
+#pragma unroll
+            for (int r = 0; r < QUADS; r++) {
+              const float* v = &acc[r % 2][4 * (q * ROWS + r / 2)];
+              *(float4*)(to + r * 128) = make_float4(v[0], v[1], v[2], v[3]);
+            }
+        meet(column);
+        if (even && first && lane == part) before = take_ticket(tickets + part);
+      }
+      if (!even && first && lane < PARTS) before = take_ticket(tickets + lane);
+      const bool last = before == tail - head;
+      if (last) tickets[lane] = 0;
+      mine = told(__ballot_sync(~0u, last));
+#pragma unroll
+      for (int q = 0; q < PARTS; q++)
+        if (mine >> q & 1) {
+#pragma unroll
+          for (int r = 0; r < QUADS * 4; r++) acc[r / 4 % 2][4 * (q * ROWS + r / 8) + r % 4] = 0.f;
+          for (int b = head; b <= tail; b++) add(b, q);
+        }
+    }
+  }
+#pragma unroll
+  for (int q = 0; q < PARTS; q++)
+    if (mine >> q & 1) store_part(p, tile.token, feature, acc, q, staging, column, half);
 }

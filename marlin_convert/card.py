@@ -36,8 +36,10 @@ MOST = 200
 
 TAGS = {
     "marlin": ("marlin",),
+    "marlin-24": ("marlin", "sparse-24"),
     "gptq": ("gptq", "vllm"),
     "compressed-tensors": ("compressed-tensors", "vllm"),
+    "dense": ("sparse-24",),
 }
 
 _STOCK = """\
@@ -56,9 +58,7 @@ tokens = tokenizer("Hello", return_tensors="pt")
 print(tokenizer.decode(model.generate(**tokens, max_new_tokens=32)[0]))
 ```
 """
-# Only what tests/engines has seen load and answer right.
-SERVING = {
-    "marlin": """\
+_OURS = """\
 No released engine loads this layout.{also}
 
 > **Do not load it with `AutoModelForCausalLM.from_pretrained`.** transformers does not know the layout,
@@ -69,7 +69,20 @@ Its codes can be written in another layout, exactly:
 ```
 marlin-convert quantize {repository}{revision} -o DIR --format gptq
 ```
-""",
+"""
+# Only what tests/engines has seen load and answer right.
+_DENSE = """\
+It loads as the original does. To quantize it, keeping its zeros:
+
+```
+marlin-convert quantize {repository}{revision} -o DIR --format marlin-24
+```
+"""
+
+SERVING = {
+    "dense": _DENSE,
+    "marlin": _OURS,
+    "marlin-24": _OURS,
     "gptq": _STOCK % "optimum gptqmodel",
     "compressed-tensors": _STOCK % "compressed-tensors",
 }
@@ -201,14 +214,19 @@ def write(published: Published, facts: Facts) -> str:
 def _metadata(published: Published, facts: Facts) -> dict[str, Any]:
     metadata: dict[str, Any] = {}
     if facts.base_model:
-        metadata |= {"base_model": facts.base_model, "base_model_relation": "quantized"}
+        relation = "finetune" if published.format == "dense" else "quantized"
+        metadata |= {"base_model": facts.base_model, "base_model_relation": relation}
     metadata |= facts.license
     if facts.language:
         metadata["language"] = facts.language
     # the Hub takes a repository with a config.json for one that transformers loads, and tells people to
-    metadata["library_name"] = "marlin-convert" if published.format == "marlin" else "transformers"
+    metadata["library_name"] = "marlin-convert" if SERVING[published.format] is _OURS else "transformers"
     metadata["pipeline_tag"] = facts.pipeline_tag
-    tags = ["quantized", "4-bit", "w4a16", "marlin-convert"]
+    tags = (
+        ["marlin-convert"]
+        if published.format == "dense"
+        else ["quantized", "4-bit", "w4a16", "marlin-convert"]
+    )
     metadata["tags"] = sorted({*tags, *TAGS[published.format]})
     return metadata
 
@@ -219,11 +237,18 @@ def _overview(published: Published, facts: Facts) -> str:
     original = (
         f"[{base}](https://huggingface.co/{base})" if base else _code(published.origin["source"]["name"])
     )
+    if published.format == "dense":
+        return (
+            f"{original} with two of every four weights of its linears pruned (2:4), dense, made by "
+            f"{_code(manifest['tool'])}.\n"
+        )
+    pruned = ", two of every four pruned (2:4)" if manifest.get("sparsity") else ""
     size = recipe["group_size"]
     groups = "one scale for every output" if size == -1 else f"one scale for every {size} weights"
     return (
-        f"{original} with the weights of its linears in 4 bits ({manifest['bits_per_weight']} bits per "
-        f"weight with {groups}), in the `{published.format}` layout, made by {_code(manifest['tool'])}.\n"
+        f"{original} with the weights of its linears in 4 bits{pruned} "
+        f"({manifest['bits_per_weight']} bits per weight with {groups}), in the `{published.format}` layout, "
+        f"made by {_code(manifest['tool'])}.\n"
     )
 
 
@@ -239,7 +264,7 @@ def _serving(published: Published) -> str:
         keyword="" if main else f', revision="{branch}"',
         also=also,
     )
-    others = [name for name in published.also if published.format != "marlin"]
+    others = [name for name in published.also if SERVING[published.format] is not _OURS]
     return text + (f"\nOther layouts of the same codes: branches {', '.join(others)}.\n" if others else "")
 
 
@@ -264,6 +289,9 @@ def _making(published: Published) -> str:
         )
     packed, dense = manifest["linears"], manifest["dense"]
     rows["linears"] = f"{len(packed)} packed, {len(dense)} of the blocks left dense"
+    unpruned = _object(manifest.get("unpruned"))
+    if manifest.get("sparsity") == manifests.SPARSITY:
+        rows["sparsity"] = f"2:4 in {len(packed) - len(unpruned)} of the packed linears"
     errors = [row["error"] for row in origin["linears"] if "error" in row]
     if errors:
         rows["error"] = (
@@ -272,6 +300,7 @@ def _making(published: Published) -> str:
         )
     lines = [_table(["", ""], [[name, value] for name, value in rows.items()])]
     lines += [f"- left dense: {_code(name)} ({_line(reason)})" for name, reason in dense.items()]
+    lines += [f"- not 2:4: {_code(name)} ({_line(reason)})" for name, reason in unpruned.items()]
     lines += [f"- left out: {_code(name)}" for name in manifest["left_out"]]
     lines += [
         f"- rounded to nearest: {_code(row['name'])}"

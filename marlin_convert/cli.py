@@ -123,6 +123,21 @@ def file_progress(quiet: bool) -> Callable[[Sequence[str]], Iterable[str]]:
     return progress
 
 
+def pick_gpu(name: str) -> "torch.device":
+    """The CUDA device of --device, for what runs on nothing else; auto is the first one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ConvertError(
+            "there is no CUDA GPU here, and what is measured runs on nothing else.",
+            "run it on a machine with an NVIDIA GPU of compute capability 8.0 or later.",
+        )
+    device = pick_device(name)
+    if device.type != "cuda":
+        raise click.BadParameter(f"{name!r} is not auto, cuda or cuda:N.", param_hint="--device")
+    return device
+
+
 def pick_device(name: str) -> "torch.device":
     """The torch device of --device; auto is the first GPU, else the CPU with a notice."""
     import torch
@@ -161,51 +176,89 @@ def parse_size(context: click.Context, parameter: click.Parameter, value: str) -
     return int(number) * units[unit]
 
 
+def conversion_options(command: Callable) -> Callable:
+    """What quantize and sparsify share, recipe settings among it."""
+    for option in (
+        click.option(
+            "-o",
+            "--output",
+            required=True,
+            type=click.Path(path_type=Path),
+            help="Where to write. Must not exist.",
+        ),
+        click.option(
+            "--recipe",
+            default="w4a16-g128",
+            show_default=True,
+            metavar="NAME|FILE",
+            help="Settings to start from.",
+        ),
+        click.option(
+            "--skip", multiple=True, metavar="PATTERN", help="Leave matching linears as they are; repeatable."
+        ),
+        click.option(
+            "--calibration",
+            metavar="builtin|FILE|hf:DATASET[:SPLIT]",
+            help="Text to calibrate on: .txt or .jsonl.",
+        ),
+        click.option("--samples", type=click.IntRange(1), help="Calibration sequences.  [default: 256]"),
+        click.option(
+            "--sequence-length", type=click.IntRange(1), help="Tokens per sequence.  [default: 2048]"
+        ),
+        click.option("--seed", type=int, help="Draws the calibration windows.  [default: 0]"),
+        click.option(
+            "--dtype", type=click.Choice(["auto", "float16", "bfloat16"]), help="Type of the dense tensors."
+        ),
+        click.option(
+            "--device",
+            default="auto",
+            show_default=True,
+            metavar="auto|cpu|cuda[:N]",
+            help="Where to compute.",
+        ),
+        click.option("--revision", help="Branch, tag or commit of a Hub MODEL."),
+        click.option(
+            "--max-shard-size", default="5GB", show_default=True, callback=parse_size, help="Largest file."
+        ),
+        click.option("--resume", is_flag=True, help="Continue an interrupted run."),
+        click.option("--overwrite", is_flag=True, help="Replace the output once the new one is complete."),
+        click.option(
+            "--trust-remote-code", is_flag=True, help="Allow code from the model repository to run."
+        ),
+        click.option(
+            "--report",
+            type=click.Path(path_type=Path, dir_okay=False),
+            help="Write an HTML page with the error of every linear.",
+        ),
+        click.option("--dry-run", is_flag=True, help="Print the plan and stop."),
+    )[::-1]:
+        command = option(command)
+    return command
+
+
 @main.command(context_settings=CONTEXT)
 @click.argument("model")
 @click.option(
-    "-o", "--output", required=True, type=click.Path(path_type=Path), help="Where to write. Must not exist."
-)
-@click.option(
-    "--recipe", default="w4a16-g128", show_default=True, metavar="NAME|FILE", help="Settings to start from."
-)
-@click.option(
     "--format",
-    type=click.Choice(["marlin", "gptq", "compressed-tensors"]),
-    help="On-disk layout.  [default: marlin]",
+    type=click.Choice(["marlin", "marlin-24", "gptq", "compressed-tensors"]),
+    help="On-disk layout.  [default: marlin, or marlin-24 with --sparsity 2:4]",
 )
 @click.option(
     "--group-size",
     type=click.Choice(["128", "64", "32", "-1"]),
     help="Weights that share a scale; -1 is one per column.",
 )
-@click.option("--skip", multiple=True, metavar="PATTERN", help="Leave matching linears dense; repeatable.")
+@click.option("--sparsity", type=click.Choice(["2:4"]), help="Prune two weights of every four as well.")
 @click.option(
-    "--calibration", metavar="builtin|FILE|hf:DATASET[:SPLIT]", help="Text to calibrate on: .txt or .jsonl."
+    "--unpruned",
+    multiple=True,
+    metavar="PATTERN",
+    help="Matching linears are not 2:4: in marlin-24 they are stored as marlin; repeatable.",
 )
-@click.option("--samples", type=click.IntRange(1), help="Calibration sequences.  [default: 256]")
-@click.option("--sequence-length", type=click.IntRange(1), help="Tokens per sequence.  [default: 2048]")
-@click.option("--seed", type=int, help="Draws the calibration windows.  [default: 0]")
-@click.option(
-    "--dtype", type=click.Choice(["auto", "float16", "bfloat16"]), help="Type of the tensors left dense."
-)
-@click.option(
-    "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute."
-)
-@click.option("--revision", help="Branch, tag or commit of a Hub MODEL.")
-@click.option("--max-shard-size", default="5GB", show_default=True, callback=parse_size, help="Largest file.")
 @click.option(
     "--requantize", is_flag=True, help="Solve again from the dequantized weights of a quantized MODEL."
 )
-@click.option("--resume", is_flag=True, help="Continue an interrupted run.")
-@click.option("--overwrite", is_flag=True, help="Replace the output once the new one is complete.")
-@click.option("--trust-remote-code", is_flag=True, help="Allow code from the model repository to run.")
-@click.option(
-    "--report",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Write an HTML page with the error of every linear.",
-)
-@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@conversion_options
 @output_options
 def quantize(
     model: str,
@@ -228,7 +281,8 @@ def quantize(
     """Quantize MODEL (a Hub id or a local directory) and write a 4-bit checkpoint.
 
     A MODEL that is already quantized (GPTQ, MARLIN, AWQ, compressed-tensors) is repacked: its codes are kept
-    and nothing is calibrated. What cannot be done is said before anything is written.
+    and nothing is calibrated. One that is 2:4 keeps its zeros. What cannot be done is said before anything is
+    written.
     """
     set_up_logging(quiet, verbose)
     with imports():
@@ -239,8 +293,14 @@ def quantize(
 
     check_report(report)
     settings["group_size"] = int(settings["group_size"]) if settings["group_size"] else None
-    settings["skip"] = settings["skip"] or None
+    settings |= {name: settings[name] or None for name in ("skip", "unpruned")}
+    if settings["sparsity"] and not settings["format"] and recipes.load(recipe).format == "marlin":
+        settings["format"] = "marlin-24"
     chosen, where = recipes.load(recipe).changed(settings), pick_device(device)
+    if chosen.format == "dense":
+        raise ConvertError(
+            f"{recipe!r} is a recipe of sparsify.", "name a layout with --format, or sparsify."
+        )
     job = story.Job(
         source=resolve(model, revision, code=trust_remote_code),
         output=output,
@@ -265,7 +325,69 @@ def quantize(
         click.echo(reports.summary_text(done, job))
 
 
-CHECKS = ("files", "layout", "numbers", "kernel")
+@main.command(context_settings=CONTEXT)
+@click.argument("model")
+@click.option(
+    "--method",
+    type=click.Choice(["sparsegpt", "wanda", "magnitude"]),
+    help="How weights are chosen; with sparsegpt the others make up for those pruned.  [default: sparsegpt]",
+)
+@conversion_options
+@output_options
+def sparsify(
+    model: str,
+    output: Path,
+    recipe: str,
+    device: str,
+    revision: str | None,
+    max_shard_size: int,
+    resume: bool,
+    overwrite: bool,
+    trust_remote_code: bool,
+    report: Path | None,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: int,
+    **settings: Any,
+) -> None:
+    """Prune the linears of MODEL to 2:4, two weights of every four, and write a dense checkpoint.
+
+    Any tool loads it, to be fine-tuned or quantized: quantize keeps its zeros.
+    """
+    set_up_logging(quiet, verbose)
+    with imports():
+        from marlin_convert import recipe as recipes
+        from marlin_convert import report as reports
+        from marlin_convert import sparsify as story
+        from marlin_convert.hub import resolve
+
+    check_report(report)
+    settings["skip"] = settings["skip"] or None
+    chosen, where = recipes.load(recipe).changed(settings), pick_device(device)
+    job = story.Job(
+        source=resolve(model, revision, code=trust_remote_code),
+        output=output,
+        recipe=chosen,
+        device=where,
+        max_shard_size=max_shard_size,
+        resume=resume,
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+        report=report,
+    )
+    if dry_run:
+        _, plan = story.plan_job(job)
+        click.echo(json.dumps(reports.plan_json(plan), indent=2) if as_json else reports.plan_text(plan, job))
+        return
+    done = story.sparsify(job, block_progress(quiet))
+    if as_json:
+        click.echo(json.dumps(reports.summary(done), indent=2))
+    elif not quiet:
+        click.echo(reports.summary_text(done, job))
+
+
+CHECKS = ("files", "layout", "sparsity", "numbers", "kernel")
 
 
 def parse_checks(context: click.Context, parameter: click.Parameter, value: str) -> frozenset[str]:
@@ -332,6 +454,7 @@ def verify(
     \b
     files    all as in the manifest, every tensor once, no NaN, no zero scale
     layout   the same bytes when unpacked and packed; shapes, fused groups
+    sparsity every quad of what is said to be 2:4
     numbers  products; with --source also weights, perplexity, divergence
     kernel   the kernel's output on a GPU
 
@@ -433,3 +556,125 @@ def inspect(checkpoint: str, revision: str | None, as_json: bool, quiet: bool, v
         click.echo(json.dumps(found, indent=2))
     elif not quiet:
         click.echo(story.text(found, checkpoint, verbose=bool(verbose)))
+
+
+@main.group(context_settings=CONTEXT)
+def bench() -> None:
+    """Measure on this machine what the package is for."""
+
+
+FIGURES = ("peak", "models", "roofline", "sustained")
+
+
+def parse_figures(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
+    """The names in a list like peak,roofline, each once."""
+    names = tuple(dict.fromkeys(name.strip() for name in value.split(","))) if value else ()
+    for name in names:
+        if name not in FIGURES:
+            raise click.BadParameter(f"{name!r} is not one of {', '.join(FIGURES)}.")
+    return names
+
+
+def parse_shapes(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[Any, ...]:
+    """The layers in a list like 8B.qkv,4096x4096."""
+    from marlin_convert.bench import shapes
+
+    found = []
+    for name in dict.fromkeys(name.strip() for name in value.split(",")) if value else ():
+        try:
+            found.append(shapes.find(name))
+        except KeyError as error:
+            raise click.BadParameter(f"{name!r} is no layer like 8B.qkv, and not KxN.") from error
+    return tuple(found)
+
+
+def parse_counts(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> tuple[int, ...] | None:
+    """The numbers in a list like 1,16, each once."""
+    if value is None:
+        return None
+    words = [word.strip() for word in value.split(",")]
+    if not all(word.isdecimal() and int(word) for word in words):
+        raise click.BadParameter(f"{value!r} is not a list of numbers like 1,16,64.")
+    return tuple(dict.fromkeys(map(int, words)))
+
+
+@bench.command("kernel", context_settings=CONTEXT)
+@click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), help="Where to write. Must not exist."
+)
+@click.option(
+    "--figures",
+    callback=parse_figures,
+    metavar="NAME[,NAME]",
+    help="Of peak, models, roofline, sustained.  [default: the first three; none with --shapes]",
+)
+@click.option(
+    "--shapes",
+    callback=parse_shapes,
+    metavar="NAME|KxN[,...]",
+    help="Layers to sweep, like 8B.qkv.  [default: of Llama-3 8B and 70B; none with --figures]",
+)
+@click.option(
+    "--batch-sizes",
+    callback=parse_counts,
+    metavar="N[,N]",
+    help="Of all but the figure models.  [default: powers of 2 as in the paper; 1 to 4096 for layers]",
+)
+@click.option(
+    "--group-size",
+    type=click.Choice(["128", "64", "32", "-1"]),
+    default="128",
+    show_default=True,
+    help="Weights that share a scale; -1 is one per column.",
+)
+@click.option(
+    "--minutes",
+    type=click.FloatRange(min=0, min_open=True),
+    default=5,
+    show_default=True,
+    metavar="N",
+    help="Of load, for sustained.",
+)
+@click.option("--device", default="auto", show_default=True, metavar="auto|cuda[:N]", help="What to measure.")
+@click.option("--overwrite", is_flag=True, help="Replace the output once the new one is complete.")
+@output_options
+def bench_kernel(
+    output: Path,
+    figures: tuple[str, ...],
+    shapes: tuple[Any, ...],
+    group_size: str,
+    device: str,
+    as_json: bool,
+    quiet: bool,
+    verbose: int,
+    **settings: Any,
+) -> None:
+    """Time the kernel beside cuBLAS float16 and the peers that can be imported.
+
+    Peers are vLLM's Marlin and Machete, and Humming. Weights are cold, launches are in CUDA graphs, times are
+    medians, and every product is compared with that of the dequantized weights before it is timed.
+
+    \b
+    peak       speed-up over the batch size on the paper's ideal matrix
+    models     speed-up at batch 16 over the linears of seven models
+    roofline   TFLOP/s over arithmetic intensity, under measured ceilings
+    sustained  speed-up and clocks during minutes of load
+
+    Every number goes into kernel.csv (sustained: sustained.csv), every figure into a PNG.
+    """
+    set_up_logging(quiet, verbose)
+    where = pick_gpu(device)
+    from marlin_convert.bench import kernel as story
+    from marlin_convert.bench import measurements
+    from marlin_convert.bench.shapes import LAYERS
+
+    if not figures and not shapes:
+        figures, shapes = FIGURES[:3], LAYERS
+    job = story.Job(output, where, figures, shapes, group_size=int(group_size), **settings)
+    done = story.run(job)
+    if as_json:
+        click.echo(json.dumps(measurements.as_json(done), indent=2))
+    elif not quiet:
+        click.echo(measurements.text(done))

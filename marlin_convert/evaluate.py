@@ -19,7 +19,7 @@ class Comparison:
     """A model against the one it was made from, over the predicted tokens of a text.
 
     `divergence` is KL(source || model) in nats a token, `agreement` the share of tokens where both find the
-    same one likeliest.
+    same one likeliest; `margin` is the most, in nats, by which the source prefers its own where they do not.
     """
 
     tokens: int
@@ -27,6 +27,7 @@ class Comparison:
     perplexity: float
     divergence: float
     agreement: float
+    margin: float
 
 
 def compare(
@@ -42,7 +43,7 @@ def compare(
             hidden.advance(one.load(number), number)
             one.unload(number)
 
-    sums = torch.zeros(4, dtype=torch.float64)
+    sums, margin = torch.zeros(4, dtype=torch.float64), 0.0
     for i, batch in enumerate(pair[0][1].batches):
         states = [hidden.state(i) for _, hidden in pair]
         for row in range(len(batch)):
@@ -51,16 +52,18 @@ def compare(
                 one.logits(sample, state[row : row + 1])[0, :-1]
                 for (one, _), state in zip(pair, states, strict=True)
             )
-            sums += _sums(p, q, sample[0, 1:].to(p.device))
+            found, most = _sums(p, q, sample[0, 1:].to(p.device))
+            sums += found
+            margin = max(margin, most)
     tokens = ids.shape[0] * (ids.shape[1] - 1)
     mean = sums / tokens
     perplexity = mean[:2].exp().tolist()
-    return Comparison(tokens, perplexity[0], perplexity[1], mean[2].item(), mean[3].item())
+    return Comparison(tokens, perplexity[0], perplexity[1], mean[2].item(), mean[3].item(), margin)
 
 
-def _sums(source: Tensor, model: Tensor, targets: Tensor) -> Tensor:
-    """(4,) float64 over logits (positions, vocabulary): both losses, the divergence, the agreements."""
-    sums = torch.zeros(4, dtype=torch.float64)
+def _sums(source: Tensor, model: Tensor, targets: Tensor) -> tuple[Tensor, float]:
+    """Of logits (positions, vocabulary): (4,) float64 of both losses, divergence, agreements; the margin."""
+    sums, margin = torch.zeros(4, dtype=torch.float64), 0.0
     for p, q, target in zip(
         source.split(POSITIONS), model.split(POSITIONS), targets.split(POSITIONS), strict=True
     ):
@@ -73,4 +76,6 @@ def _sums(source: Tensor, model: Tensor, targets: Tensor) -> Tensor:
                 (p.argmax(-1) == q.argmax(-1)).sum(dtype=torch.float64),
             )
         ).cpu()
-    return sums
+        chosen = p.gather(1, q.argmax(-1, keepdim=True))[:, 0]
+        margin = max(margin, (p.amax(-1) - chosen).max().item())
+    return sums, margin

@@ -12,10 +12,10 @@ from marlin_convert.hub import Source
 
 # The suffix of its codes tells the format of a packed linear, but for GPTQ's and AWQ's. Not asked of the
 # formats themselves: they import torch, which takes longer than everything that is done here.
-CODES = {"B": "marlin", "weight_packed": "compressed-tensors", "qweight": None}
+CODES = {"B": "marlin", "B_24": "marlin-24", "weight_packed": "compressed-tensors", "qweight": None}
 
 _IN_A_BLOCK = re.compile(r"\.\d+\..*\.weight$")
-_DENSE_SHOWN = 10
+_SHOWN = 10
 
 
 def inspect(source: Source) -> dict[str, Any]:
@@ -31,16 +31,23 @@ def inspect(source: Source) -> dict[str, Any]:
     packed = {name: _packed(infos, bits) for name, infos in linears.items() if bits and _codes(infos)}
     weights = sum(one["weights"] for one in packed.values())
     stored = sum(one["bytes"] for one in packed.values())
+    formats = [one["format"] or config.get("quant_method") for one in packed.values()]
+    format = "marlin-24" if "marlin-24" in formats else next(iter(formats), None)
+    pruned = [] if packed else manifests.pruned(manifest)
+    sparse = format == "marlin-24" or manifest.get("sparsity") == manifests.SPARSITY
     return {
         "name": source.name,
         "commit": source.commit,
         "model_type": checkpoint.config.get("model_type"),
-        "format": next((one["format"] or config.get("quant_method") for one in packed.values()), None),
+        "format": format,
         "bits": bits,
         "group_sizes": sorted({one["group_size"] for one in packed.values()}),
+        "sparsity": manifests.SPARSITY if sparse else None,
         "packed": len(packed),
+        "unpruned": _unpruned(packed, format, _object(manifest.get("unpruned"))),
         "bits_per_weight": round(8 * stored / weights, 4) if weights else None,
-        "dense": _dense(checkpoint, _object(manifest.get("dense"))),
+        "pruned": pruned,
+        "dense": _dense(checkpoint, _object(manifest.get("dense")), pruned),
         "tensors": len(checkpoint.tensors),
         "shards": len(checkpoint.weight_files),
         "bytes": sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()),
@@ -71,31 +78,44 @@ def _packed(infos: list[TensorInfo], bits: int | None) -> dict[str, Any]:
     codes = _codes(infos)
     assert codes is not None and bits
     suffix = codes.name.rpartition(".")[2]
-    weights = prod(codes.shape) * 32 // bits
+    format = CODES[suffix]
+    if any(info.name.endswith(".scale_packed") for info in infos):
+        format = "marlin-24"
+    # of four weights two are there, for a bit each the metadata says which
+    weights = prod(codes.shape) * 32 // bits * (2 if format == "marlin-24" else 1)
     own = [info for info in infos if not info.name.endswith(".bias")]
     scales = next(
         (info for info in own if info.code in ("F16", "BF16", "F32") and len(info.shape) == 2), None
     )
     rows = None
     if scales is not None and scales.end > scales.start:
-        groups = scales.shape[1 if suffix == "weight_packed" else 0]
+        groups = scales.shape[1 if format == "compressed-tensors" else 0]
         rows = -1 if groups == 1 else weights // prod(scales.shape)
     return {
-        "format": CODES[suffix],
+        "format": format,
         "weights": weights,
         "bytes": sum(info.end - info.start for info in own),
         "group_size": rows or 0,
     }
 
 
-def _dense(checkpoint: Checkpoint, reasons: dict[str, Any]) -> dict[str, str | None]:
-    """The matrices of the blocks that are not packed, and why, where the manifest says."""
+def _unpruned(
+    packed: dict[str, dict[str, Any]], format: str | None, reasons: dict[str, Any]
+) -> dict[str, str | None]:
+    """The packed linears that are not 2:4 while others are, and why, where the manifest says."""
+    if format == "marlin-24":
+        return {name: reasons.get(name) for name, one in packed.items() if one["format"] != format}
+    return {name: reason for name, reason in reasons.items() if name in packed}
+
+
+def _dense(checkpoint: Checkpoint, reasons: dict[str, Any], pruned: list[str]) -> dict[str, str | None]:
+    """The matrices of the blocks that are not packed or pruned, and why, where the manifest says."""
     names = [
         name.removesuffix(".weight")
         for name, info in checkpoint.tensors.items()
         if len(info.shape) == 2 and _IN_A_BLOCK.search(name)
     ]
-    return {name: reasons.get(name) for name in names}
+    return {name: reasons.get(name) for name in names if name not in pruned}
 
 
 def _verified(source: Source) -> dict[str, Any] | None:
@@ -126,12 +146,15 @@ def text(found: dict[str, Any], checkpoint: str, *, verbose: bool = False) -> st
             f"format       {found['format']}, {found['bits']} bits, group size {sizes}",
             f"packed       {found['packed']} linears, {found['bits_per_weight']} bits per weight",
         ]
+    if found["pruned"]:
+        lines.append(f"{found['sparsity']:12} {len(found['pruned'])} linears, dense")
+    elif found["sparsity"]:
+        sparse = found["packed"] - len(found["unpruned"])
+        others = ", the others are marlin" if found["unpruned"] and found["format"] == "marlin-24" else ""
+        lines.append(f"{found['sparsity']:12} {sparse} of {found['packed']} linears{others}")
+        lines += _listed(found["unpruned"], verbose)
     lines.append(f"left dense   {len(found['dense'])} matrices of the blocks")
-    dense = [f"  {name}{f': {reason}' if reason else ''}" for name, reason in found["dense"].items()]
-    shown = dense if verbose else dense[:_DENSE_SHOWN]
-    lines += shown
-    if len(dense) > len(shown):
-        lines.append(f"  ... {len(dense) - len(shown)} more with -v")
+    lines += _listed(found["dense"], verbose)
     lines.append(
         f"on disk      {found['bytes'] / 1e6:,.1f} MB, "
         f"{found['tensors']} tensors in {found['shards']} weight files"
@@ -146,6 +169,14 @@ def text(found: dict[str, Any], checkpoint: str, *, verbose: bool = False) -> st
     if not (found["verified"] and found["verified"]["of_these_files"]):
         lines.append(f"Next: marlin-convert verify {shlex.quote(checkpoint)}")
     return "\n".join(printable(line) for line in lines)
+
+
+def _listed(reasons: dict[str, str | None], verbose: bool) -> list[str]:
+    """A line for each name and its reason; of many only the first, unless verbose."""
+    lines = [f"  {name}{f': {reason}' if reason else ''}" for name, reason in reasons.items()]
+    if verbose or len(lines) <= _SHOWN:
+        return lines
+    return [*lines[:_SHOWN], f"  ... {len(lines) - _SHOWN} more with -v"]
 
 
 def _verdict(verified: dict[str, Any] | None) -> str:

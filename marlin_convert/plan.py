@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -12,9 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from marlin_convert import formats
+from marlin_convert.checkpoint import manifest as manifests
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.writer import TensorSpec
 from marlin_convert.errors import ConvertError, FormatError, SourceError
+from marlin_convert.formats import bounds
 from marlin_convert.models.architectures import Architecture, Stage, architecture_of
 from marlin_convert.models.blocks import block_linears, module_tree
 from marlin_convert.quantized import QuantizedLinear
@@ -32,17 +35,34 @@ _OTHER_MODEL = "the config.json may be of another model; fetch the model again."
 
 @dataclass(frozen=True)
 class Fate:
-    """What becomes of one linear of shape (k, n): packed, or left dense for a reason."""
+    """What becomes of one linear of shape (k, n).
+
+    `format` is what it is written in, None if it is written dense; `sparse` says that it is 2:4; `reason` why
+    it is left as it is, or not 2:4 while others are.
+    """
 
     linear: str
     k: int
     n: int
+    format: str | None
+    sparse: bool = False
     reason: str | None = None
 
     @property
     def packed(self) -> bool:
         """Whether the linear is written as integer codes."""
-        return self.reason is None
+        return self.format is not None
+
+    @property
+    def pruned(self) -> bool:
+        """Whether the linear is written dense, but pruned."""
+        return self.format is None and self.sparse
+
+    @property
+    def layout(self) -> ModuleType:
+        """The module of its format."""
+        assert self.format is not None
+        return formats.FORMATS[self.format]
 
 
 @dataclass(frozen=True)
@@ -67,7 +87,7 @@ class Plan:
     notes: tuple[str, ...]
     source_bytes: int
     vocabulary: int
-    quantization_config: dict[str, Any]
+    quantization_config: dict[str, Any] | None
 
     @property
     def packed(self) -> list[Fate]:
@@ -75,38 +95,57 @@ class Plan:
         return [fate for fate in self.fates if fate.packed]
 
     @property
-    def dense(self) -> list[Fate]:
-        """The linears of the blocks that are left dense."""
-        return [fate for fate in self.fates if not fate.packed]
+    def worked_on(self) -> list[Fate]:
+        """The linears that are packed, or pruned and written dense."""
+        return [fate for fate in self.fates if fate.packed or fate.pruned]
 
     @property
-    def suffixes(self) -> tuple[str, ...]:
-        """The suffixes of the tensors a packed linear is written as."""
-        first = self.packed[0].linear if self.packed else None
-        return tuple(suffix for linear, suffix in self.owner.values() if linear == first)
+    def dense(self) -> list[Fate]:
+        """The linears of the blocks that are left as they are."""
+        return [fate for fate in self.fates if not (fate.packed or fate.pruned)]
+
+    @property
+    def unpruned(self) -> list[Fate]:
+        """The packed linears that are not 2:4 while others are."""
+        return [fate for fate in self.packed if fate.reason is not None]
+
+    @property
+    def sparsity(self) -> str | None:
+        """What the packed linears but for the unpruned ones are: 2:4, or nothing special."""
+        return manifests.SPARSITY if any(fate.sparse for fate in self.fates) else None
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
         """The type every tensor is written as."""
         return {spec.name: spec.dtype for spec in self.specs}
 
-    def packed_in(self, block: int) -> list[Fate]:
-        """The packed linears of one block."""
+    def worked_on_in(self, block: int) -> list[Fate]:
+        """Those of one block."""
         prefix = f"{self.architecture.blocks}.{block}."
-        return [fate for fate in self.packed if fate.linear.startswith(prefix)]
+        return [fate for fate in self.worked_on if fate.linear.startswith(prefix)]
 
-    def pack(self, layer: QuantizedLinear) -> dict[str, Tensor]:
-        """The tensors of a linear in the plan's format, by suffix."""
+    def suffixes(self, linear: str) -> tuple[str, ...]:
+        """The suffixes of the tensors that a linear is written as."""
+        return tuple(suffix for owner, suffix in self.owner.values() if owner == linear)
+
+    def pack(self, linear: str, layer: QuantizedLinear) -> dict[str, Tensor]:
+        """The tensors that a linear is written as, by suffix."""
         if not self.symmetric and layer.zeros is None:
             # the config speaks for all: one linear with zero points makes every linear store them
             middle = 1 << (layer.bits - 1)
             layer = replace(layer, zeros=torch.full_like(layer.scales, middle, dtype=torch.uint8))
-        return formats.FORMATS[self.recipe.format].pack(layer)
+        return formats.FORMATS[self._scheme(linear).format].pack(layer)
 
-    def unpack(self, tensors: Mapping[str, Tensor], memory: Tensor | None = None) -> QuantizedLinear:
-        """A linear from its tensors in the plan's format; its codes in memory, if that is given."""
-        scheme = formats.detect(self.quantization_config)
+    def unpack(
+        self, linear: str, tensors: Mapping[str, Tensor], memory: Tensor | None = None
+    ) -> QuantizedLinear:
+        """A linear from the tensors that it is written as; its codes in memory, if that is given."""
+        scheme = self._scheme(linear)
         return formats.FORMATS[scheme.format].unpack(tensors, scheme, memory)
+
+    def _scheme(self, linear: str) -> formats.Scheme:
+        assert self.quantization_config is not None
+        return formats.detect(self.quantization_config).of(linear)
 
     @property
     def output_bytes(self) -> int:
@@ -115,16 +154,20 @@ class Plan:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits on disk for one weight of the packed linears, scales included."""
+        """Bits on disk for one weight of the linears worked on, scales included."""
         stored = sum(spec.nbytes for spec in self.specs if spec.name in self.owner)
-        return 8 * stored / max(sum(fate.k * fate.n for fate in self.packed), 1)
+        return 8 * stored / max(sum(fate.k * fate.n for fate in self.worked_on), 1)
 
     def stages(self, block: str) -> list[Stage]:
-        """The stages of a block (by module path) that are packed, in their order."""
-        packed = {fate.linear for fate in self.packed}
+        """The stages of a block (by module path) that are worked on, in their order."""
+        found = {fate.linear for fate in self.worked_on}
         return [
-            stage for stage in self.architecture.stages if all(f"{block}.{name}" in packed for name in stage)
+            stage for stage in self.architecture.stages if all(f"{block}.{name}" in found for name in stage)
         ]
+
+    def fate(self, linear: str) -> Fate:
+        """What becomes of a linear."""
+        return next(fate for fate in self.fates if fate.linear == linear)
 
 
 def make_plan(
@@ -154,29 +197,30 @@ def make_plan(
         bits = weights.scheme.bits
     else:
         recipe = _within_positions(recipe, model)
+    _check_sparsity(weights, recipe, repack=repack)
 
     left_out = check_names(weights, model)
     linears = block_linears(model, architecture)
     if not linears:
         raise SourceError("config.json means a model without blocks.", _OTHER_MODEL)
-    fates = tuple(_fates(linears, architecture, recipe, weights if repack else None))
-    _check_skips(recipe, linears)
+    fates = tuple(_fates(linears, architecture, recipe, weights, repack=repack))
+    _check_patterns(recipe, linears)
     _check_stages(fates, architecture)
     symmetric, act_order = True, False
     if repack:
-        symmetric, act_order = _check_codes(fates, weights, recipe.format)
+        symmetric, act_order = _check_codes(fates, weights)
+        _check_quads(fates, weights)
     else:
         _check_shapes(fates, recipe)
 
-    layout = formats.FORMATS[recipe.format]
     packed = {
-        fate.linear: layout.tensors(
+        fate.linear: fate.layout.tensors(
             fate.k, fate.n, bits=bits, group_size=recipe.group_size, symmetric=symmetric
         )
         for fate in fates
         if fate.packed
     }
-    owner: dict[str, tuple[str, str]] = {}
+    owner = {f"{fate.linear}.weight": (fate.linear, "weight") for fate in fates if fate.pruned}
     specs = tuple(_specs(weights, model, architecture, packed, recipe, owner, left_out))
     return Plan(
         architecture=architecture,
@@ -192,14 +236,37 @@ def make_plan(
         notes=tuple(_notes(fates, recipe, weights if repack else None)),
         source_bytes=sum(info.end - info.start for info in checkpoint.tensors.values()),
         vocabulary=model.config.get_text_config().vocab_size,
-        quantization_config=layout.quantization_config(
+        quantization_config=None
+        if recipe.format == "dense"
+        else formats.FORMATS[recipe.format].quantization_config(
             bits=bits,
             group_size=recipe.group_size,
             skipped=[fate.linear for fate in fates if not fate.packed],
             symmetric=symmetric,
             act_order=act_order,
+            **_other_layouts(fates, recipe),
         ),
     )
+
+
+def _check_sparsity(weights: Weights, recipe: Recipe, *, repack: bool) -> None:
+    """Raise ConvertError when what is asked of sparsity is not what a repack, or quantizing, does."""
+    claimed = weights.sparse_linears(manifests.load(weights.checkpoint.directory))
+    if recipe.format == "dense" and weights.scheme is not None:
+        raise ConvertError(
+            f"{weights.checkpoint.directory.name} is quantized already ({weights.scheme.format}).",
+            "prune the model it was made from, or quantize --requantize --sparsity 2:4.",
+        )
+    if repack and recipe.sparsity != "none" and not claimed and recipe.format != "marlin-24":
+        raise ConvertError(
+            "the source is quantized and not known to be 2:4; a repack does not prune.",
+            "--requantize prunes and solves again from the dequantized weights.",
+        )
+    if not repack and recipe.format == "marlin-24" and recipe.sparsity == "none" and not claimed:
+        raise FormatError(
+            "marlin-24 holds codes that are 2:4, and the source is not known to be.",
+            "prune while quantizing with --sparsity 2:4, or choose another --format.",
+        )
 
 
 def _with_group_size_of_source(recipe: Recipe, stored: int, asked: int | None) -> Recipe:
@@ -232,11 +299,13 @@ def _notes(fates: Sequence[Fate], recipe: Recipe, repacked: Weights | None) -> I
     """What the reader of a plan should know."""
     if repacked is not None and repacked.scheme is not None:
         yield f"the source is already {repacked.scheme.format}: its codes are kept, nothing is calibrated"
-    if recipe.format == "marlin":
+    if recipe.format in ("gptq", "compressed-tensors", "marlin") and any(fate.sparse for fate in fates):
+        yield f"{recipe.format} stores the pruned codes too: engines load it as ordinary int4"
+    if recipe.format in ("marlin", "marlin-24"):
         odd = sum(fate.packed and bool(fate.n % 256) for fate in fates)
         if odd:
             yield f"{odd} linears have outputs not divisible by 256: for our own kernel and plugins only"
-        if recipe.group_size in (32, 64):
+        if recipe.group_size in (32, 64):  # in marlin: marlin-24 has no such groups
             yield f"group size {recipe.group_size} in marlin files: for our own kernel and plugins only"
 
 
@@ -289,15 +358,21 @@ def _is_idle_bias(weights: Weights, name: str) -> bool:
 
 
 def _fates(
-    linears: dict[str, torch.nn.Linear], architecture: Architecture, recipe: Recipe, repacked: Weights | None
+    linears: dict[str, torch.nn.Linear],
+    architecture: Architecture,
+    recipe: Recipe,
+    weights: Weights,
+    *,
+    repack: bool,
 ) -> list[Fate]:
+    sparse = _sparse(linears, recipe, weights, repack=repack)
     fates = []
     for name, linear in linears.items():
         path = name.removeprefix(architecture.blocks + ".").partition(".")[2]
         pattern = next((pattern for pattern in recipe.skip if fnmatchcase(name, pattern)), None)
         reason = None
-        if repacked is not None:
-            reason = None if repacked.is_packed(name) else "dense in the source"
+        if repack:
+            reason = None if weights.is_packed(name) else "dense in the source"
             if pattern and reason is None:
                 raise ConvertError(
                     f"--skip {pattern!r} matches {name}, which is quantized in the source.",
@@ -307,43 +382,82 @@ def _fates(
             reason = f"skipped by {pattern!r}"
         elif architecture.stage_of(path) is None:
             reason = "not in the table of this architecture"
-        fates.append(Fate(name, linear.in_features, linear.out_features, reason))
+        format: str | None = None if reason or recipe.format == "dense" else recipe.format
+        if format is not None and sparse and name not in sparse:
+            pattern = next((pattern for pattern in recipe.unpruned if fnmatchcase(name, pattern)), None)
+            reason = f"unpruned by {pattern!r}" if pattern else "not 2:4 in the source"
+            format = "marlin" if format == "marlin-24" else format
+        elif recipe.format == "dense" and reason is None and name not in sparse:
+            reason = "left unpruned by the recipe"
+        is_sparse = name in sparse and (format is not None or (reason is None and recipe.format == "dense"))
+        fates.append(Fate(name, linear.in_features, linear.out_features, format, is_sparse, reason))
     return fates
 
 
-def _check_skips(recipe: Recipe, linears: dict[str, torch.nn.Linear]) -> None:
-    for pattern in recipe.skip:
-        if not any(fnmatchcase(name, pattern) for name in linears):
-            raise ConvertError(
-                f"--skip {pattern!r} matches no linear of the blocks.",
-                f"their names are like {next(iter(linears))!r}.",
-            )
+def _sparse(
+    linears: Mapping[str, torch.nn.Linear], recipe: Recipe, weights: Weights, *, repack: bool
+) -> set[str]:
+    """The linears that are 2:4: those of which the source says so or, if it is asked for, all."""
+    found = set(weights.sparse_linears(manifests.load(weights.checkpoint.directory)))
+    if repack and recipe.format == "marlin-24":
+        found = found or set(weights.packed_linears())
+    elif not repack and recipe.sparsity != "none":
+        found = set(linears)
+    sparse = {name for name in found if not any(fnmatchcase(name, pattern) for pattern in recipe.unpruned)}
+    if recipe.unpruned and not sparse:
+        raise ConvertError(
+            f"--unpruned {recipe.unpruned[0]!r} leaves no linear that is 2:4.",
+            "it is for those that are not while others are.",
+        )
+    return sparse
+
+
+def _other_layouts(fates: Sequence[Fate], recipe: Recipe) -> dict[str, list[str]]:
+    """What a quantization_config says of packed linears in another layout than its own."""
+    if recipe.format != "marlin-24":
+        return {}
+    return {"unpruned": [fate.linear for fate in fates if fate.packed and not fate.sparse]}
+
+
+def _check_patterns(recipe: Recipe, linears: dict[str, torch.nn.Linear]) -> None:
+    for option, patterns in (("--skip", recipe.skip), ("--unpruned", recipe.unpruned)):
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in linears):
+                raise ConvertError(
+                    f"{option} {pattern!r} matches no linear of the blocks.",
+                    f"their names are like {next(iter(linears))!r}.",
+                )
 
 
 def _check_stages(fates: Sequence[Fate], architecture: Architecture) -> None:
-    """Engines fuse the linears of a stage: all are packed or none."""
-    reasons = {fate.linear: fate.reason for fate in fates}
-    for linear, reason in reasons.items():
-        path = linear.removeprefix(architecture.blocks + ".").partition(".")[2]
+    """Engines fuse the linears of a stage: all are packed or none, and in one format."""
+    found = {fate.linear: fate.format for fate in fates}
+    for fate in fates:
+        path = fate.linear.removeprefix(architecture.blocks + ".").partition(".")[2]
         stage = architecture.stage_of(path)
-        if reason is None or stage is None:
+        if fate.reason is None or stage is None:
             continue
-        block = linear.removesuffix("." + path)
-        packed = [f"{block}.{name}" for name in stage if reasons[f"{block}.{name}"] is None]
-        if packed:
+        block = fate.linear.removesuffix("." + path)
+        others = [f"{block}.{name}" for name in stage if found[f"{block}.{name}"] not in (None, fate.format)]
+        if others:
+            kind, option = ("left dense", "--skip") if fate.format is None else ("not 2:4", "--unpruned")
             raise ConvertError(
-                f"{linear} is left dense, {' and '.join(packed)} beside it not; engines load them as one.",
-                "add " + " ".join(f"--skip '{name}'" for name in packed),
+                f"{fate.linear} is {kind}, {' and '.join(others)} beside it not; engines load them as one.",
+                "add " + " ".join(f"{option} '{name}'" for name in others),
             )
 
 
 def _check_shapes(fates: Sequence[Fate], recipe: Recipe) -> None:
-    layout = formats.FORMATS[recipe.format]
+    odd = [fate for fate in fates if fate.sparse and fate.k % 4]
+    if odd:
+        raise FormatError(
+            f"{odd[0].linear} has {odd[0].k} inputs; 2:4 needs them divisible by four.",
+            "leave it as it is: " + _options("--skip", [(fate, "") for fate in odd]),
+        )
     _refuse(
         fates,
-        recipe.format,
         lambda fate: (
-            layout.refusal(fate.k, fate.n, bits=4, group_size=recipe.group_size)
+            fate.layout.refusal(fate.k, fate.n, bits=4, group_size=recipe.group_size)
             or _short_group(fate.k, recipe.group_size)
         ),
     )
@@ -356,14 +470,13 @@ def _short_group(k: int, group_size: int) -> str | None:
     return None
 
 
-def _check_codes(fates: Sequence[Fate], weights: Weights, format: str) -> tuple[bool, bool]:
-    """Check that the format can hold the codes, which only the stored zero points and group orders tell.
+def _check_codes(fates: Sequence[Fate], weights: Weights) -> tuple[bool, bool]:
+    """Check that the formats can hold the codes, which only the stored zero points and group orders tell.
 
     Returns whether all linears are symmetric, and whether the groups of any follow activation order.
     """
     scheme = weights.scheme
     assert scheme is not None
-    layout = formats.FORMATS[format]
     elsewhere = set(weights.packed_linears()) - {fate.linear for fate in fates}
     if elsewhere:
         raise FormatError(
@@ -373,8 +486,7 @@ def _check_codes(fates: Sequence[Fate], weights: Weights, format: str) -> tuple[
     found = {fate.linear: weights.peculiarities(fate.linear, fate.k, fate.n) for fate in fates if fate.packed}
     _refuse(
         fates,
-        format,
-        lambda fate: layout.refusal(
+        lambda fate: fate.layout.refusal(
             fate.k, fate.n, bits=scheme.bits, group_size=scheme.group_size, **asdict(found[fate.linear])
         ),
         "--requantize solves again from the dequantized weights; another --format may hold them as they are.",
@@ -383,20 +495,51 @@ def _check_codes(fates: Sequence[Fate], weights: Weights, format: str) -> tuple[
     return all(kind.symmetric for kind in kinds), any(kind.act_order for kind in kinds)
 
 
-def _refuse(
-    fates: Sequence[Fate], format: str, refusal: Callable[[Fate], str | None], hint: str | None = None
-) -> None:
+def _check_quads(fates: Sequence[Fate], weights: Weights) -> None:
+    """Check that what becomes marlin-24 and is not yet is 2:4, which only the codes tell."""
+    todo = [
+        fate
+        for fate in fates
+        if fate.format == "marlin-24" and weights.scheme_of(fate.linear).format != "marlin-24"
+    ]
+    if todo:
+        log.info("counting the non-zeros of %d linears", len(todo))
+    memory = torch.empty(max((fate.k * fate.n for fate in todo), default=0), dtype=torch.uint8)
+    refused = []
+    for fate in todo:
+        layer = weights.quantized(fate.linear, memory)
+        try:
+            bounds.check_quads(layer)
+        except FormatError as error:
+            refused.append((fate, str(error)))
+    if refused:
+        fate, why = refused[0]
+        raise FormatError(
+            f"{fate.linear} is not 2:4: {why}{_more(refused)}.",
+            "--format marlin holds it; to write only what is not 2:4 so: " + _options("--unpruned", refused),
+        )
+
+
+def _refuse(fates: Sequence[Fate], refusal: Callable[[Fate], str | None], hint: str | None = None) -> None:
     refused = [(fate, why) for fate in fates if fate.packed and (why := refusal(fate))]
     if refused:
         fate, why = refused[0]
-        more = f" (and {len(refused) - 1} more linears)" if len(refused) > 1 else ""
-        skips = sorted(
-            {"*." + fate.linear.rpartition(".")[2] if more else fate.linear for fate, _ in refused}
-        )
         raise FormatError(
-            f"{fate.linear} has {fate.k} inputs and {fate.n} outputs; {format} {why}{more}.",
-            hint or "leave dense what does not fit: " + " ".join(f"--skip '{name}'" for name in skips),
+            f"{fate.linear} has {fate.k} inputs and {fate.n} outputs; {fate.format} {why}{_more(refused)}.",
+            hint or "leave dense what does not fit: " + _options("--skip", refused),
         )
+
+
+def _more(refused: Sequence[tuple[Fate, str]]) -> str:
+    """How many linears are refused beside the first."""
+    return f" (and {len(refused) - 1} more linears)" if len(refused) > 1 else ""
+
+
+def _options(option: str, refused: Sequence[tuple[Fate, str]]) -> str:
+    """The option that names what is refused: the linear or, of several, those of its kind."""
+    names = [fate.linear for fate, _ in refused]
+    patterns = names if len(names) == 1 else sorted({"*." + name.rpartition(".")[2] for name in names})
+    return " ".join(f"{option} '{pattern}'" for pattern in patterns)
 
 
 def _specs(

@@ -5,7 +5,6 @@ A source that is already quantized is repacked: its codes take the place of cali
 
 import errno
 import logging
-import os
 import platform
 import shutil
 import time
@@ -27,7 +26,13 @@ from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.manifest import MANIFEST, sha256_file
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.checkpoint.unfinished import UnfinishedRun
-from marlin_convert.checkpoint.writer import ShardWriter, publish, write_json, write_report
+from marlin_convert.checkpoint.writer import (
+    ShardWriter,
+    check_replaceable,
+    publish,
+    write_json,
+    write_report,
+)
 from marlin_convert.codes import Codes, Repack, Solve
 from marlin_convert.errors import ConvertError, FormatError, SourceError, reading
 from marlin_convert.hub import Source
@@ -83,8 +88,8 @@ def plan_job(job: Job) -> tuple[Weights, Plan]:
         weights, job.recipe, group_size=job.group_size, requantize=job.requantize,
         trust_remote_code=job.trust_remote_code,
     )  # fmt: skip
-    if not plan.packed:
-        raise ConvertError("nothing is left to quantize: every linear stays dense.", "skip fewer of them.")
+    if not plan.worked_on:
+        raise ConvertError("nothing is left to do: every linear stays as it is.", "skip fewer of them.")
     _check_output(job, plan)
     return weights, plan
 
@@ -260,13 +265,7 @@ def _check_output(job: Job, plan: Plan) -> None:
     job.run.check_ours()
     if job.resume and job.run.published():
         return
-    empty = job.output.is_dir() and not job.output.is_symlink() and not any(job.output.iterdir())
-    replaceable = empty or (job.output.is_dir() and job.overwrite)
-    if os.path.lexists(job.output) and not replaceable:
-        raise ConvertError(
-            f"'{job.output}' already exists and is not empty.",
-            "choose another directory, or pass --overwrite.",
-        )
+    check_replaceable(job.output, job.overwrite)
     place = next(parent for parent in output.parents if parent.exists())
     free = shutil.disk_usage(place).free
     if plan.output_bytes > free + job.run.staged_bytes:
@@ -291,7 +290,8 @@ def _assemble(
     config = {key: value for key, value in weights.checkpoint.config.items() if key not in left_out}
     if plan.recipe.dtype != "auto":
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = plan.recipe.dtype
-    config["quantization_config"] = plan.quantization_config
+    if plan.quantization_config is not None:
+        config["quantization_config"] = plan.quantization_config
     write_json(staging / "config.json", config)
     if plan.recipe.format == "gptq":
         write_json(staging / "quantize_config.json", plan.quantization_config)
@@ -311,6 +311,8 @@ def _assemble(
         "source": {**source, "card": read_facts(job.source.directory)},
         "bits_per_weight": round(plan.bits_per_weight, 4),
         "linears": rows,
+        "sparsity": plan.sparsity,
+        "unpruned": {fate.linear: fate.reason for fate in plan.unpruned},
         "dense": {fate.linear: fate.reason for fate in plan.dense},
         "left_out": list(plan.left_out),
         "files": {

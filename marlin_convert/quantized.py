@@ -16,6 +16,8 @@ class QuantizedLinear:
     bits          4 or 8
     zeros         (groups, n) uint8 zero codes; None: symmetric, all of them 2**(bits - 1)
     group_of_row  (k,) int32, only when it is not row // group_size (activation order)
+    kept          (k, n) bool, where 2:4 pruning says which weights it left: one of these may be zero and is
+                  still told from one that was pruned; None: nobody says
 
     ValueError when the shapes or dtypes do not fit together: a bug of the caller, never of the model.
     """
@@ -26,6 +28,7 @@ class QuantizedLinear:
     bits: int = 4
     zeros: Tensor | None = None
     group_of_row: Tensor | None = None
+    kept: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.codes.dtype != torch.uint8 or self.codes.dim() != 2:
@@ -41,6 +44,8 @@ class QuantizedLinear:
         order = self.group_of_row
         if order is not None and (order.shape != (k,) or order.dtype != torch.int32):
             raise ValueError(f"group_of_row must be ({k},) int32, is {tuple(order.shape)} {order.dtype}")
+        if self.kept is not None and (self.kept.shape != (k, n) or self.kept.dtype != torch.bool):
+            raise ValueError(f"kept must be {k, n} bool, is {tuple(self.kept.shape)} {self.kept.dtype}")
 
     @classmethod
     def normalized(
@@ -76,20 +81,45 @@ class QuantizedLinear:
         """Groups of rows: one scale each per output."""
         return self.scales.shape[0]
 
+    def quad_weights(self) -> Tensor:
+        """How many of rows 4t .. 4t + 3 of a column are kept or not zero: (k // 4, n) uint8.
+
+        A layer that has nowhere more than two is 2:4.
+        """
+        found = torch.empty(self.k // 4, self.n, dtype=torch.uint8, device=self.codes.device)
+        step = max(1, (1 << 18) // self.n)  # the temporaries stay in cache
+        for start in range(0, len(found), step):
+            stop = min(start + step, len(found))
+            rows = slice(4 * start, 4 * stop)
+            # comparisons of bytes are ten times slower than this
+            left = (self.codes[rows] ^ self._zeros(rows)).clamp_max_(1)
+            if self.kept is not None:
+                left |= self.kept[rows].view(torch.uint8)
+            quads = left.view(-1, 4, self.n)
+            torch.add(quads[:, 0] + quads[:, 1], quads[:, 2] + quads[:, 3], out=found[start:stop])
+        return found
+
+    def _zeros(self, rows: slice) -> Tensor | int:
+        """The zero codes of rows."""
+        return 1 << (self.bits - 1) if self.zeros is None else self.zeros[self._groups(rows)]
+
+    def _groups(self, rows: slice) -> Tensor:
+        """The group of each of rows."""
+        if self.group_of_row is not None:
+            return self.group_of_row[rows]
+        return torch.arange(rows.start, rows.stop, device=self.codes.device) // self.group_size
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight as nn.Linear holds it: (n, k), computed in float32 and then cast to dtype."""
-        row_group = self.group_of_row
-        if row_group is None:
-            row_group = contiguous_groups(self.k, self.group_size, self.codes.device)
         weight = torch.empty(self.n, self.k, dtype=dtype, device=self.codes.device)
         # in slabs of rows: the float32 temporaries stay small beside the weight
         step = max(1, (1 << 20) // self.n)
         for start in range(0, self.k, step):
-            groups = row_group[start : start + step]
-            values = self.codes[start : start + step].to(torch.float32)
-            values -= 1 << (self.bits - 1) if self.zeros is None else self.zeros[groups]
-            values *= self.scales[groups]
-            weight[:, start : start + step] = values.t()
+            rows = slice(start, min(start + step, self.k))
+            values = self.codes[rows].to(torch.float32)
+            values -= self._zeros(rows)
+            values *= self.scales[self._groups(rows)]
+            weight[:, rows] = values.t()
         return weight
 
 
@@ -105,3 +135,8 @@ def same_codes(a: Tensor, b: Tensor) -> bool:
         if a.storage_offset() % 8 == 0 and b.storage_offset() % 8 == 0:
             a, b = a.view(torch.int64), b.view(torch.int64)
     return torch.equal(a, b)
+
+
+def crowded_quads(weight: Tensor) -> Tensor:
+    """Where a weight (n, k) is not 2:4: (found, 2) int64, output and quad of more than two non-zeros."""
+    return ((weight.view(len(weight), -1, 4) != 0).sum(-1) > 2).nonzero()

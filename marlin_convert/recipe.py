@@ -11,6 +11,9 @@ import yaml
 from marlin_convert.errors import ConvertError
 
 DEFAULT = "w4a16-g128"
+# "dense" is what sparsify writes
+FORMATS = ("marlin", "marlin-24", "gptq", "compressed-tensors", "dense")
+METHODS = ("sparsegpt", "wanda", "magnitude")
 MOST = 10**9  # of anything that is counted
 NESTING_LIMIT = 10
 _HINT = f"the recipe.yaml of any output, and the recipe {DEFAULT}, show every setting."
@@ -23,6 +26,9 @@ class Recipe:
     format: str = "marlin"
     group_size: int = 128
     skip: tuple[str, ...] = ()
+    sparsity: str = "none"
+    method: str = "sparsegpt"
+    unpruned: tuple[str, ...] = ()
     dtype: str = "auto"
     calibration: str = "builtin"
     samples: int = 256
@@ -33,8 +39,10 @@ class Recipe:
 
     def __post_init__(self) -> None:
         checks: dict[str, tuple[bool, str]] = {
-            "format": (self.format in ("marlin", "gptq", "compressed-tensors"), "unknown"),
+            "format": (self.format in FORMATS, "unknown"),
             "group_size": (self.group_size in (-1, 32, 64, 128), "must be 128, 64, 32 or -1"),
+            "sparsity": (self.sparsity in ("none", "2:4"), "must be none or 2:4"),
+            "method": (self.method in METHODS, f"must be one of {', '.join(METHODS)}"),
             "dtype": (self.dtype in ("auto", "float16", "bfloat16"), "must be auto, float16 or bfloat16"),
             "calibration": (self.calibration.isprintable(), "must be one line of text"),
             "samples": (1 <= self.samples <= MOST, f"must be at least 1, at most {MOST}"),
@@ -53,7 +61,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON and YAML can hold them."""
-        return asdict(self) | {"skip": list(self.skip)}
+        return asdict(self) | {"skip": list(self.skip), "unpruned": list(self.unpruned)}
 
     def dump(self) -> str:
         """The recipe as YAML that `load` reads back."""

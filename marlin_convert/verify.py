@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -21,16 +22,19 @@ from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.checkpoint.writer import to_json, write_json, write_report
 from marlin_convert.errors import ConvertError, FormatError, SourceError, printable
 from marlin_convert.evaluate import Comparison, compare
+from marlin_convert.formats import bounds
 from marlin_convert.hub import Source
 from marlin_convert.models.architectures import architecture_of
 from marlin_convert.models.blocks import BlockModel, block_linears, module_tree
 from marlin_convert.plan import check_names
-from marlin_convert.quantized import QuantizedLinear, contiguous_groups
+from marlin_convert.quantized import QuantizedLinear, contiguous_groups, crowded_quads
 
 log = logging.getLogger("marlin_convert")
 
 # Of a whole weight: rounding to 4 bits stays near 0.1, GPTQ near 0.15.
 WEIGHT_ERROR = 0.5
+# With half of the weights gone, and the others moved to make up for them.
+PRUNED_WEIGHT_ERROR = 0.9
 # Of the weights of one output: all zeros would be as near.
 OUTPUT_ERROR = 1.0
 # How far perplexity may rise over the source's.
@@ -70,12 +74,16 @@ class Check:
 
 @dataclass(frozen=True)
 class Verification:
-    """What came of all checks; `manifest_sha256` says of which files, None without a manifest."""
+    """What came of all checks; `manifest_sha256` says of which files, None without a manifest.
+
+    `required` must be able to run, `needed` must pass for the checkpoint to count as verified.
+    """
 
     checkpoint: str
     manifest_sha256: str | None
     checks: dict[str, Check]
     required: frozenset[str]
+    needed: frozenset[str]
 
     @property
     def failed(self) -> bool:
@@ -84,8 +92,8 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """Whether files, layout and numbers passed, and nothing else failed or was required in vain."""
-        needed = all(self.checks[name].status == "pass" for name in ("files", "layout", "numbers"))
+        """Whether all that is needed passed, and nothing else failed or was required in vain."""
+        needed = all(self.checks[name].status == "pass" for name in self.needed)
         return needed and not self.failed and not self.could_not_run
 
     @property
@@ -136,10 +144,11 @@ def verify(job: Job, progress: Progress = lambda blocks, total: blocks) -> Verif
     }
     if subject is not None:
         checks["layout"] = partial(_check_layout, subject)
+        checks["sparsity"] = partial(_check_sparsity, subject)
         checks["numbers"] = partial(_check_numbers, job, subject, original, progress)
         checks["kernel"] = partial(_check_kernel, job, subject)
     done = {}
-    for name in ("files", "layout", "numbers", "kernel"):
+    for name in ("files", "layout", "sparsity", "numbers", "kernel"):
         if name not in job.checks:
             done[name] = Check("skipped", "not asked for")
         elif name not in checks:
@@ -147,13 +156,17 @@ def verify(job: Job, progress: Progress = lambda blocks, total: blocks) -> Verif
         else:
             done[name] = checks[name]()
     required = frozenset({"kernel"} if job.require_kernel else ())
-    return Verification(job.checkpoint.name, digest, done, required)
+    needed = {"files", "numbers"}
+    if subject is None or subject.weights.scheme is not None:
+        needed.add("layout")
+    if subject is not None and subject.weights.sparse_linears(manifest):
+        needed.add("sparsity")
+    return Verification(job.checkpoint.name, digest, done, required, frozenset(needed))
 
 
 def save(done: Verification, job: Job, report: Path | None = None) -> None:
     """Write the report of a whole verification into a directory that has our manifest, and where asked."""
-    whole = {"files", "layout", "numbers"} <= job.checks
-    if whole and done.manifest_sha256 is not None and job.checkpoint.commit is None:
+    if done.needed <= job.checks and done.manifest_sha256 is not None and job.checkpoint.commit is None:
         try:
             write_json(job.checkpoint.directory / manifests.VERIFIED, done.to_dict())
         except OSError as error:
@@ -259,7 +272,6 @@ def _check_layout(subject: _Subject) -> Check:
     linears = weights.packed_linears()
     if not linears:
         return Check("skipped", "no linear is packed")
-    assert weights.scheme is not None
     problems = _shape_problems(weights, model) + _stage_problems(weights, model)
     notes = set()
     for linear in linears:
@@ -272,7 +284,9 @@ def _check_layout(subject: _Subject) -> Check:
         found, note = _repack_problems(linear, layer, weights)
         problems += found
         notes |= {note} if note else set()
-    summary = "; ".join([f"{len(linears)} {weights.scheme.format} linears", *sorted(notes)])
+    kinds = Counter(weights.scheme_of(linear).format for linear in linears)
+    counted = " and ".join(f"{count} {format}" for format, count in kinds.items())
+    summary = "; ".join([f"{counted} linears", *sorted(notes)])
     return _verdict(problems, summary, linears=len(linears), notes=sorted(notes))
 
 
@@ -287,7 +301,7 @@ def _shape_problems(weights: Weights, model: PreTrainedModel) -> list[str]:
 
 
 def _stage_problems(weights: Weights, model: PreTrainedModel) -> list[str]:
-    """Linears that engines fuse into one (q, k and v; gate and up) of which only some are packed."""
+    """Linears that engines fuse into one (q, k and v; gate and up) packed in part, or in two layouts."""
     architecture = architecture_of(weights.checkpoint.config)
     linears = block_linears(model, architecture)
     problems = []
@@ -297,6 +311,10 @@ def _stage_problems(weights: Weights, model: PreTrainedModel) -> list[str]:
             dense = [name for name in names if name in linears and not weights.is_packed(name)]
             if dense and len(dense) < len(names):
                 problems.append(f"{' and '.join(dense)} dense, what engines fuse with it packed")
+            layouts = {weights.scheme_of(name).format: name for name in names if weights.is_packed(name)}
+            if len(layouts) > 1:
+                found = " and ".join(f"{name} {format}" for format, name in layouts.items())
+                problems.append(f"{found}, which engines fuse")
     return problems
 
 
@@ -320,8 +338,7 @@ def _linear_problems(linear: str, layer: QuantizedLinear, model: PreTrainedModel
 
 def _repack_problems(linear: str, layer: QuantizedLinear, weights: Weights) -> tuple[list[str], str | None]:
     """Tensors that unpacking and packing changes, and what could not be compared."""
-    scheme = weights.scheme
-    assert scheme is not None
+    scheme = weights.scheme_of(linear)
     layout = formats.FORMATS[scheme.format]
     if not hasattr(layout, "pack"):
         return [], f"{scheme.format} is never written, so not packed again"
@@ -343,6 +360,58 @@ def _repack_problems(linear: str, layer: QuantizedLinear, weights: Weights) -> t
         if suffix in again and not torch.equal(stored, again[suffix].to(stored.dtype)):
             changed.append(f"{name} is not what packing its codes again gives")
     return changed, note
+
+
+# sparsity
+
+
+def _check_sparsity(subject: _Subject) -> Check:
+    """Every quad of every linear that is said to be 2:4, by the layout or by the manifest."""
+    weights = subject.weights
+    linears = weights.sparse_linears(subject.manifest)
+    if not linears:
+        return Check("skipped", "nothing is said to be 2:4")
+    quads = good = unread = 0
+    problems = []
+    for linear in linears:
+        try:
+            held, crowded = _quads(weights, linear)
+        except ConvertError as error:
+            problems.append(str(error))
+            unread += 1
+            continue
+        quads += held.numel()
+        good += int((held <= 2).sum())
+        problems += [f"{linear} is not 2:4: {crowded}"] if crowded else []
+    # rounded down: 100 is all of them
+    share = 10_000 * good // max(quads, 1) / 100
+    summary = f"{share:.2f} % of {quads} quads"
+    summary += f", {unread} linears cannot be read" if unread else ""
+    check = _verdict(problems, summary, linears=len(linears), quads=quads, sparse_quads=good)
+    return replace(check, reason=f"{summary}; {check.reason}") if problems else check
+
+
+def _quads(weights: Weights, linear: str) -> tuple[Tensor, str | None]:
+    """How many non-zeros every quad of a linear has, and what is wrong with the first that has too many."""
+    if not weights.is_packed(linear):
+        weight = weights.read(f"{linear}.weight")
+        if weight.shape[1] % 4:
+            raise SourceError(f"{linear} has {weight.shape[1]} inputs, which are no quads.")
+        found = crowded_quads(weight)
+        held = (weight.view(len(weight), -1, 4) != 0).sum(-1)
+        if not len(found):
+            return held, None
+        n, quad = found[0].tolist()
+        return held, (
+            f"{len(found)} of {held.numel()} quads have more than two non-zeros; the first, inputs "
+            f"{4 * quad} to {4 * quad + 3} of output {n}"
+        )
+    layer = weights.quantized(linear)
+    try:
+        bounds.check_quads(layer)
+    except FormatError as error:
+        return layer.quad_weights(), str(error)
+    return layer.quad_weights(), None
 
 
 # numbers
@@ -385,6 +454,7 @@ def _compare_weights(
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     names = [name for name in model.state_dict() if name in weights or name not in tied]
     generator = torch.Generator().manual_seed(0)
+    sparse = set(weights.sparse_linears(subject.manifest))
     rows, problems, unreadable = [], [], False
     for name in names:
         linear = name.removesuffix(".weight")
@@ -408,7 +478,7 @@ def _compare_weights(
                         f"{name} has shape {tuple(weight.shape)}, in the source {tuple(source.shape)}"
                     )
                 row["error"], row["worst_output"] = _weight_error(weight, source)
-                problems += _weight_problems(row)
+                problems += _weight_problems(row, PRUNED_WEIGHT_ERROR if linear in sparse else WEIGHT_ERROR)
         except ConvertError as error:
             problems.append(str(error))
             unreadable = True
@@ -447,9 +517,9 @@ def _weight_error(weight: Tensor, source: Tensor) -> tuple[float, float]:
     return error, (off / size.clamp_min(tiny)).max().sqrt().item()
 
 
-def _weight_problems(row: dict[str, Any]) -> list[str]:
-    if not row["error"] <= WEIGHT_ERROR:
-        return [f"{row['name']} is {row['error']:.2f} from the source's, relative; at most {WEIGHT_ERROR}"]
+def _weight_problems(row: dict[str, Any], limit: float) -> list[str]:
+    if not row["error"] <= limit:
+        return [f"{row['name']} is {row['error']:.2f} from the source's, relative; at most {limit}"]
     if not row["worst_output"] <= OUTPUT_ERROR:
         return [
             f"{row['name']} has an output {row['worst_output']:.2f} from the source's, relative; "
@@ -504,6 +574,9 @@ BATCHES = (1, 16, 17, 64, 257, 2048)
 # Nats a token between the checkpoint on the kernel and the same weights dequantized, both in 16 bits.
 KERNEL_DIVERGENCE = 2e-3
 
+# Nats by which the dequantized model may prefer its likeliest token to the one the kernel finds likeliest.
+KERNEL_MARGIN = 0.1
+
 
 class _OnKernel(BlockModel):
     """The checkpoint with every packed linear multiplied by the kernel."""
@@ -515,7 +588,7 @@ class _OnKernel(BlockModel):
         block = super().load(i)
         for path, module in block.named_modules():
             linear = f"{self.name(i)}.{path}"
-            if isinstance(module, nn.Linear) and self.weights.is_packed(linear):
+            if isinstance(module, nn.Linear) and _has_kernel(self.weights, linear):
                 tensors = formats.FORMATS["marlin"].pack(self.weights.quantized(linear))
                 B, s = (tensors[suffix].to(self.device) for suffix in ("B", "s"))
                 module.forward = partial(matmul, B=B, s=s, bias=module.bias)  # type: ignore[method-assign]
@@ -528,13 +601,21 @@ class _OnKernel(BlockModel):
         super().unload(i)
 
 
+def _has_kernel(weights: Weights, linear: str) -> bool:
+    """Whether there is a kernel for a linear."""
+    return weights.is_packed(linear) and weights.scheme_of(linear).format != "marlin-24"
+
+
 def _check_kernel(job: Job, subject: _Subject) -> Check:
     """Every packed linear through the kernel, then the whole model, each against its dequantized weights."""
+    packed = subject.weights.packed_linears()
+    linears = [linear for linear in packed if _has_kernel(subject.weights, linear)]
+    if packed and not linears:
+        return Check("skipped", "no kernel for marlin-24 yet")
     if not torch.cuda.is_available():
         return Check("skipped", "no CUDA GPU here")
     if job.device.type != "cuda":
         return Check("skipped", f"--device {job.device}")
-    linears = subject.weights.packed_linears()
     if not linears:
         return Check("skipped", "no linear is packed")
     rows, problems = [], []
@@ -553,14 +634,23 @@ def _check_kernel(job: Job, subject: _Subject) -> Check:
         problems.append(
             f"the whole model on the kernel has divergence {text.divergence:.1e}, at most {KERNEL_DIVERGENCE}"
         )
+    if not text.margin <= KERNEL_MARGIN:
+        problems.append(
+            f"a greedy token on the kernel is {text.margin:.2g} nats less likely than that of the same "
+            f"weights dequantized, at most {KERNEL_MARGIN}"
+        )
     worst = max(row["error"] for row in rows)
     summary = (
         f"{len(rows)} linears at {len(BATCHES)} batch sizes on {torch.cuda.get_device_name(job.device)}, "
         f"relative error at most {worst:.1e}; whole model: divergence {text.divergence:.1e}, "
-        f"{text.agreement:.2%} of the likeliest tokens"
+        f"{text.agreement:.2%} of the greedy tokens, others within {text.margin:.1e} nats"
     )
     figures = {name: _json_number(value) for name, value in asdict(text).items()}
-    return _verdict(problems, summary, tolerance=job.tolerance, linears=rows, model=figures)
+    check = _verdict(problems, summary, tolerance=job.tolerance, linears=rows, model=figures)
+    if problems or len(linears) == len(packed):
+        return check
+    left = len(packed) - len(linears)
+    return replace(check, status="skipped", reason=f"{left} linears: no kernel for marlin-24 yet; {summary}")
 
 
 def _kernel_error(layer: QuantizedLinear, device: torch.device) -> float:

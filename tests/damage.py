@@ -38,8 +38,9 @@ TEXTS = [
         "outside 4 -1 nan None True {} model.safetensors ../model/model.safetensors sdpa default yarn"
     ),
     *str.split(
-        "gptq gptq_v2 marlin awq compressed-tensors gemm gemv pack-quantized dense group channel auto"
+        "gptq gptq_v2 marlin marlin_24 marlin-24 awq compressed-tensors gemm gemv pack-quantized dense group"
     ),
+    *("channel", "auto"),
     *str.split(
         "static int float float16 bfloat16 float32 float64 int8 torch.float16 llama qwen3 gemma2 phi3"
     ),
@@ -52,7 +53,7 @@ KEYS = str.split("""
     num_labels num_hidden_layers auto_map rope_parameters rope_scaling rope_theta factor layer_types dtype
     torch_dtype head_dim pad_token_id tie_word_embeddings max_position_embeddings vocab_size num_experts
     text_config __metadata__ weight_map files linears dense recipe source tool calibration rounded_to_nearest
-    passed checks size sha256 shape
+    passed checks size sha256 shape sparsity unpruned
 """)
 BOMBS = [
     [f"a0: &a0 {first}", *(f"a{i}: &a{i} {line.format(', '.join(8 * [f'*a{i - 1}']))}" for i in range(1, 12))]

@@ -6,9 +6,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from marlin_convert.formats import compressed_tensors, gptq, marlin
+from marlin_convert.checkpoint.linears import Weights
+from marlin_convert.checkpoint.reader import Checkpoint
+from marlin_convert.formats import compressed_tensors, gptq, marlin, marlin_24
 from marlin_convert.quantized import QuantizedLinear, contiguous_groups
 
 GROUP_SIZE = 32
@@ -35,7 +37,17 @@ LINEARS = {
 FIRST = "model.layers.0.self_attn.q_proj"
 
 
-def random_linear(k, n, seed, bits=4, group_size=GROUP_SIZE, asymmetric=False, act_order=False, least_zero=1):
+def random_linear(
+    k,
+    n,
+    seed,
+    bits=4,
+    group_size=GROUP_SIZE,
+    asymmetric=False,
+    act_order=False,
+    least_zero=1,
+    sparse=False,
+):
     """Random codes and positive scales that float16 and bfloat16 both hold."""
     g = torch.Generator().manual_seed(seed)
     rows = k if group_size == -1 else group_size
@@ -47,8 +59,16 @@ def random_linear(k, n, seed, bits=4, group_size=GROUP_SIZE, asymmetric=False, a
     if act_order:
         order = contiguous_groups(k, rows)[torch.randperm(k, generator=g)]
     codes = torch.randint(0, 1 << bits, (k, n), generator=g, dtype=torch.uint8)
+    if sparse:
+        codes[~two_of_four(k, n, g)] = 8
     scales = torch.randint(1, 128, shape, generator=g).half() / 16384
     return QuantizedLinear(codes, scales, rows, bits, zeros, order)
+
+
+def two_of_four(k, n, generator):
+    """Two random rows of every four of a column: (k, n) bool."""
+    order = torch.rand(k // 4, 4, n, generator=generator).argsort(1)
+    return (order < 2).view(k, n)
 
 
 def random_linears(blocks=2, **kind):
@@ -79,6 +99,24 @@ def save(directory, linears, pack, quantization_config, blocks=2, vocabulary=409
     (directory / "config.json").write_text(json.dumps(config))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(Path(__file__).parents[1] / "examples" / "tinypy-4m" / name, directory)
+    return directory
+
+
+def prune(source, directory):
+    """A copy of a GPTQ model of ours as a peer leaves one, the smaller two codes of every quad zero."""
+    directory.mkdir()
+    for path in source.iterdir():
+        if not path.name.startswith("marlin_convert"):
+            shutil.copy(path, directory)
+    weights = Weights(Checkpoint.open(source))
+    tensors = load_file(source / "model.safetensors")
+    for linear in weights.packed_linears():
+        layer = weights.quantized(linear)
+        quads = layer.codes.view(-1, 4, layer.n)
+        smaller = (quads.int() - 8).abs().argsort(dim=1, stable=True)[:, :2]
+        quads.scatter_(1, smaller, 8)
+        tensors[f"{linear}.qweight"] = gptq.pack(layer)["qweight"]
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     return directory
 
 
@@ -143,6 +181,11 @@ def pack_awq_marlin(layer):
     return {"qweight": packed["B"], "scales": packed["s"]}
 
 
+def pack_compressed_24(layer):
+    """marlin-24 as compressed-tensors calls it."""
+    return dict(zip(compressed_tensors.MARLIN_24_NAMES, marlin_24.pack(layer).values(), strict=True))
+
+
 def pack_old_compressed(layer):
     """As before compressed-tensors 0.19: bfloat16 scales of a bfloat16 model, a g_idx that says nothing."""
     packed = compressed_tensors.pack(layer)
@@ -151,6 +194,8 @@ def pack_old_compressed(layer):
 
 
 gptq_v2 = partial(gptq.pack, version=2)
+SPARSE, SPARSE_CHANNEL = ({"group_size": size, "sparse": True} for size in (128, -1))
+OURS_24 = {"quant_method": "marlin_24", "bits": 4, "group_size": 128}
 ASYMMETRIC, ACT_ORDER = {"asymmetric": True}, {"act_order": True}
 SOURCES = {
     "gptq": ({}, gptq.pack, gptq_config(checkpoint_format="gptq")),
@@ -180,6 +225,17 @@ SOURCES = {
     "awq-marlin": ({}, pack_awq_marlin, AWQ_CONFIG | {"version": "marlin", "zero_point": False}),
     "awq": ({}, pack_awq, AWQ_CONFIG),
     "awq-asymmetric": (ASYMMETRIC, pack_awq, AWQ_CONFIG),
+    "marlin-24": (SPARSE, marlin_24.pack, gptq_config(checkpoint_format="marlin_24", group_size=128)),
+    "marlin-24-ours": (SPARSE, marlin_24.pack, OURS_24),
+    "marlin-24-channel": (SPARSE_CHANNEL, marlin_24.pack, OURS_24 | {"group_size": -1}),
+    "marlin-24-compressed": (
+        SPARSE_CHANNEL,
+        pack_compressed_24,
+        compressed_config(strategy="channel", group_size=None) | {"format": "marlin-24"},
+    ),
+    "gptq-sparse": (SPARSE, gptq.pack, gptq_config(group_size=128)),
+    "marlin-sparse": (SPARSE, marlin.pack, gptq_config(checkpoint_format="marlin", group_size=128)),
+    "compressed-tensors-sparse": (SPARSE, compressed_tensors.pack, compressed_config(group_size=128)),
     "compressed-tensors": ({}, compressed_tensors.pack, compressed_config()),
     "compressed-tensors-old": ({}, pack_old_compressed, compressed_config()),
     "compressed-tensors-channel": (

@@ -46,6 +46,33 @@ def _marlin(found: Found, scheme: Scheme) -> tuple[Any, ...]:
     return codes, scales[:, 64 * (o // 64) + o % 64 // 8 + 8 * (o % 8)], 8, None
 
 
+def _marlin_24(found: Found, scheme: Scheme) -> tuple[Any, ...]:
+    b, meta, stored = (found[name] for name in scheme.names or ("B_24", "B_meta", "s"))
+    n, k = b.shape[1] // 2, 32 * len(b)
+    t, c, f = np.ix_(range(len(b)), range(b.shape[1]), range(8))
+    i, j = c % 128 // 4, c % 4
+    rows = 16 * t + 2 * (i % 4) + (f >> 2) + 8 * (f & 1)
+    columns = 64 * (c // 128) + 8 * (i // 4) + 4 * ((f >> 1) & 1) + j
+    left = np.empty((k // 2, n), np.uint32)
+    left[rows, columns] = b.view(np.uint32)[:, :, None] >> (4 * f).astype(np.uint32) & 15
+
+    n_, c = np.ix_(range(n), range(k // 16))
+    r = 64 * (n_ // 64) + 32 * (n_ % 4 // 2) + 4 * (n_ % 64 // 8) + 2 * (n_ % 2) + n_ % 8 // 4
+    swap = r % 2 != c % 2
+    r, c = np.where(swap, r ^ 1, r), np.where(swap, c ^ 1, c)
+    words = meta.view(np.uint16)[c // 2, 2 * r + c % 2]
+    quads = (words[:, :, None] >> np.arange(0, 16, 4) & 15).reshape(n, k // 4).T
+
+    codes = np.full((k, n), 8, np.uint32)
+    q, o = np.ix_(range(k // 4), range(n))
+    codes[4 * q + (quads & 3), o] = left[0::2]
+    codes[4 * q + (quads >> 2), o] = left[1::2]
+    scales = np.empty_like(stored)
+    o = np.arange(n)
+    scales[:, o if len(stored) == 1 else 8 * (o // 8) + o % 8 // 2 + 4 * (o % 2)] = stored
+    return codes, scales, 8, None
+
+
 def _awq(found: Found, scheme: Scheme) -> tuple[Any, ...]:
     def columns(words: np.ndarray) -> np.ndarray:
         eights = _stream(words.T, 4).reshape(-1, 8, len(words))
@@ -74,4 +101,10 @@ def _compressed_tensors(found: Found, scheme: Scheme) -> tuple[Any, ...]:
     return codes, scales, zeros, None if order is None or (order == -1).all() else order
 
 
-_LAYOUTS = {"marlin": _marlin, "awq": _awq, "gptq": _gptq, "compressed-tensors": _compressed_tensors}
+_LAYOUTS = {
+    "marlin": _marlin,
+    "marlin-24": _marlin_24,
+    "awq": _awq,
+    "gptq": _gptq,
+    "compressed-tensors": _compressed_tensors,
+}

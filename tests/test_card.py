@@ -141,11 +141,22 @@ def test_the_metadata(published: card.Published) -> None:
     assert set(yaml.safe_load(unknown.split("---\n")[1])) == {"library_name", "pipeline_tag", "tags"}
 
 
+def test_a_part_that_is_sparse(quantized: Callable[[str], Path], tmp_path: Path, cli: Cli) -> None:
+    words = ("--format", "marlin-24", "--unpruned", "*.3.mlp.*", "-q")
+    assert cli("quantize", quantized("marlin-24"), "-o", tmp_path / "out", *words).exit_code == 0
+    content = json.loads((tmp_path / "out" / MANIFEST).read_text())
+    text = card.write(card.Published("me/tiny", "main", content, "0" * 64, None, content, None), FACTS)
+    metadata = yaml.safe_load(text.split("---\n")[1])
+    assert metadata["library_name"] == "marlin-convert" and "sparse-24" in metadata["tags"]
+    assert "| sparsity | 2:4 in 25 of the packed linears |" in text and "random weights" in text
+    assert "- not 2:4: `model.layers.3.mlp.up_proj` (unpruned by '\\*.3.mlp.\\*')" in text
+
+
 def test_names_from_a_manifest_cannot_become_markup(published: card.Published) -> None:
     evil = "`x` | <script>\n\n# Pwned\n---\nlicense: mine"
     content = json.loads(json.dumps(published.manifest))
     content["source"]["name"] = content["tool"] = content["calibration"]["text"] = evil
-    content["dense"] = {evil: evil}
+    content["dense"] = content["unpruned"] = {evil: evil}
     content["left_out"] = [evil]
     content["linears"][0] |= {"name": evil, "rounded_to_nearest": True}
     content["files"][evil] = {"size": 1, "sha256": evil}

@@ -17,6 +17,16 @@ from marlin_convert.cli import main, parse_size, pick_device
 from marlin_convert.errors import ConvertError
 
 COMMANDS = sorted(main.commands)
+# every command that does something, by its words: those of a group have two
+ALL = {
+    (name, *rest): command
+    for name, one in main.commands.items()
+    for rest, command in (
+        [((inner,), found) for inner, found in one.commands.items()]
+        if isinstance(one, click.Group)
+        else [((), one)]
+    )
+}
 
 
 def python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -26,7 +36,7 @@ def python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str
 
 
 @pytest.mark.parametrize("option", ["-h", "--help"])
-@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)])
+@pytest.mark.parametrize("command", sorted({(), *((name,) for name in COMMANDS), *ALL}), ids=" ".join)
 def test_help(command, option, cli):
     result = cli(*command, option)
     assert result.exit_code == 0
@@ -41,9 +51,8 @@ def test_the_first_help_says_the_commands_and_the_exit_codes(cli):
     assert "0 done, 1 it could not be done, 2 wrong usage, 3 verify found a difference, 130" in text
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_every_option_is_explained_and_spelled_one_way(name):
-    command = main.commands[name]
+@pytest.mark.parametrize("command", ALL.values(), ids=map(" ".join, ALL))
+def test_every_option_is_explained_and_spelled_one_way(command):
     assert command.help
     for option in command.params:
         if isinstance(option, click.Option):
@@ -51,9 +60,9 @@ def test_every_option_is_explained_and_spelled_one_way(name):
             assert all(re.fullmatch(r"-[a-z]|--[a-z]+(-[a-z]+)*", spelling) for spelling in option.opts)
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_has_the_output_options(name):
-    spellings = {spelling for option in main.commands[name].params for spelling in option.opts}
+@pytest.mark.parametrize("command", ALL.values(), ids=map(" ".join, ALL))
+def test_every_command_has_the_output_options(command):
+    spellings = {spelling for option in command.params for spelling in option.opts}
     assert {"--json", "-q", "--quiet", "-v", "--verbose"} <= spellings
 
 
@@ -69,7 +78,7 @@ def test_python_m_is_the_same_command():
 
 
 def test_the_readme_names_no_option_that_is_not_there():
-    parameters = [option for command in main.commands.values() for option in command.params]
+    parameters = [option for command in ALL.values() for option in command.params]
     there = {spelling for option in parameters for spelling in option.opts + option.secondary_opts}
     there |= {"--help", "--version"}
     readme = (Path(__file__).parents[1] / "README.md").read_text("utf-8")

@@ -18,7 +18,21 @@ def compressed(**weights):
     return config
 
 
-@pytest.mark.parametrize("name", ["marlin", "gptq", "compressed-tensors"])
+def compressed_weights(**other):
+    """The weights of a config group that names no format of its own."""
+    return compressed(**other)["config_groups"]["group_0"]["weights"]
+
+
+COMPRESSED_24 = ("weight_packed", "meta", "scale_packed")
+
+
+def compressed_24(**weights):
+    config = compressed(**weights)
+    config["format"] = config["config_groups"]["group_0"]["format"] = "marlin-24"
+    return config
+
+
+@pytest.mark.parametrize("name", ["marlin", "marlin-24", "gptq", "compressed-tensors"])
 @pytest.mark.parametrize("group_size", [-1, 128])
 @pytest.mark.parametrize("skipped", [[], ["model.layers.0.mlp.up_proj"]])
 def test_written_configs_are_read_again(name, group_size, skipped):
@@ -78,6 +92,20 @@ def test_compressed_tensors_config_is_the_one_engines_load():
         ({**GPTQ, "is_marlin_format": True, "group_size": -1}, Scheme("marlin", 4, -1)),
         ({**GPTQ, "quant_method": "marlin"}, Scheme("marlin", 4, 128)),
         ({"quant_method": "marlin", "bits": 4, "group_size": 128}, Scheme("marlin", 4, 128)),
+        ({**GPTQ, "checkpoint_format": "marlin_24"}, Scheme("marlin-24", 4, 128)),
+        ({"quant_method": "marlin_24", "bits": 4, "group_size": -1}, Scheme("marlin-24", 4, -1)),
+        (
+            {"quant_method": "marlin_24", "bits": 4, "group_size": 128, "unpruned": ["a", "b"]},
+            Scheme("marlin-24", 4, 128, unpruned=frozenset("ab")),
+        ),
+        (
+            {
+                **compressed(),
+                "format": "marlin-24",
+                "config_groups": {"a": {"weights": compressed_weights()}},
+            },
+            Scheme("marlin-24", 4, 128, names=COMPRESSED_24, skipped=("lm_head",)),
+        ),
         (AWQ, Scheme("awq", 4, 128, symmetric=False)),
         ({**AWQ, "modules_to_not_convert": ["gate"]}, Scheme("awq", 4, 128, False, skipped=("gate",))),
         (
@@ -108,13 +136,21 @@ def test_detect(config, scheme):
     [
         ({}, "None"),
         ({"quant_method": "bitsandbytes"}, "bitsandbytes"),
-        ({"quant_method": "marlin_24", "bits": 4, "group_size": 128}, "marlin_24"),
+        ({"quant_method": "marlin_24", "bits": 4, "group_size": 64}, "groups of 64"),
+        ({"quant_method": "marlin_24", "bits": 8, "group_size": 128}, "8 bits in marlin-24"),
+        ({"quant_method": "marlin_24", "bits": 4, "group_size": 128, "sym": False}, "not symmetric"),
+        ({"quant_method": "marlin_24", "bits": 4, "group_size": 128, "unpruned": "a"}, "unpruned"),
+        ({"quant_method": "marlin_24", "checkpoint_format": "marlin"}, "marlin_24"),
+        ({"quant_method": "marlin", "checkpoint_format": "marlin_24"}, "'marlin'"),
         ({**GPTQ, "bits": 3}, "bits is 3"),
         ({**GPTQ, "bits": "4"}, "'4'"),
         ({**GPTQ, "bits": True}, "True"),
         ({**GPTQ, "group_size": 0}, "group_size is 0"),
         ({"quant_method": "gptq", "bits": 4}, "group_size is missing"),
-        ({**GPTQ, "checkpoint_format": "marlin_24"}, "marlin_24"),
+        ({**GPTQ, "checkpoint_format": "marlin_24", "bits": 8}, "8 bits in marlin-24"),
+        (compressed_24(num_bits=8), "8 bits in marlin-24"),
+        (compressed_24(symmetric=False), "not symmetric"),
+        (compressed_24(group_size=32), "groups of 32"),
         ({**GPTQ, "checkpoint_format": "gptq_p"}, "gptq_p"),
         ({**GPTQ, "checkpoint_format": "gptq", "format": "gptq_v2"}, "contradicts"),
         ({**GPTQ, "checkpoint_format": "gptq", "is_marlin_format": True}, "contradicts"),
@@ -149,7 +185,7 @@ def test_detect_refuses_by_name(config, named):
         detect(config)
 
 
-@pytest.mark.parametrize("stored", ["marlin-24", "naive-quantized", "float-quantized", None])
+@pytest.mark.parametrize("stored", ["sparse-24-bitmask", "naive-quantized", "float-quantized", None])
 def test_other_compressed_tensors_formats_are_refused(stored):
     config = compressed()
     config["format"] = config["config_groups"]["group_0"]["format"] = stored

@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
+import plain_reading
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from marlin_convert.formats import Scheme, awq, compressed_tensors, gptq, marlin
+from marlin_convert.formats import Scheme, awq, compressed_tensors, gptq, marlin, marlin_24
 from marlin_convert.quantized import QuantizedLinear
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -28,7 +29,9 @@ def names(prefix):
 
 
 def test_every_golden_file_is_used():
-    used = [name for prefix in ("gptq", "marlin", "ct_pack", "awq_gemm") for name in names(prefix)]
+    used = [
+        name for prefix in ("gptq", "marlin_", "marlin24", "ct_pack", "awq_gemm") for name in names(prefix)
+    ]
     assert sorted(used) == sorted(path.stem for path in GOLDEN.glob("*.safetensors"))
 
 
@@ -55,7 +58,7 @@ def test_gptq(name, version):
     assert_same(read, layer)
 
 
-@pytest.mark.parametrize("name", names("marlin"))
+@pytest.mark.parametrize("name", names("marlin_"))
 def test_marlin(name):
     golden, bits, group_size = load(name)
     k = golden["q"].shape[0]
@@ -64,6 +67,26 @@ def test_marlin(name):
     assert torch.equal(packed["B"], golden["B"])
     assert torch.equal(packed["s"], golden["s"])
     assert_same(marlin.unpack(golden, Scheme("marlin", bits, group_size)), layer)
+
+
+@pytest.mark.parametrize("name", names("marlin24"))
+def test_marlin_24(name):
+    golden, bits, group_size = load(name)
+    k = golden["q24"].shape[0]
+    layer = QuantizedLinear(golden["q24"], golden["scales"], k if group_size == -1 else group_size, bits)
+    scheme = Scheme("marlin-24", bits, group_size)
+    read = marlin_24.unpack(golden, scheme)
+    assert_same(read, layer)
+    assert read.kept.view(-1, 4, layer.n).sum(1).unique().tolist() == [2]
+    # what was kept follows from the codes, and what is read is written as it was
+    for source in (layer, read):
+        packed = marlin_24.pack(source)
+        assert list(packed) == ["B_24", "B_meta", "s"]
+        for suffix, written in packed.items():
+            assert written.dtype == golden[suffix].dtype
+            assert torch.equal(written, golden[suffix]), suffix
+    expected = plain_reading.weight({f"a.{suffix}": golden[suffix] for suffix in packed}, "a", scheme)
+    assert torch.equal(read.dequantize(), torch.from_numpy(expected))
 
 
 @pytest.mark.parametrize("name", names("ct_pack"))

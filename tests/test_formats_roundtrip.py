@@ -1,17 +1,28 @@
 """Random layers: every layout against its index formula, and there and back."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packed_models import two_of_four
 
-from marlin_convert.formats import FORMATS, Scheme, awq, compressed_tensors, gptq, marlin, words
+from marlin_convert.formats import (
+    FORMATS,
+    Scheme,
+    awq,
+    compressed_tensors,
+    gptq,
+    marlin,
+    marlin_24,
+    words,
+)
 from marlin_convert.quantized import QuantizedLinear, contiguous_groups, same_codes
 
 
-def layer(k, n, group_size, bits=4, asymmetric=False, act_order=False, seed=0, lowest_zero=0):
+def layer(k, n, group_size, bits=4, asymmetric=False, act_order=False, seed=0, lowest_zero=0, sparse=False):
     g = torch.Generator().manual_seed(seed)
     top = 1 << bits
     groups = -(-k // group_size)
@@ -23,6 +34,8 @@ def layer(k, n, group_size, bits=4, asymmetric=False, act_order=False, seed=0, l
     if act_order:
         order = contiguous_groups(k, group_size)[torch.randperm(k, generator=g)]
     codes = torch.randint(0, top, (k, n), generator=g, dtype=torch.uint8)
+    if sparse:
+        codes[~two_of_four(k, n, g)] = 8
     return QuantizedLinear.normalized(codes, scales, group_size, bits, zeros, order)
 
 
@@ -74,6 +87,44 @@ def test_marlin_is_its_index_formula(k, n, group_size):
         assert torch.equal(packed["s"][:, o], q.scales[:, source])
 
 
+def slow_marlin_24(packed, meta, k, n):
+    """Codes [k][n] and what was kept of B_24 and B_meta by the index formulas."""
+    left = [[None] * n for _ in range(k // 2)]
+    for t in range(k // 32):
+        for c in range(2 * n):
+            block, i, j = c // 128, c % 128 // 4, c % 4
+            for f in range(8):
+                row = 16 * t + 2 * (i % 4) + (f >> 2) + 8 * (f & 1)
+                column = 64 * block + 8 * (i // 4) + 4 * ((f >> 1) & 1) + j
+                assert left[row][column] is None
+                left[row][column] = field(packed[t][c], f, 4)
+    codes, kept = ([[zero] * n for _ in range(k)] for zero in (8, False))
+    for column in range(n):
+        for c in range(k // 16):
+            row = 64 * (column // 64) + 32 * (column % 4 // 2) + 4 * (column % 64 // 8)
+            row += 2 * (column % 2) + column % 8 // 4
+            r, d = (row ^ 1, c ^ 1) if row % 2 != c % 2 else (row, c)
+            for t in range(4):
+                quad = 4 * c + t
+                pair = field(meta[d // 2][2 * r + d % 2], t, 4)
+                for place, code in zip((pair % 4, pair // 4), left[2 * quad : 2 * quad + 2], strict=True):
+                    codes[4 * quad + place][column] = code[column]
+                    kept[4 * quad + place][column] = True
+    return codes, kept
+
+
+@pytest.mark.parametrize("k, n, group_size", [(128, 64, 128), (256, 64, 128), (384, 128, 384)])
+def test_marlin_24_is_its_index_formula(k, n, group_size):
+    q = layer(k, n, group_size, seed=k + n, sparse=True)
+    packed = marlin_24.pack(q)
+    codes, kept = slow_marlin_24(packed["B_24"].tolist(), packed["B_meta"].tolist(), k, n)
+    read = marlin_24.unpack(packed, Scheme("marlin-24", 4, group_size))
+    assert codes == q.codes.tolist() and kept == read.kept.tolist()
+    for o in range(n):
+        source = o if q.groups == 1 else 8 * (o // 8) + o % 8 // 2 + 4 * (o % 2)
+        assert torch.equal(packed["s"][:, o], q.scales[:, source])
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("version", [1, 2])
 def test_gptq_is_its_bit_stream(bits, version):
@@ -122,6 +173,30 @@ def test_marlin_there_and_back(k, n, group_size, seed):
     q = layer(128 * k, 64 * n, group_size or 128 * k, seed=seed)
     scheme = Scheme("marlin", 4, group_size or -1)
     assert_same(marlin.unpack(marlin.pack(q), scheme), q)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    k=st.integers(1, 5),
+    n=st.integers(1, 5),
+    group_size=st.sampled_from([128, None]),
+    masked=st.booleans(),
+    in_memory=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_marlin_24_there_and_back(k, n, group_size, masked, in_memory, seed):
+    k, n = 128 * k, 64 * n
+    q = layer(k, n, group_size or k, seed=seed)
+    kept = two_of_four(k, n, torch.Generator().manual_seed(seed))
+    q.codes[~kept] = 8
+    q = replace(q, kept=kept if masked else None)
+    memory = torch.empty(2 * q.k * q.n, dtype=torch.uint8) if in_memory else None
+    read = marlin_24.unpack(marlin_24.pack(q), Scheme("marlin-24", 4, group_size or -1), memory)
+    assert_same(read, q)
+    assert not masked or torch.equal(read.kept, kept)
+    assert not ((read.codes != 8) & ~read.kept).any() and (read.kept.view(-1, 4, n).sum(1) == 2).all()
+    packed = marlin_24.pack(read)
+    assert all(torch.equal(packed[suffix], found) for suffix, found in marlin_24.pack(q).items())
 
 
 @settings(max_examples=60, deadline=None)
@@ -178,6 +253,27 @@ def test_marlin_does_not_depend_on_the_slab(monkeypatch, slab):
     assert torch.equal(marlin.unpack(marlin.pack(q), Scheme("marlin", 4, 128)).codes, q.codes)
 
 
+@pytest.mark.parametrize("slab", [1, 1000, 1 << 19])
+def test_marlin_24_does_not_depend_on_the_slab(monkeypatch, slab):
+    q = layer(640, 192, 128, seed=3, sparse=True)
+    whole = marlin_24.pack(q)
+    monkeypatch.setattr(words, "SLAB", slab)
+    packed = marlin_24.pack(q)
+    assert all(torch.equal(packed[suffix], whole[suffix]) for suffix in whole)
+    assert torch.equal(marlin_24.unpack(packed, Scheme("marlin-24", 4, 128)).codes, q.codes)
+
+
+@given(order=st.permutations(["marlin", "marlin-24", "gptq", "compressed-tensors"]), seed=st.integers(0, 99))
+@settings(max_examples=24, deadline=None)
+def test_all_layouts_exchange_what_is_sparse(order, seed):
+    q = layer(384, 192, 128, seed=seed, sparse=True)
+    read = q
+    for name in order:
+        read = FORMATS[name].unpack(FORMATS[name].pack(read), Scheme(name, 4, 128))
+        assert_same(read, q)
+        assert (read.kept is not None) == (name == "marlin-24")
+
+
 def test_a_chain_through_all_layouts_is_exact():
     q = layer(512, 320, 64, seed=9)
     a = gptq.unpack(gptq.pack(q), Scheme("gptq", 4, 64))
@@ -190,9 +286,9 @@ def test_a_chain_through_all_layouts_is_exact():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["marlin", "gptq", "compressed-tensors"])
+@pytest.mark.parametrize("name", ["marlin", "marlin-24", "gptq", "compressed-tensors"])
 def test_a_gpu_writes_and_reads_the_same(name):
-    q = layer(384, 256, 128, seed=2)
+    q = layer(384, 256, 128, seed=2, sparse=True)
     here = FORMATS[name].pack(q)
     there = FORMATS[name].pack(QuantizedLinear(q.codes.cuda(), q.scales.cuda(), 128))
     assert all(found.is_cuda and torch.equal(found.cpu(), here[suffix]) for suffix, found in there.items())
@@ -201,33 +297,34 @@ def test_a_gpu_writes_and_reads_the_same(name):
     assert torch.equal(read.dequantize().cpu(), q.dequantize())
 
 
-def test_parts_of_64_columns_pack_alone():
-    q = layer(256, 192, 128, seed=4)
-    whole = marlin.pack(q)
+@pytest.mark.parametrize("layout", [marlin, marlin_24])
+def test_parts_of_64_columns_pack_alone(layout):
+    q = layer(256, 192, 128, seed=4, sparse=True)
+    whole = layout.pack(q)
     parts = [
-        marlin.pack(QuantizedLinear(q.codes[:, cut], q.scales[:, cut], 128))
+        layout.pack(QuantizedLinear(q.codes[:, cut], q.scales[:, cut], 128))
         for cut in (slice(0, 64), slice(64, 192))
     ]
-    for suffix in marlin.SUFFIXES:
+    for suffix in layout.SUFFIXES:
         assert torch.equal(torch.cat([part[suffix] for part in parts], 1), whole[suffix])
 
 
 def test_pack_takes_views_and_leaves_them_alone():
-    q = layer(256, 128, 128, seed=6)
+    q = layer(256, 128, 128, seed=6, sparse=True)
     strided = q.codes.t().contiguous().t()
     offset = torch.cat((torch.zeros(3, dtype=torch.uint8), q.codes.flatten()))[3:].view(256, 128)
     for codes in (strided, offset):
         view = QuantizedLinear(codes, q.scales, 128)
-        for name in ("marlin", "gptq", "compressed-tensors"):
+        for name in ("marlin", "marlin-24", "gptq", "compressed-tensors"):
             written, expected = FORMATS[name].pack(view), FORMATS[name].pack(q)
             assert all(torch.equal(written[suffix], expected[suffix]) for suffix in expected)
         assert torch.equal(codes, q.codes)
 
 
-@pytest.mark.parametrize("name", ["marlin", "gptq", "compressed-tensors"])
+@pytest.mark.parametrize("name", ["marlin", "marlin-24", "gptq", "compressed-tensors"])
 @pytest.mark.parametrize("k, n, group_size", [(256, 128, 128), (128, 64, 128), (256, 64, -1)])
 def test_tensors_says_what_pack_writes(name, k, n, group_size):
-    q = layer(k, n, k if group_size == -1 else group_size)
+    q = layer(k, n, k if group_size == -1 else group_size, sparse=True)
     planned = FORMATS[name].tensors(k, n, bits=4, group_size=group_size)
     packed = FORMATS[name].pack(q)
     assert planned == {suffix: (found.dtype, tuple(found.shape)) for suffix, found in packed.items()}
@@ -261,6 +358,8 @@ def test_quantized_linear_refuses_what_does_not_fit():
         lambda: QuantizedLinear(q.codes, q.scales, 32, bits=3),
         lambda: QuantizedLinear(q.codes, q.scales, 32, zeros=q.scales),
         lambda: QuantizedLinear(q.codes, q.scales, 32, group_of_row=contiguous_groups(63, 32)),
+        lambda: QuantizedLinear(q.codes, q.scales, 32, kept=q.codes),
+        lambda: QuantizedLinear(q.codes, q.scales, 32, kept=torch.ones(32, 32, dtype=torch.bool)),
     ):
         with pytest.raises(ValueError):
             wrong()

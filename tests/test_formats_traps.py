@@ -4,15 +4,26 @@ import pytest
 import torch
 
 from marlin_convert.errors import FormatError
-from marlin_convert.formats import FORMATS, Scheme, awq, compressed_tensors, gptq, marlin, words
+from marlin_convert.formats import (
+    FORMATS,
+    Scheme,
+    awq,
+    bounds,
+    compressed_tensors,
+    gptq,
+    marlin,
+    marlin_24,
+    words,
+)
 from marlin_convert.quantized import QuantizedLinear, contiguous_groups
 
-WRITTEN = ["marlin", "gptq", "compressed-tensors"]
+WRITTEN = ["marlin", "marlin-24", "gptq", "compressed-tensors"]
 
 
 def layer(k=128, n=64, group_size=128, bits=4, dtype=torch.float16, **fields):
     g = torch.Generator().manual_seed(k + n + group_size)
     codes = torch.randint(0, 1 << bits, (k, n), generator=g, dtype=torch.uint8)
+    codes.view(-1, 4, n)[:, 2:] = 1 << (bits - 1)  # 2:4, so that every format holds it
     scales = torch.full((-(-k // group_size), n), 0.125, dtype=dtype)
     return QuantizedLinear(codes, scales, group_size, bits, **fields)
 
@@ -239,6 +250,23 @@ def test_marlin_refusals_say_the_numbers(k, n, options, numbers):
     assert numbers in marlin.refusal(k, n, **{"bits": 4, "group_size": 128, **options})
 
 
+@pytest.mark.parametrize(
+    "k, n, options, numbers",
+    [
+        (128, 32, {}, "outputs divisible by 64, has 32"),  # the metadata would fall onto itself
+        (128, 96, {}, "outputs divisible by 64, has 96"),
+        (48, 64, {"group_size": -1}, "inputs divisible by 128, has 48"),
+        (192, 64, {"group_size": -1}, "inputs divisible by 128, has 192"),
+        (128, 64, {"bits": 8}, "holds 4 bits, not 8"),
+        (256, 64, {"group_size": 64}, "groups of 128 rows or one for all 256, has 64"),
+        (128, 64, {"symmetric": False}, "not symmetric"),
+        (128, 64, {"act_order": True}, "activation order"),
+    ],
+)
+def test_marlin_24_refusals_say_the_numbers(k, n, options, numbers):
+    assert numbers in marlin_24.refusal(k, n, **{"bits": 4, "group_size": 128, **options})
+
+
 def test_other_refusals_say_the_numbers():
     assert "divisible by 32, has 33" in gptq.refusal(33, 32, bits=4, group_size=-1)
     assert "divisible by 32, has 40" in gptq.refusal(32, 40, bits=4, group_size=-1)
@@ -251,7 +279,7 @@ def test_other_refusals_say_the_numbers():
 
 def corrupted(name):
     """A packed layer of the format, each time with one thing wrong with it."""
-    q = layer(k=256, n=64, zeros=zeros(5, 2) if name != "marlin" else None)
+    q = layer(k=256, n=64, zeros=zeros(5, 2) if "marlin" not in name else None)
     packed = FORMATS[name].pack(q) if name != "awq" else None
     if packed is None:
         packed = {
@@ -285,3 +313,152 @@ def test_a_config_of_another_group_size_is_refused(name):
     for wrong in (64, -1, 256):
         with pytest.raises(FormatError, match="groups"):
             FORMATS[name].unpack(packed, Scheme(name, 4, wrong))
+
+
+# 2:4
+
+# By which rows of a quad are not zero: the two that are left. Peers' table.
+LEFT = {
+    (): (2, 3),
+    (0,): (0, 2),
+    (1,): (1, 2),
+    (2,): (2, 3),
+    (3,): (2, 3),
+    (0, 1): (0, 1),
+    (0, 2): (0, 2),
+    (1, 2): (1, 2),
+    (0, 3): (0, 3),
+    (1, 3): (1, 3),
+    (2, 3): (2, 3),
+}
+
+
+def quads(*columns, k=128, n=64, kept=None):
+    """A layer of zeros but for its first quads: the first rows of the first columns."""
+    codes = torch.full((k, n), 8, dtype=torch.uint8)
+    for column, first in enumerate(columns):
+        codes[: len(first), column] = torch.tensor(first)
+    return QuantizedLinear(codes, torch.full((1, n), 0.125).half(), k, kept=kept)
+
+
+def read_24(packed, group_size=-1, names=()):
+    return marlin_24.unpack(packed, Scheme("marlin-24", 4, group_size, names=names))
+
+
+@pytest.mark.parametrize("rows", LEFT)
+@pytest.mark.parametrize("code", [0, 7, 9, 15])
+def test_which_rows_of_a_quad_are_left(rows, code):
+    q = quads([code if row in rows else 8 for row in range(4)])
+    packed = marlin_24.pack(q)
+    lo, hi = LEFT[rows]
+    assert packed["B_meta"][0, 0].item() & 15 == lo + 4 * hi
+    read = read_24(packed)
+    assert torch.equal(read.codes, q.codes)
+    assert read.kept[:4, 0].nonzero()[:, 0].tolist() == [lo, hi]
+
+
+@pytest.mark.parametrize("lo, hi", [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)])
+@pytest.mark.parametrize("first, second", [(8, 8), (8, 0), (0, 8), (0, 0), (15, 8)])
+def test_what_was_kept_survives_whatever_its_code(lo, hi, first, second):
+    """Sparse-MARLIN's own packer takes the code 0 of a kept -8 for a pruned weight, and moves it."""
+    codes, kept = [8, 8, 8, 8], torch.zeros(128, 64, dtype=torch.bool)
+    codes[lo], codes[hi] = first, second
+    kept.view(-1, 4, 64)[:, :2] = True
+    kept[:4, 0] = False
+    kept[[lo, hi], 0] = True
+    q = quads(codes, kept=kept)
+    read = read_24(marlin_24.pack(q))
+    assert torch.equal(read.codes, q.codes) and torch.equal(read.kept, kept)
+    again = read_24(marlin_24.pack(read))
+    assert torch.equal(again.kept, kept)
+
+
+def test_the_largest_codes_are_not_what_is_kept():
+    """Sparse-MARLIN's own packer keeps the largest signed codes: 1 and 2 of -7, -6, 1, 2."""
+    with pytest.raises(FormatError, match="1 of 2048 quads have more than two non-zeros"):
+        marlin_24.pack(quads([1, 2, 9, 10]))
+    q = quads([1, 2, 8, 8])
+    assert torch.equal(read_24(marlin_24.pack(q)).codes, q.codes)
+
+
+@pytest.mark.parametrize("crowd", [[1, 2, 3, 8], [1, 2, 8, 3], [1, 8, 2, 3], [8, 1, 2, 3], [0, 1, 2, 3]])
+def test_more_than_two_in_a_quad_are_refused_and_never_dropped(crowd):
+    q = quads(k=256, n=128)
+    q.codes[148:152, 77] = torch.tensor(crowd)
+    q.codes[200:204, 3] = torch.tensor(crowd)
+    words_of_it = ", ".join(map(str, crowd))
+    with pytest.raises(FormatError) as refused:
+        marlin_24.pack(q)
+    assert str(refused.value) == (
+        "2 of 8192 quads have more than two non-zeros; the first, rows 148 to 151 of column 77, "
+        f"has codes {words_of_it}"
+    )
+
+
+def test_a_mask_that_keeps_too_much_is_refused():
+    kept = torch.zeros(128, 64, dtype=torch.bool)
+    kept[4:7, 5] = True
+    with pytest.raises(FormatError, match=r"1 of 2048 quads .* rows 4 to 7 of column 5"):
+        marlin_24.pack(quads(kept=kept))
+    # one that forgets a weight loses nothing
+    kept[4:7, 5] = torch.tensor([True, False, False])
+    q = quads(kept=kept)
+    q.codes[6, 5] = 3
+    read = read_24(marlin_24.pack(q))
+    assert torch.equal(read.codes, q.codes) and read.kept[4:8, 5].tolist() == [True, False, True, False]
+
+
+@pytest.mark.parametrize("nibble", [n for n in range(16) if n not in (4, 8, 9, 12, 13, 14)])
+def test_metadata_that_names_no_two_rows_is_refused(nibble):
+    packed = marlin_24.pack(quads())
+    word = packed["B_meta"][1, 64] & ~0xF0 | nibble << 4  # rows 32 + 4 ..., column 2
+    packed["B_meta"][1, 64] = word
+    for read in (
+        lambda: read_24(packed),
+        lambda: marlin_24.peculiarities({"B_meta": packed["B_meta"]}, Scheme("marlin-24", 4, -1), 128, 64),
+    ):
+        with pytest.raises(FormatError) as refused:
+            read()
+        assert str(refused.value) == (
+            "the metadata of 1 of 2048 quads names no two rows; the first, rows 36 to 39 of column 2, "
+            f"has {nibble}"
+        )
+
+
+def test_the_number_of_groups_picks_the_scale_layout_of_marlin_24():
+    for k, expected in ((128, [1, 2, 3, 4, 5, 6, 7, 8]), (256, [1, 5, 2, 6, 3, 7, 4, 8])):
+        q = layer(k=k)
+        q.scales[0] = torch.arange(1, 65)
+        packed = marlin_24.pack(q)
+        assert packed["s"][0, :8].tolist() == expected
+        assert torch.equal(read_24(packed, 128).scales, q.scales)
+
+
+def test_scales_that_compressed_tensors_forgets_to_permute():
+    """It compares the group size with half the inputs: 256 in groups of 128 stay as they are."""
+    names = compressed_tensors.MARLIN_24_NAMES
+    for k in (128, 256, 384):
+        q = layer(k=k)
+        packed = dict(zip(names, marlin_24.pack(q).values(), strict=True))
+        if k == 256:
+            with pytest.raises(FormatError, match="256 inputs in groups of 128"):
+                read_24(packed, 128, names)
+        else:
+            assert torch.equal(read_24(packed, 128, names).scales, q.scales)
+    assert read_24(dict(zip(names, marlin_24.pack(quads(k=256)).values(), strict=True)), -1, names).k == 256
+
+
+def test_quads_of_inputs_that_do_not_divide():
+    q = QuantizedLinear(torch.full((30, 8), 8, dtype=torch.uint8), torch.ones(1, 8).half(), 30)
+    with pytest.raises(FormatError, match="30 inputs do not divide into quads"):
+        bounds.check_quads(q)
+
+
+def test_what_is_zero_is_told_by_the_zero_points():
+    codes = torch.full((128, 64), 5, dtype=torch.uint8)
+    codes[:2] = 8
+    q = QuantizedLinear(codes, torch.ones(1, 64).half(), 128, zeros=zeros(5))
+    bounds.check_quads(q)
+    codes[3] = 8
+    with pytest.raises(FormatError, match="64 of 2048 quads"):
+        bounds.check_quads(q)

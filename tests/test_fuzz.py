@@ -52,13 +52,23 @@ PEERS = [
     "gptq-8bit",
     "awq",
     "awq-marlin",
+    "marlin-24",
+    "marlin-24-compressed",
     "compressed-tensors-channel",
     "compressed-tensors-old",
     "compressed-tensors-asymmetric",
 ]
-OURS = ["marlin", "gptq", "compressed-tensors"]
+# what we write, and of which peer
+OURS = {"marlin": "gptq", "gptq": "gptq", "compressed-tensors": "gptq", "marlin-24": "gptq-sparse"}
 
-OPTIONS = [[], [], [], ["--requantize"], ["--skip", "*.down_proj"], ["--dtype", "bfloat16"], ["--resume"]]
+OPTIONS = [
+    *([[]] * 3),
+    ["--requantize"],
+    ["--skip", "*.down_proj"],
+    ["--unpruned", "*.down_proj"],
+    ["--dtype", "bfloat16"],
+    ["--resume"],
+]
 
 Dice = random.Random
 
@@ -197,8 +207,7 @@ def check_reading(directory: Path) -> tuple[dict[str, torch.Tensor], dict[str, n
         except ConvertError as error:
             note(f"{linear}: {error}")
             continue
-        assert weights.scheme is not None
-        found[linear] = plain_reading.weight(tensors, linear, weights.scheme)
+        found[linear] = plain_reading.weight(tensors, linear, weights.scheme_of(linear))
         assert np.array_equal(weight, found[linear], equal_nan=True), linear
     return tensors, found
 
@@ -251,15 +260,16 @@ def sources(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     found = {"dense": directory / "dense"}
     dense = tiny_models.build("llama", torch.float16, vocab_size=VOCABULARY, num_hidden_layers=1)
     dense.save_pretrained(found["dense"])
-    for name in [*PEERS, "gptq"]:
+    for name in [*PEERS, *set(OURS.values())]:
         found[name] = directory / f"peer-{name}"
         packed_models.make(name, found[name], blocks=1, vocabulary=VOCABULARY)
     for path in found.values():
         tokenizer.save_pretrained(path)
-    peer = found["gptq"]
-    for format, size in zip(OURS, ("5GB", "60KB", "60KB"), strict=True):
+    peers = dict(found)
+    for (format, peer), size in zip(OURS.items(), ("5GB", "60KB", "60KB", "5GB"), strict=True):
         found[format] = directory / format
-        words = f"quantize {peer} -o {found[format]} --format {format} --max-shard-size {size}"
+        words = f"quantize {peers[peer]} -o {found[format]} --format {format} --max-shard-size {size}"
+        words += " --unpruned *.down_proj" * (format == "marlin-24")
         for command in (words, f"verify {found[format]}"):
             assert CliRunner().invoke(main, command.split()).exit_code == 0
     return found
@@ -337,7 +347,16 @@ def test_a_damaged_checkpoint(runs, sources, text, home, cli):
             assert not changed()
             if dice.randrange(2):
                 option = dice.choice(OPTIONS)
-                words = ["-o", output, "--format", dice.choice(OURS), "--calibration", text, *small, *option]
+                words = [
+                    "-o",
+                    output,
+                    "--format",
+                    dice.choice(list(OURS)),
+                    "--calibration",
+                    text,
+                    *small,
+                    *option,
+                ]
                 planned = said(cli("quantize", model, *words, "--dry-run", *json_word), 0, 1)
                 assert not changed()
                 done = said(cli("quantize", model, *words), 0, 1)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import packed_models
 import pytest
 
 from marlin_convert.checkpoint.manifest import MANIFEST, VERIFIED
@@ -14,11 +15,12 @@ from marlin_convert.checkpoint.manifest import MANIFEST, VERIFIED
 PYTHON = [sys.executable, "-m", "marlin_convert"]
 
 
-@pytest.mark.parametrize("format", ["marlin", "gptq", "compressed-tensors"])
+@pytest.mark.parametrize("format", ["marlin", "marlin-24", "gptq", "compressed-tensors"])
 def test_contents(format, quantized, cli):
     found = json.loads(cli("inspect", quantized(format), "--json").stdout)
     assert (found["name"], found["model_type"], found["format"]) == (format, "llama", format)
     assert (found["bits"], found["group_sizes"], found["packed"], found["dense"]) == (4, [128], 28, {})
+    assert (found["sparsity"], found["unpruned"]) == ("2:4" if format == "marlin-24" else None, {})
     manifest = json.loads((quantized(format) / MANIFEST).read_text())
     assert found["bits_per_weight"] == manifest["bits_per_weight"]
     for key in ("tool", "source", "recipe", "calibration"):
@@ -38,6 +40,39 @@ def test_one_scale_a_column_and_linears_left_dense(tinypy, tmp_path, cli):
     assert any("one per column" in line for line in lines)
     assert "  model.layers.3.mlp.down_proj: skipped by '*.3.mlp.down_proj'" in lines
     assert lines[-1] == f"Next: marlin-convert verify {tmp_path / 'out'}"
+
+
+def test_bits_of_marlin_24(quantized, tmp_path, cli):
+    found = json.loads(cli("inspect", quantized("marlin-24"), "--json").stdout)
+    assert found["bits_per_weight"] == 3.125
+    lines = cli("inspect", quantized("marlin-24")).stdout.splitlines()
+    assert "format       marlin-24, 4 bits, group size 128" in lines
+    assert "2:4          28 of 28 linears" in lines
+
+
+@pytest.mark.parametrize("source", ["marlin-24", "marlin-24-channel", "marlin-24-compressed"])
+def test_marlin_24_of_peers(source, tmp_path, cli):
+    packed_models.make(source, tmp_path / "peer")
+    found = json.loads(cli("inspect", tmp_path / "peer", "--json").stdout)
+    size = packed_models.SOURCES[source][0]["group_size"]
+    assert (found["format"], found["packed"], found["sparsity"]) == ("marlin-24", 14, "2:4")
+    # 128 inputs make one group of 128
+    assert found["group_sizes"] == ([-1] if size == -1 else [-1, 128])
+
+
+@pytest.mark.parametrize("format", ["marlin-24", "gptq"])
+def test_a_part_that_is_sparse(format, quantized, tmp_path, cli):
+    words = ("--format", format, "--unpruned", "*.3.mlp.*", "-q")
+    assert cli("quantize", quantized("marlin-24"), "-o", tmp_path / "out", *words).exit_code == 0
+    found = json.loads(cli("inspect", tmp_path / "out", "--json").stdout)
+    names = [f"model.layers.3.mlp.{name}_proj" for name in ("down", "gate", "up")]
+    assert (found["format"], found["packed"], found["sparsity"]) == (format, 28, "2:4")
+    assert found["unpruned"] == dict.fromkeys(names, "unpruned by '*.3.mlp.*'")
+    manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
+    assert found["bits_per_weight"] == manifest["bits_per_weight"]
+    lines = cli("inspect", tmp_path / "out").stdout.splitlines()
+    assert "2:4          25 of 28 linears" + ", the others are marlin" * (format == "marlin-24") in lines
+    assert f"  {names[0]}: unpruned by '*.3.mlp.*'" in lines
 
 
 def test_what_a_peer_wrote(quantized, tmp_path, cli):
@@ -61,7 +96,7 @@ def test_the_last_verification(quantized, tmp_path, cli):
     cli("verify", directory, "--checks", "files,layout", "-q")
     assert "verified     not yet" in cli("inspect", directory).stdout  # a part is no verification
     cli("verify", directory, "-q")
-    expected = "verified     passed (files pass, layout pass, numbers pass, kernel skipped)"
+    expected = "verified     passed (files pass, layout pass, sparsity skipped, numbers pass, kernel skipped)"
     assert cli("inspect", directory).stdout.splitlines()[-1] == expected
     with (directory / MANIFEST).open("a") as file:
         file.write("\n")

@@ -1,10 +1,14 @@
 """The kernels on a GPU: right at every edge, the same every time, and never quietly wrong."""
 
+import os
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 
 from marlin_convert.errors import KernelError
-from marlin_convert.formats import marlin
+from marlin_convert.formats import marlin, marlin_24
 from marlin_convert.quantized import QuantizedLinear
 
 pytestmark = [
@@ -27,9 +31,22 @@ def layer(k: int, n: int, group_size: int, seed: int = 0) -> QuantizedLinear:
     return QuantizedLinear(codes=codes, scales=scales.half(), group_size=k // groups)
 
 
+@pytest.fixture(autouse=True)
+def _same_numbers_every_time() -> None:
+    torch.manual_seed(0)
+
+
 def packed(one: QuantizedLinear) -> tuple[torch.Tensor, torch.Tensor]:
     tensors = marlin.pack(one)
     return tensors["B"].cuda(), tensors["s"].cuda()
+
+
+def sparse_layer(k: int, n: int, group_size: int, seed: int = 0) -> QuantizedLinear:
+    """A layer of which two random codes of every quad are kept."""
+    draw = torch.Generator().manual_seed(seed)
+    kept = torch.rand(k // 4, 4, n, generator=draw).argsort(1).argsort(1).view(k, n) < 2
+    one = layer(k, n, group_size, seed)
+    return replace(one, codes=one.codes.where(kept, 8), kept=kept)
 
 
 def error(y: torch.Tensor, expected: torch.Tensor) -> float:
@@ -73,6 +90,31 @@ def test_the_kernel_of_other_architectures(dtype: torch.dtype, group_size: int) 
                 y = torch.full((m, n), float("nan"), device="cuda", dtype=dtype)
                 Call(configuration, x, B, s, bias)(x.data_ptr(), y.data_ptr())
                 assert error(y, reference(x, one, bias)) < TOLERANCE[dtype], (k, n, tokens, m)
+
+
+@pytest.mark.parametrize("group_size", [128, -1])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("k, n", [(128, 64), (256, 320), (1024, 768), (4096, 4096), (14336, 1088)])
+def test_every_edge_of_sparse_layers(k: int, n: int, dtype: torch.dtype, group_size: int) -> None:
+    from marlin_convert.kernels.configurations import Configuration
+    from marlin_convert.kernels.launch import Call
+    from marlin_convert.kernels.matmul import matmul, reference
+
+    one = sparse_layer(k, n, group_size)
+    B, B_meta, s = (tensor.cuda() for tensor in marlin_24.pack(one).values())
+    bias = torch.randn(n, device="cuda", dtype=dtype)
+    for m in BATCHES:
+        x = torch.randn(m, k, device="cuda", dtype=dtype)
+        expected = reference(x, one, bias)
+        y = matmul(x, B, s, bias, B_meta)
+        assert error(y, expected) < TOLERANCE[dtype], m
+        assert torch.equal(y, matmul(x, B, s, bias, B_meta)), "not the same twice"
+        if m <= 33:  # and as other architectures multiply
+            group = 0 if len(s) == 1 else group_size
+            configuration = Configuration("mma", 16, 2, group, dtype == torch.bfloat16, sparse=True)
+            y = torch.full((m, n), float("nan"), device="cuda", dtype=dtype)
+            Call(configuration, x, B, s, bias, B_meta)(x.data_ptr(), y.data_ptr())
+            assert error(y, expected) < TOLERANCE[dtype], m
 
 
 def test_the_largest_batch() -> None:
@@ -163,3 +205,28 @@ def test_graphs_and_compile() -> None:
         assert torch.equal(z, expected) and y.shape == (m, 768)
         compiled = torch.compile(module, fullgraph=True)
         assert torch.equal(compiled(x), expected)
+
+
+@pytest.mark.skipif("VLLM_C" not in os.environ, reason="VLLM_C names vLLM's _C_stable_libtorch.abi3.so")
+@pytest.mark.parametrize("group_size", [128, -1])
+def test_vllm_multiplies_the_same_bytes(group_size: int) -> None:
+    """Its own Marlin kernel takes B and s as they are on disk."""
+    from marlin_convert.bench.multipliers import U4B8
+    from marlin_convert.formats import words
+    from marlin_convert.kernels.matmul import matmul, reference
+
+    torch.ops.load_library(Path(os.environ["VLLM_C"]))
+    theirs, k, n = torch.ops._C, 4096, 6144
+    one = layer(k, n, group_size)
+    B, s = packed(one)
+    empty, locks = (torch.zeros(size, dtype=torch.int32, device="cuda") for size in (0, 4096))
+    assert torch.equal(
+        theirs.gptq_marlin_repack(words.pack_rows(one.codes, 4).cuda(), empty, k, n, 4, False), B
+    )
+    for m in (1, 16, 100, 1000):
+        x = torch.randn(m, k, device="cuda", dtype=torch.float16)
+        none = [None] * 5
+        y = theirs.marlin_gemm(x, None, B, None, s, *none, locks, U4B8, m, n, k, True, False, True, False)
+        ours, expected = matmul(x, B, s), reference(x, one)
+        assert error(y, expected) < 1e-3
+        assert error(ours, y.double()) < 1e-3 and error(ours, expected) < 3e-4

@@ -25,7 +25,7 @@ from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.manifest import MANIFEST
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.errors import ConvertError
-from marlin_convert.formats import compressed_tensors, gptq
+from marlin_convert.formats import compressed_tensors, gptq, marlin_24
 from marlin_convert.hub import Source
 from marlin_convert.quantize import Job, quantize
 from marlin_convert.quantized import same_codes
@@ -88,8 +88,23 @@ REFUSED = {
     ("compressed-tensors-8bit", "marlin"): "marlin holds 4 bits, not 8",
     ("compressed-tensors-asymmetric", "marlin"): "marlin has no zero points",
 }
-TARGETS = ("marlin", "gptq", "compressed-tensors")
-EVERY = [(source, target) for source in SOURCES for target in TARGETS]
+# marlin-24 holds no more of a layer than marlin, no other groups, and nothing that is not 2:4.
+GROUPS = "marlin-24 needs groups of 128 rows or one for all 128, has 32"
+REFUSED |= {
+    (source, "marlin-24"): REFUSED.get((source, "marlin"), GROUPS).replace("marlin ", "marlin-24 ")
+    for source, (kind, _, _) in SOURCES.items()
+    if "sparse" not in kind
+}
+NOT_SPARSE = ("gptq-channel", "compressed-tensors-channel")
+for source in NOT_SPARSE:
+    del REFUSED[source, "marlin-24"]
+TARGETS = ("marlin", "gptq", "compressed-tensors", "marlin-24")
+EVERY = [
+    (source, target)
+    for source in SOURCES
+    for target in TARGETS
+    if target != "marlin-24" or source not in NOT_SPARSE
+]
 
 
 @pytest.fixture(scope="module")
@@ -147,8 +162,11 @@ def test_codes_and_scales_are_the_sources(make, tmp_path, source, target):
             linears[FIRST].bits,
             SOURCES[source][0].get("group_size", 32),
         )
+    assert "sparsity_config" not in (output / "config.json").read_text()
     manifest = json.loads((output / MANIFEST).read_text())
     assert manifest["requantized"] is False and manifest["calibration"] is None
+    assert manifest["sparsity"] == ("2:4" if "marlin-24" in (source[:9], target) else None)
+    assert manifest["unpruned"] == {}
     assert manifest["source"]["quantization"] == Weights(Checkpoint.open(directory)).scheme.format
     assert {row["name"] for row in manifest["linears"]} == linears.keys()
 
@@ -179,6 +197,188 @@ def test_what_marlin_cannot_hold_goes_there_and_back(make, tmp_path, source):
     first, again = (load_file(path / "model.safetensors") for path in (make(source)[0], back))
     assert first.keys() == again.keys()
     assert all(torch.equal(again[name], first[name]) for name in first)
+
+
+# 2:4
+
+
+UNPRUNED = "mlp.down_proj"
+
+
+def mixed_linears(every=UNPRUNED):
+    """Linears that are 2:4, but for those of a kind."""
+    dense = random_linears(group_size=128)
+    return {
+        name: dense[name] if name.endswith(every) else layer
+        for name, layer in random_linears(group_size=128, sparse=True).items()
+    }
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """A GPTQ model of which a part is 2:4, its linears, and what becomes of it in marlin-24."""
+    linears = mixed_linears()
+    source = save(tmp_path / "source", linears, gptq.pack, gptq_config(group_size=128))
+    settings = recipe.load(recipe.DEFAULT).changed({"format": "marlin-24", "unpruned": (f"*.{UNPRUNED}",)})
+    quantize(Job(Source(source, source.name, None), tmp_path / "mixed", settings, torch.device("cpu")))
+    return source, linears, tmp_path / "mixed"
+
+
+@pytest.mark.parametrize("source", ["gptq-sparse", "marlin-sparse", "compressed-tensors-sparse"])
+@pytest.mark.parametrize("target", ["gptq", "marlin", "compressed-tensors"])
+def test_marlin_24_and_back_is_byte_for_byte(make, tmp_path, source, target):
+    there = repack(make(source)[0], tmp_path / "there", "marlin-24")
+    back = repack(there, tmp_path / "back", target)
+    straight = repack(make(source)[0], tmp_path / "straight", target)
+    for name in ("model.safetensors", "config.json"):
+        assert (back / name).read_bytes() == (straight / name).read_bytes()
+    again = repack(back, tmp_path / "again", "marlin-24")
+    assert (again / "model.safetensors").read_bytes() == (there / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("source", ["marlin-24", "marlin-24-compressed"])
+def test_what_a_peer_kept_is_kept(make, tmp_path, source):
+    output = repack(make(source)[0], tmp_path / "out", "marlin-24")
+    peers, ours = (read(directory) for directory in (make(source)[0], output))
+    assert all(torch.equal(ours[name].kept, layer.kept) for name, layer in peers.items())
+    assert json.loads((output / "config.json").read_text())["quantization_config"] == {
+        "quant_method": "marlin_24",
+        "bits": 4,
+        "group_size": SOURCES[source][0]["group_size"],
+        "sym": True,
+        "desc_act": False,
+        "checkpoint_format": "marlin_24",
+        "modules_to_not_convert": [],
+        "unpruned": [],
+    }
+
+
+def test_what_is_not_sparse_is_refused_with_its_first_quad(tmp_path, refuse):
+    linears = random_linears(group_size=128, sparse=True)
+    name = "model.layers.1.mlp.up_proj"
+    linears[name].codes[40:44, 200] = torch.tensor([9, 3, 8, 7])
+    source = save(tmp_path / "source", linears, gptq.pack, gptq_config(group_size=128))
+    said = refuse(source, format="marlin-24")
+    assert (
+        f"Error: {name} is not 2:4: 1 of 8192 quads have more than two non-zeros; the first, "
+        "rows 40 to 43 of column 200, has codes 9, 3, 8, 7.\n" in said
+    )
+    assert f"--unpruned '{name}'" in said
+    # gate is fused with up: both or none
+    said = refuse(source, "--unpruned", name, format="marlin-24")
+    assert f"Error: {name} is not 2:4, model.layers.1.mlp.gate_proj beside it not" in said
+    assert "Hint: add --unpruned 'model.layers.1.mlp.gate_proj'" in said
+
+
+@pytest.mark.parametrize("source", NOT_SPARSE)
+def test_a_model_that_was_never_pruned_is_refused(make, refuse, source):
+    said = refuse(make(source)[0], format="marlin-24")
+    assert f"Error: {FIRST} is not 2:4: " in said and "(and 13 more linears)" in said
+    assert "--format marlin holds it" in said and "--unpruned '*.down_proj'" in said
+
+
+def test_quantize_does_not_prune_yet(tinypy, make, refuse):
+    for words in ((tinypy,), (make("gptq-sparse")[0], "--requantize")):
+        said = refuse(*words, format="marlin-24")
+        assert "Error: marlin-24 holds codes that are 2:4, and quantize does not prune" in said
+
+
+@pytest.mark.parametrize("pattern", ["*", "*.mlp.*", "*.nothing"])
+def test_unpruned_must_make_sense(make, refuse, pattern):
+    source, format = ("gptq", "marlin") if pattern == "*.mlp.*" else ("gptq-sparse", "marlin-24")
+    said = refuse(make(source)[0], "--unpruned", pattern, format=format)
+    meant = "matches no linear" if pattern == "*.nothing" else "leaves no linear that is 2:4"
+    assert f"Error: --unpruned {pattern!r} {meant}" in said
+
+
+def test_a_part_that_is_sparse(mixed):
+    _, linears, output = mixed
+    names = [name for name in linears if name.endswith(UNPRUNED)]
+    found = Weights(Checkpoint.open(output))
+    assert {name: found.scheme_of(name).format for name in linears} == {
+        name: "marlin" if name in names else "marlin-24" for name in linears
+    }
+    assert_same(read(output), linears)
+    tensors = {name.rpartition(".")[2] for name in found.checkpoint.tensors if UNPRUNED in name}
+    assert tensors == {"B", "s"}
+    assert json.loads((output / "config.json").read_text())["quantization_config"]["unpruned"] == names
+    manifest = json.loads((output / MANIFEST).read_text())
+    assert manifest["sparsity"] == "2:4"
+    assert manifest["unpruned"] == dict.fromkeys(names, f"unpruned by '*.{UNPRUNED}'")
+    assert manifest["bits_per_weight"] == pytest.approx(
+        3.125 + 2 * 128 * 256 / sum(layer.k * layer.n for layer in linears.values()), abs=1e-4
+    )
+
+
+def test_a_part_that_is_sparse_goes_through_all_formats(mixed, tmp_path):
+    """What is not 2:4 is known where no layout tells, from the manifest."""
+    _, linears, directory = mixed
+    first = directory
+    for number, format in enumerate(("gptq", "compressed-tensors", "marlin", "marlin-24")):
+        directory = repack(directory, tmp_path / str(number), format)
+        assert_same(read(directory), linears)
+        manifest = json.loads((directory / MANIFEST).read_text())
+        assert manifest["sparsity"] == "2:4"
+        assert set(manifest["unpruned"].values()) == {"not 2:4 in the source"}
+    for name in ("model.safetensors", "config.json"):
+        assert (directory / name).read_bytes() == (first / name).read_bytes()
+
+
+def test_a_part_that_is_sparse_beside_what_is_left_dense(tmp_path, cli):
+    linears = {name: layer for name, layer in mixed_linears().items() if not name.endswith("o_proj")}
+    source = save(tmp_path / "source", linears, gptq.pack, gptq_config(group_size=128))
+    tensors = load_file(source / "model.safetensors")
+    for block in range(2):
+        tensors[f"model.layers.{block}.self_attn.o_proj.weight"] = torch.ones(128, 128).half()
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    words = ("--format", "marlin-24", "--unpruned", f"*.{UNPRUNED}", "--dry-run")
+    plan = json.loads(cli("quantize", source, "-o", tmp_path / "out", *words, "--json").stdout)
+    fates = {row["name"].removeprefix("model.layers.0."): row for row in plan["linears"]}
+    assert plan["sparsity"] == "2:4"
+    row = fates["self_attn.q_proj"]
+    assert (row["format"], row["sparse"], row["dense"], row["unpruned"]) == ("marlin-24", True, None, None)
+    row = fates["self_attn.o_proj"]
+    assert (row["format"], row["sparse"], row["dense"]) == (None, False, "dense in the source")
+    row = fates[UNPRUNED]
+    assert (row["format"], row["sparse"], row["unpruned"]) == ("marlin", False, f"unpruned by '*.{UNPRUNED}'")
+    lines = cli("quantize", source, "-o", tmp_path / "out", *words).stdout.splitlines()
+    assert any(line.endswith("bits per weight, 2:4") for line in lines)
+    assert f"    model.layers.0.{UNPRUNED}: marlin, unpruned by '*.{UNPRUNED}'" in lines
+    assert cli("quantize", source, "-o", tmp_path / "out", *words[:-1], "-q").exit_code == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["modules_to_not_convert"] == [f"model.layers.{i}.self_attn.o_proj" for i in range(2)]
+    assert_same(read(tmp_path / "out"), linears)
+
+
+def test_a_config_that_does_not_know_its_tensors(mixed, refuse):
+    """The config says how each linear is stored; tensors of another layout are not of the model."""
+    directory = mixed[2]
+    path = directory / "config.json"
+    whole = json.loads(path.read_text())
+    for unpruned in ([], [*whole["quantization_config"]["unpruned"], FIRST]):
+        config = whole | {"quantization_config": whole["quantization_config"] | {"unpruned": unpruned}}
+        path.write_text(json.dumps(config))
+        said = refuse(directory, format="gptq")
+        assert "of the architecture not in mixed" in said
+
+
+def test_senseless_metadata_is_refused_before_anything_is_written(tmp_path, refuse):
+    linears = random_linears(group_size=128, sparse=True)
+
+    def pack(layer):
+        packed = marlin_24.pack(layer)
+        if layer is linears["model.layers.1.mlp.down_proj"]:
+            packed["B_meta"][0, 0] &= ~15
+        return packed
+
+    source = save(
+        tmp_path / "source", linears, pack, gptq_config(checkpoint_format="marlin_24", group_size=128)
+    )
+    said = refuse(source, format="gptq")
+    assert (
+        "Error: model.layers.1.mlp.down_proj: the metadata of 1 of 8192 quads names no two rows; "
+        "the first, rows 0 to 3 of column 0, has 0." in said
+    )
 
 
 def test_one_asymmetric_linear_makes_all_store_zero_points(tmp_path):

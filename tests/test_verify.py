@@ -16,11 +16,13 @@ from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.manifest import MANIFEST, VERIFIED
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.evaluate import compare
+from marlin_convert.formats import FORMATS as LAYOUTS
+from marlin_convert.formats import Scheme, marlin, marlin_24
 from marlin_convert.models.blocks import BlockModel
 
-FORMATS = ["marlin", "gptq", "compressed-tensors"]
-SCALES = {"marlin": "s", "gptq": "scales", "compressed-tensors": "weight_scale"}
-CODES = {"marlin": "B", "gptq": "qweight", "compressed-tensors": "weight_packed"}
+FORMATS = ["marlin", "marlin-24", "gptq", "compressed-tensors"]
+SCALES = {"marlin": "s", "marlin-24": "s", "gptq": "scales", "compressed-tensors": "weight_scale"}
+CODES = {"marlin": "B", "marlin-24": "B_24", "gptq": "qweight", "compressed-tensors": "weight_packed"}
 WEIGHTS = "model.safetensors"
 Q = "model.layers.1.self_attn.q_proj"
 SMALL_TEXT = ("--samples", 8, "--sequence-length", 256)
@@ -86,7 +88,11 @@ def fails(report: dict, name: str, *words: str) -> None:
 def test_what_we_write_passes(format, copy, report):
     directory = copy(format)
     found = report(directory)
-    assert statuses(found) == {"files": "pass", "layout": "pass", "numbers": "pass", "kernel": "skipped"}
+    sparsity = "pass" if format == "marlin-24" else "skipped"
+    assert statuses(found) == {
+        "files": "pass", "layout": "pass", "sparsity": sparsity, "numbers": "pass", "kernel": "skipped",
+    }  # fmt: skip
+    assert found["passed"]
     digest = hashlib.sha256((directory / MANIFEST).read_bytes()).hexdigest()
     assert found["manifest_sha256"] == digest
     written = (directory / VERIFIED).read_bytes()
@@ -97,7 +103,7 @@ def test_what_we_write_passes(format, copy, report):
     assert (directory / VERIFIED).read_bytes() == written
 
 
-@pytest.mark.parametrize("format", FORMATS[1:])
+@pytest.mark.parametrize("format", FORMATS[2:])
 def test_what_a_peer_wrote_passes_without_a_manifest(format, copy, report, tmp_path):
     directory = copy(format)
     (directory / MANIFEST).unlink()
@@ -162,7 +168,8 @@ def test_awq_is_read(copy, report):
 
 def test_a_dense_model_has_nothing_to_unpack(tinypy, report):
     assert statuses(report(tinypy)) == {
-        "files": "pass", "layout": "skipped", "numbers": "skipped", "kernel": "skipped",
+        "files": "pass",
+        **dict.fromkeys(("layout", "sparsity", "numbers", "kernel"), "skipped"),
     }  # fmt: skip
 
 
@@ -305,6 +312,120 @@ def test_a_config_of_another_group_size(group_size, copy, report):
     fails(report(directory), "layout", Q, "groups")
 
 
+# sparsity
+
+
+@pytest.fixture
+def pruned(quantized, cli, tmp_path) -> Callable[..., Path]:
+    """What is 2:4 in tinypy, in a format, made of that in marlin-24, or of another source."""
+
+    def make(format, *words, source=None):
+        words = ("-o", tmp_path / "pruned", "--format", format, "-q", *words)
+        assert cli("quantize", source or quantized("marlin-24"), *words).exit_code == 0
+        return tmp_path / "pruned"
+
+    return make
+
+
+QUADS = 4 * (4 * 256 * 256 + 3 * 256 * 768) // 4  # of four blocks, each of q, k, v, o and gate, up, down
+
+
+def test_every_quad_is_counted(copy, report, cli):
+    directory = copy("marlin-24")
+    check = report(directory)["checks"]["sparsity"]
+    assert check["reason"] == f"100.00 % of {QUADS} quads"
+    assert check["details"] == {"linears": 28, "quads": QUADS, "sparse_quads": QUADS}
+    assert f"sparsity pass     100.00 % of {QUADS} quads" in cli("verify", directory).stdout.splitlines()
+
+
+def test_without_a_claim_there_is_nothing_to_count(copy, report):
+    assert report(copy("gptq"))["checks"]["sparsity"]["reason"] == "nothing is said to be 2:4"
+
+
+@pytest.mark.parametrize("format", ["marlin", "gptq", "compressed-tensors"])
+def test_a_claim_is_checked_in_every_format(format, pruned, report):
+    directory = pruned(format)
+    assert report(directory)["checks"]["sparsity"]["reason"] == f"100.00 % of {QUADS} quads"
+    layout = LAYOUTS[format]
+
+    def change(tensors):
+        weights = Weights(Checkpoint.open(directory))
+        layer = weights.quantized(Q)
+        layer.codes[100:104, 7] = torch.tensor([1, 2, 3, 4])
+        layer.codes[8:12, 9] = torch.tensor([8, 2, 3, 4])
+        tensors |= {f"{Q}.{suffix}": tensor for suffix, tensor in layout.pack(layer).items()}
+
+    found = report(damage(directory, change))
+    # all but two in half a million: not to be rounded to 100
+    fails(
+        found, "sparsity", f"99.99 % of {QUADS} quads", f"{Q} is not 2:4: 2 of 16384 quads",
+        "rows 8 to 11 of column 9, has codes 8, 2, 3, 4",
+    )  # fmt: skip
+    assert found["checks"]["sparsity"]["details"]["sparse_quads"] == QUADS - 2
+    assert not found["passed"]
+
+
+def test_metadata_that_makes_no_sense(copy, report):
+    def change(tensors):
+        tensors[f"{Q}.B_meta"][3, 5] |= 15
+
+    found = report(damage(copy("marlin-24"), change))
+    words = (Q, "the metadata of 1 of 16384 quads names no two rows")
+    fails(found, "layout", *words)
+    fails(found, "sparsity", "1 linears cannot be read", *words)
+
+
+def test_a_part_that_is_sparse(pruned, report, cli):
+    directory = pruned("marlin-24", "--unpruned", "*.1.mlp.*")
+    found = report(directory)
+    assert found["passed"]
+    assert found["checks"]["layout"]["reason"] == "25 marlin-24 and 3 marlin linears"
+    quads = QUADS - 3 * 256 * 768 // 4
+    assert found["checks"]["sparsity"]["reason"] == f"100.00 % of {quads} quads"
+    assert found["checks"]["sparsity"]["details"]["linears"] == 25
+
+
+def test_what_engines_fuse_is_in_one_layout(pruned, report):
+    directory = pruned("marlin-24")
+    up = "model.layers.1.mlp.up_proj"
+    path = directory / "config.json"
+    config = json.loads(path.read_text())["quantization_config"] | {"unpruned": [up]}
+    edit_json(path, quantization_config=config)
+
+    def change(tensors):
+        found = {f"{up}.{suffix}": tensors.pop(f"{up}.{suffix}") for suffix in marlin_24.SUFFIXES}
+        layer = marlin_24.unpack(
+            {name.rpartition(".")[2]: tensor for name, tensor in found.items()}, Scheme("marlin-24", 4, 128)
+        )
+        tensors |= {f"{up}.{suffix}": tensor for suffix, tensor in marlin.pack(layer).items()}
+
+    found = report(damage(directory, change))
+    fails(found, "layout", f"{up} marlin", "model.layers.1.mlp.gate_proj marlin-24", "which engines fuse")
+
+
+def test_there_is_no_kernel_for_marlin_24_yet(copy, report, cli):
+    directory = copy("marlin-24")
+    assert report(directory)["checks"]["kernel"]["reason"] == "no kernel for marlin-24 yet"
+    result = cli("verify", directory, "--require-kernel")
+    assert result.exit_code == 1 and "no kernel for marlin-24 yet" in result.stderr
+
+
+def test_a_sparse_checkpoint_is_verified_with_its_sparsity(copy, report):
+    directory = copy("marlin-24")
+    assert not report(directory, "--checks", "files,layout,numbers")["passed"]
+    assert not (directory / VERIFIED).exists()
+    assert report(directory, "--checks", "files,layout,sparsity,numbers")["passed"]
+    assert (directory / VERIFIED).exists()
+    assert report(copy("gptq"), "--checks", "files,layout,numbers")["passed"]
+
+
+@pytest.mark.parametrize("claim", [[], {"a": 1}, "2:4 ", 3])
+def test_a_claim_that_is_none(claim, copy, report):
+    directory = copy("gptq")
+    edit_json(directory / MANIFEST, sparsity=claim, unpruned=[Q])
+    assert statuses(report(directory))["sparsity"] == "skipped"
+
+
 # numbers
 
 
@@ -361,7 +482,7 @@ def test_a_model_compared_with_itself(tmp_path):
     with torch.no_grad():
         expected = model(input_ids=ids, labels=ids).loss.exp().item()
     assert found.perplexity == found.source_perplexity == pytest.approx(expected, rel=1e-4)
-    assert asdict(found) | {"tokens": 3 * 299, "divergence": 0, "agreement": 1} == asdict(found)
+    assert asdict(found) | {"tokens": 3 * 299, "divergence": 0, "agreement": 1, "margin": 0} == asdict(found)
 
 
 # kernel, options, and what can be no checkpoint
@@ -378,7 +499,8 @@ def test_the_kernel_check_never_passes_unrun(copy, cli):
 def test_checks_that_were_not_asked_for_are_said_to_be_skipped(copy, report):
     found = report(copy("marlin"), "--checks", "layout")
     assert statuses(found) == {
-        "files": "skipped", "layout": "pass", "numbers": "skipped", "kernel": "skipped",
+        **dict.fromkeys(("files", "sparsity", "numbers", "kernel"), "skipped"),
+        "layout": "pass",
     }  # fmt: skip
     assert found["checks"]["files"]["reason"] == "not asked for"
 

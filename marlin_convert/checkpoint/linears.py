@@ -1,11 +1,14 @@
 """The weights of a checkpoint as floats, or as integer codes where they are quantized."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from marlin_convert import formats
+from marlin_convert.checkpoint import manifest as manifests
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.errors import FormatError, SourceError
 from marlin_convert.formats.bounds import float16_scales
@@ -33,12 +36,11 @@ class Weights:
         self.checkpoint = checkpoint
         config = checkpoint.quantization_config
         self.scheme = formats.detect(config) if config else None
-        self._suffixes = formats.suffixes(self.scheme) if self.scheme else ()
         if self.scheme and not self.packed_linears():
             gptq = any(name.endswith(".qzeros") for name in checkpoint.tensors)
             raise SourceError(
                 f"the config of {checkpoint.directory.name} says {self.scheme.format}, "
-                f"but no tensor of it is called '*.{self._suffixes[0]}'.",
+                f"but no tensor of it is called '*.{formats.suffixes(self.scheme)[0]}'.",
                 "its tensors are GPTQ's, and GPTQModel names a kernel so: set its checkpoint_format to gptq."
                 if gptq
                 else None,
@@ -49,21 +51,38 @@ class Weights:
 
     def is_packed(self, linear: str) -> bool:
         """Whether this linear is stored as integer codes."""
-        return bool(self._suffixes) and f"{linear}.{self._suffixes[0]}" in self.checkpoint.tensors
+        return bool(self.scheme) and f"{linear}.{self._suffixes(linear)[0]}" in self.checkpoint.tensors
 
     def packed_linears(self) -> list[str]:
         """The linears stored as integer codes, in the order of the files."""
-        ending = f".{self._suffixes[0]}" if self._suffixes else None
-        return [
-            name.removesuffix(ending) for name in self.checkpoint.tensors if ending and name.endswith(ending)
-        ]
+        modules = (name.rpartition(".") for name in self.checkpoint.tensors if self.scheme)
+        return [linear for linear, _, suffix in modules if suffix == self._suffixes(linear)[0]]
+
+    def sparse_linears(self, manifest: Mapping[str, Any] | None) -> list[str]:
+        """The linears that are 2:4 by their layout, or if what their manifest claims is true."""
+        if self.scheme is None:
+            return manifests.pruned(manifest)
+        if self.scheme and self.scheme.format == "marlin-24":
+            return [
+                linear for linear in self.packed_linears() if self.scheme_of(linear).format == "marlin-24"
+            ]
+        return [linear for linear in self.packed_linears() if manifests.claims_sparse(manifest, linear)]
+
+    def scheme_of(self, linear: str) -> formats.Scheme:
+        """How a packed linear is stored."""
+        assert self.scheme is not None
+        return self.scheme.of(linear)
+
+    def _suffixes(self, linear: str) -> tuple[str, ...]:
+        """The suffixes that the tensors of a packed linear may have, that of its codes first."""
+        return formats.suffixes(self.scheme_of(linear))
 
     def packed_names(self) -> set[str]:
         """The names of all tensors that make packed linears, without their biases."""
         return {
             f"{linear}.{suffix}"
             for linear in self.packed_linears()
-            for suffix in self._suffixes
+            for suffix in self._suffixes(linear)
             if f"{linear}.{suffix}" in self.checkpoint.tensors
         }
 
@@ -72,11 +91,10 @@ class Weights:
 
         The codes are put in `memory` (flat uint8), if that is given and large enough.
         """
-        assert self.scheme is not None
-        stored = self.stored(linear)
+        scheme, stored = self.scheme_of(linear), self.stored(linear)
         try:
-            return formats.FORMATS[self.scheme.format].unpack(
-                {suffix: self.checkpoint.read(name) for suffix, name in stored.items()}, self.scheme, memory
+            return formats.FORMATS[scheme.format].unpack(
+                {suffix: self.checkpoint.read(name) for suffix, name in stored.items()}, scheme, memory
             )
         except FormatError as error:
             raise FormatError(f"{linear}: {error}.", error.hint) from error
@@ -87,10 +105,10 @@ class Weights:
         SourceError when its tensors are not of that shape and type, FormatError when those beside the codes
         make no sense or float16 cannot hold its scales.
         """
-        assert self.scheme is not None
-        stored = self.stored(linear)
+        scheme, stored = self.scheme_of(linear), self.stored(linear)
+        codes = self._suffixes(linear)[0]
         infos = {suffix: self.checkpoint.tensors[name] for suffix, name in stored.items()}
-        for suffix, (dtype, shape) in formats.tensors(self.scheme, k, n).items():
+        for suffix, (dtype, shape) in formats.tensors(scheme, k, n).items():
             if suffix not in infos and suffix != "g_idx":
                 raise SourceError(
                     f"{linear}.{suffix} is not in {self.checkpoint.directory.name}.", "fetch the model again."
@@ -102,24 +120,24 @@ class Weights:
                 )
             # what is beside codes and scales is read below
             types = SCALE_DTYPES if dtype.is_floating_point else (dtype,)
-            if (dtype.is_floating_point or suffix == self._suffixes[0]) and infos[suffix].dtype not in types:
+            if (dtype.is_floating_point or suffix == codes) and infos[suffix].dtype not in types:
                 raise SourceError(
                     f"{linear}.{suffix} is stored as {infos[suffix].code}.", "fetch the model again."
                 )
         small = {
             suffix: self.checkpoint.read(name)
             for suffix, name in stored.items()
-            if suffix != self._suffixes[0] and infos[suffix].dtype != torch.float16
+            if suffix != codes and infos[suffix].dtype != torch.float16
         }
         try:
-            zeros, rows = formats.FORMATS[self.scheme.format].peculiarities(small, self.scheme, k, n)
+            zeros, rows = formats.FORMATS[scheme.format].peculiarities(small, scheme, k, n)
             for tensor in small.values():
                 if tensor.is_floating_point():
                     float16_scales(tensor)
         except FormatError as error:
             raise FormatError(f"{linear}: {error}.", error.hint) from error
-        middle = 1 << (self.scheme.bits - 1)
-        group_rows = k if self.scheme.group_size == -1 else self.scheme.group_size
+        middle = 1 << (scheme.bits - 1)
+        group_rows = k if scheme.group_size == -1 else scheme.group_size
         return Peculiarities(
             symmetric=zeros is None or bool((zeros == middle).all()),
             act_order=rows is not None and not torch.equal(rows.int(), contiguous_groups(k, group_rows)),
@@ -128,7 +146,7 @@ class Weights:
 
     def stored(self, linear: str) -> dict[str, str]:
         """The names of the tensors that make a packed linear, by suffix."""
-        names = {suffix: f"{linear}.{suffix}" for suffix in self._suffixes}
+        names = {suffix: f"{linear}.{suffix}" for suffix in self._suffixes(linear)}
         return {suffix: name for suffix, name in names.items() if name in self.checkpoint.tensors}
 
     def dtype(self, name: str) -> torch.dtype:

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -12,6 +12,9 @@ from marlin_convert.errors import SourceError, reading
 MANIFEST = "marlin_convert.json"
 # What `verify` found, beside the manifest and about it; no file of it.
 VERIFIED = "marlin_convert_verify.json"
+
+# What a manifest calls the sparsity of linears of which two weights in four are left.
+SPARSITY = "2:4"
 
 # What git and the Hugging Face client add to a copy of a repository; no part of what we wrote.
 COPY_KEEPING = (".cache", ".git", ".gitattributes")
@@ -64,6 +67,25 @@ def rounded_to_nearest(manifest: dict[str, Any]) -> list[str]:
         for row in (rows if isinstance(rows, list) else ())
         if isinstance(row, dict) and row.get("rounded_to_nearest")
     ]
+
+
+def pruned(manifest: Mapping[str, Any] | None) -> list[str]:
+    """The linears of a dense checkpoint of which its manifest says that they are 2:4."""
+    if (manifest or {}).get("sparsity") != SPARSITY:
+        return []
+    rows = (manifest or {}).get("linears")
+    return [
+        row["name"]
+        for row in (rows if isinstance(rows, list) else ())
+        if isinstance(row, dict) and isinstance(row.get("name"), str)
+    ]
+
+
+def claims_sparse(manifest: Mapping[str, Any] | None, linear: str) -> bool:
+    """Whether a manifest says of a packed linear that its weights are 2:4."""
+    manifest = manifest or {}
+    unpruned = manifest.get("unpruned")
+    return manifest.get("sparsity") == SPARSITY and not (isinstance(unpruned, dict) and linear in unpruned)
 
 
 def sha256_file(path: Path) -> str:

@@ -297,6 +297,19 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def check_replaceable(output: Path, overwrite: bool) -> None:
+    """ConvertError for an output that publish would refuse, or that is no directory."""
+    empty = output.is_dir() and not output.is_symlink() and not any(output.iterdir())
+    if os.path.lexists(output) and not empty and not (output.is_dir() and overwrite):
+        raise _taken(output)
+
+
+def _taken(output: Path) -> ConvertError:
+    return ConvertError(
+        f"'{output}' already exists and is not empty.", "choose another directory, or pass --overwrite."
+    )
+
+
 def publish(partial: Path, output: Path, overwrite: bool) -> None:
     """Make the finished directory `partial` durable and move it to `output` by one rename.
 
@@ -314,10 +327,7 @@ def publish(partial: Path, output: Path, overwrite: bool) -> None:
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                 raise
-            raise ConvertError(
-                f"'{output}' already exists and is not empty.",
-                "choose another directory, or pass --overwrite.",
-            ) from error
+            raise _taken(output) from error
     elif not _exchange(partial, output):
         aside = partial.with_name(REPLACED)
         output.rename(aside)

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 
 from marlin_convert.errors import FormatError
-from marlin_convert.formats import awq, compressed_tensors, gptq, marlin
+from marlin_convert.formats import awq, compressed_tensors, gptq, marlin, marlin_24
 from marlin_convert.formats.scheme import Scheme
 
 __all__ = ["FORMATS", "Scheme", "detect"]
 
 FORMATS: dict[str, ModuleType] = {
     "marlin": marlin,
+    "marlin-24": marlin_24,
     "gptq": gptq,
     "compressed-tensors": compressed_tensors,
     "awq": awq,
@@ -25,15 +26,20 @@ def detect(quantization_config: Mapping[str, Any]) -> Scheme:
     config = quantization_config
     method = config.get("quant_method") or config.get("method") or _implied_method(config)
     if method == "compressed-tensors":
-        return compressed_tensors.read_config(config)
+        scheme = compressed_tensors.read_config(config)
+        return marlin_24.checked(scheme) if scheme.format == "marlin-24" else scheme
     if method == "awq":
         if awq.awq_version(config) == "marlin":
             return marlin.read_config(config, names=("qweight", "scales"))
         return awq.read_config(config)
-    if method == "gptq" and gptq.checkpoint_format(config) != "marlin":
-        return gptq.read_config(config)
-    if method == "gptq" or (method == "marlin" and config.get("checkpoint_format", "marlin") == "marlin"):
+    # AutoGPTQ and vLLM call gptq what is stored in layouts for a kernel, and say which as checkpoint_format
+    stored = gptq.checkpoint_format(config) if method == "gptq" else config.get("checkpoint_format", method)
+    if method in ("gptq", "marlin") and stored == "marlin":
         return marlin.read_config(config)
+    if method in ("gptq", "marlin_24") and stored == "marlin_24":
+        return marlin_24.read_config(config)
+    if method == "gptq":
+        return gptq.read_config(config)
     raise FormatError(
         f"quantization_config: quant_method {method!r} is not supported",
         hint="supported: " + ", ".join(FORMATS),

@@ -31,6 +31,23 @@ def float16_scales(scales: Tensor) -> Tensor:
     return narrow.contiguous()
 
 
+def check_quads(layer: QuantizedLinear) -> None:
+    """Raise FormatError when a quad, rows 4t .. 4t + 3 of a column, has more than two weights: not 2:4."""
+    if layer.k % 4:
+        raise FormatError(f"{layer.k} inputs do not divide into quads")
+    weights = layer.quad_weights()
+    if int(weights.amax()) <= 2:
+        return
+    crowded = weights > 2
+    quad, column = crowded.nonzero()[0].tolist()
+    first, last = 4 * quad, 4 * quad + 3
+    codes = layer.codes[first : last + 1, column].tolist()
+    raise FormatError(
+        f"{int(crowded.sum())} of {crowded.numel()} quads have more than two non-zeros; the first, rows "
+        f"{first} to {last} of column {column}, has codes {', '.join(map(str, codes))}"
+    )
+
+
 def check_zeros_above(zeros: Tensor, least: int, reason: str) -> None:
     """Raise FormatError when a zero code (groups, n) lies below least, for the reason given."""
     _refuse(zeros < least, "zero points", reason, zeros)

@@ -34,6 +34,8 @@ from marlin_convert.formats.scheme import (
 from marlin_convert.quantized import QuantizedLinear
 
 SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
+# What it calls the tensors of marlin-24.
+MARLIN_24_NAMES = ("weight_packed", "meta", "scale_packed")
 
 
 def refusal(
@@ -196,13 +198,16 @@ def quantization_config(
 
 
 def read_config(config: Mapping[str, Any]) -> Scheme:
-    """The scheme of a compressed-tensors config. FormatError for all but pack-quantized integers."""
+    """The scheme of a compressed-tensors config: pack-quantized, or marlin-24 under other names.
+
+    FormatError for all other formats, and for what is no static integer.
+    """
     groups = mapping_of(config, "config_groups")
     if len(groups) != 1:
         raise FormatError(f"quantization_config: one config group is supported, there are {len(groups)}")
     group = mapping_of(groups, next(iter(groups)))
     stored = group.get("format") or config.get("format")
-    if stored != "pack-quantized":
+    if stored not in ("pack-quantized", "marlin-24"):
         raise FormatError(f"quantization_config: compressed-tensors format {stored!r} is not supported")
     _refuse_keys(config, group)
     weights = mapping_of(group, "weights")
@@ -212,10 +217,11 @@ def read_config(config: Mapping[str, Any]) -> Scheme:
     if strategy not in ("group", "channel"):
         raise FormatError(f"quantization_config: strategy {strategy!r} is not supported")
     return Scheme(
-        "compressed-tensors",
+        "marlin-24" if stored == "marlin-24" else "compressed-tensors",
         bits=bits_of(weights, "num_bits"),
         group_size=-1 if strategy == "channel" else group_size_of(weights, "group_size"),
         symmetric=bool(weights.get("symmetric", True)),
+        names=MARLIN_24_NAMES if stored == "marlin-24" else (),
         skipped=names_of(config, "ignore"),
         act_order=weights.get("actorder") not in (None, False, "weight", "static"),
     )

@@ -1,7 +1,7 @@
 """What a quantization_config says of the layers, in one form for all formats, and reading its keys."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from marlin_convert.errors import FormatError
 class Scheme:
     """How the packed layers of a checkpoint are stored, as its config says.
 
-    format      "marlin", "gptq", "compressed-tensors" or "awq"
+    format      "marlin", "marlin-24", "gptq", "compressed-tensors" or "awq"
     bits        4 or 8
     group_size  rows sharing a scale; -1: all rows
     symmetric   zero points all in the middle; a claim that the zero tensors may contradict
@@ -22,6 +22,7 @@ class Scheme:
     names       suffixes on disk in the order of the format's SUFFIXES; empty: those themselves
     skipped     modules or patterns left dense, informational
     act_order   groups follow activation order; a claim that a g_idx tensor may contradict
+    unpruned    linears of a marlin-24 checkpoint that are not 2:4, and stored in marlin
     """
 
     format: str
@@ -32,6 +33,11 @@ class Scheme:
     names: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
     act_order: bool = False
+    unpruned: frozenset[str] = frozenset()
+
+    def of(self, linear: str) -> "Scheme":
+        """How one linear is stored."""
+        return replace(self, format="marlin", unpruned=frozenset()) if linear in self.unpruned else self
 
     def group_rows(self, k: int, groups: int, *, ragged: bool = False) -> int:
         """Rows of a group, 1 .. k, of a layer with k inputs and scales for groups.

@@ -19,8 +19,8 @@ GIVEN = 40
 class Configuration:
     """A kernel for one number of tokens per tile and one group size.
 
-    `group` is the rows of k per scale, 0 where one scale serves all of k. `teams` of four warps take chunks
-    in turn; `wgmma` makes a team multiply as a warpgroup.
+    `group` is the rows of k per scale, 0 where one scale serves all of k. `teams` of four warps multiply.
+    `sparse` is for the Sparse-MARLIN layout.
     """
 
     kernel: str
@@ -28,7 +28,7 @@ class Configuration:
     teams: int
     group: int
     bfloat16: bool
-    wgmma: bool = False
+    sparse: bool = False
 
     @property
     def entry(self) -> str:
@@ -38,17 +38,13 @@ class Configuration:
     @property
     def sources(self) -> tuple[str, ...]:
         """The files of csrc that make it, in order."""
-        products = {
-            "mma": ("mma_products.cuh",),
-            "stream": ("wgmma_ptx.cuh", "wgmma_products.cuh") if self.wgmma else ("mma_products.cuh",),
-            "wgmma": ("wgmma_ptx.cuh",),
-        }
-        return ("ptx.cuh", "numbers.cuh", "tiles.cuh", *products[self.kernel], f"{self.kernel}.cu")
+        products = "wgmma_ptx.cuh" if self.kernel == "wgmma" else "mma_products.cuh"
+        return ("ptx.cuh", "numbers.cuh", "layout.cuh", "tiles.cuh", products, f"{self.kernel}.cu")
 
     @property
     def threads(self) -> int:
         """Threads of a block: the teams and, where the copy engine loads, the warpgroup that drives it."""
-        return {"mma": 128 * self.teams, "stream": 128 * self.teams + 128, "wgmma": 384}[self.kernel]
+        return 128 * self.teams + (0 if self.kernel == "mma" else 128)
 
     @property
     def scale_rows(self) -> int:
@@ -58,14 +54,15 @@ class Configuration:
     @cached_property
     def _stage(self) -> int:
         """Bytes of a stage: codes, activations and scales of a chunk, in whole swizzle patterns."""
-        filled = 16384 + 256 * self.tokens + (512 * self.scale_rows if self.group else 0)
+        codes = 8192 + 4096 if self.sparse else 16384
+        filled = codes + 256 * self.tokens + (512 * self.scale_rows if self.group else 0)
         return -(-filled // 1024) * 1024
 
     @property
     def _beside(self) -> int:
         """Bytes of shared memory beside the stages: sums or staging, and what alignment takes."""
         sums = 4 * self.teams * self.tokens * (FEATURES + 4)
-        return {"mma": sums, "stream": sums + 2048, "wgmma": 4096 + 2048}[self.kernel]
+        return {"mma": sums, "stream": sums + 2048, "wgmma": 2048 * self.teams + 2048}[self.kernel]
 
     @cached_property
     def stages(self) -> int:
@@ -89,7 +86,7 @@ class Configuration:
             "SPLITS": self.teams,
             "GROUP": self.group,
             "BF16": int(self.bfloat16),
-            "WGMMA": int(self.wgmma),
+            "SPARSE": int(self.sparse),
         }
         if self.kernel != "mma":
             # registers a thread has at launch, in eights: those given up are shared out among the others
@@ -100,47 +97,54 @@ class Configuration:
         return macros
 
 
-# A layer of at most this many chunks is read in the time that summing its tiles takes: 8B qkv and o.
-SMALL = 1024
-
-
-def choose(m: int, n: int, k: int, group: int, bfloat16: bool, capability: tuple[int, int]) -> Configuration:
+def choose(
+    m: int, n: int, k: int, group: int, bfloat16: bool, capability: tuple[int, int], sparse: bool = False
+) -> Configuration:
     """The configuration for m tokens of a layer with n outputs and k inputs.
 
-    From a sweep on an H200 (benchmarks/RESULTS.md). Few tokens a tile make sums that are quickly added, but
-    need the weights once for every tile: small layers want them, large ones do not. Microseconds:
+    From a sweep on an H200 (benchmarks/RESULTS.md). wgmma has less to do per code than mma.sync, but only two
+    warpgroups that wait for one another: it wins where summing up shared tiles takes as long as reading them,
+    and from 17 tokens on. Narrow tiles are quickly summed up, but need the codes once for every tile.
+    Microseconds:
 
-    ======  ==============================  ==============================
-    tokens  small or narrow                 large
-    ======  ==============================  ==============================
-    16      8B qkv: 8 a tile 10.1, 16 10.7  70B down: 8 54.6, 16 42.3
-    32      8B down: 16 23.2, 32 27.4       70B down: 16 68.3, 32 53.2
-    128     70B o: 64 38.2, 128 40.3        8B gate_up: 64 64.8, 128 57.5
-    256     8B o: 64 22.3, 128 27.3         70B down: 64 210.7, 128 202.9
-    ======  ==============================  ==============================
+    ======  =================================  ==================================
+    tokens  few chunks                         many
+    ======  =================================  ==================================
+    16      70B qkv: wgmma 18.5, stream 19.3   8B gate_up: wgmma 22.3, stream 20.3
+    64      8B o: 32 a tile 11.0, 64 12.1      8B qkv: 32 15.1, 64 13.3
+    128     8B qkv: 64 18.5, 128 19.2          70B o: 64 35.0, 128 32.5
+    256     8B o: 64 19.8, 128 21.6            8B down: 64 53.2, 128 49.4
+    ======  =================================  ==================================
     """
     if capability != (9, 0):
         tokens = 8 if m <= 8 else 16 if m <= 16 else 32
-        return Configuration("mma", tokens, 2, group, bfloat16)
+        return Configuration("mma", tokens, 2, group, bfloat16, sparse)
     columns = -(-n // FEATURES)
     chunks = columns * (k // 128)
-    if m <= 8 or (m <= 16 and chunks <= SMALL):
-        return Configuration("stream", 8, 3, group, bfloat16)
-    if m <= 16 or (m <= 32 and columns <= 24):
-        return Configuration("stream", 16, 3, group, bfloat16)
+    if m <= 8 or (m <= 16 and chunks > 3000):
+        return Configuration("stream", 8 if m <= 8 else 16, 3, group, bfloat16, sparse)
     if m <= 32:
-        return Configuration("stream", 32, 2, group, bfloat16, wgmma=True)
-    few = chunks <= 3000 if m <= 128 else columns * -(-m // 128) <= 48
-    return Configuration("wgmma", 64 if m <= 64 or few else 128, 1, group, bfloat16)
+        tokens = 16 if m <= 16 else 32
+    elif m <= 64:
+        tokens = 32 if chunks <= 512 else 64
+    else:
+        tokens = 64 if (columns <= 24 if m <= 128 else m <= 256 and chunks <= 768) else 128
+    return Configuration("wgmma", tokens, 2, group, bfloat16, sparse)
 
 
-def blocks(tiles: int, chunks: int, processors: int) -> int:
-    """Blocks of the grid for so many tiles of so many chunks each, on so many multiprocessors.
+def schedule(tiles: int, chunks: int, processors: int) -> tuple[int, ...]:
+    """How many blocks work on so many tiles of so many chunks each, and on which: Schedule in csrc/tiles.cuh.
 
-    One per multiprocessor; or a multiple of the tiles, which then are not split at odd places or not at all,
-    where that leaves few idle: 8B gate_up takes 112 blocks (17.6 us and not 20.5), 70B o 128 of 132 (38.2 us
-    and not 40.4 for 128 tokens), 8B qkv with 16 tokens 96 (10.1 us and not 11.5).
+    As many blocks as leave no tile to be shared, or each by the same number, where that keeps most
+    multiprocessors busy: 8B gate_up takes 112 blocks (24.3 us for 32 tokens, 29.0 with 132), 70B qkv 120
+    (20.1 us, 24.3). Else one for each. Returns blocks, whole, run, share, each and more.
     """
-    even = processors // tiles * tiles
-    least = 0.8 if even == tiles else 0.7 if tiles * chunks <= 2 * SMALL else 0.95
-    return even if even >= least * processors else processors
+    whole = -(-tiles // processors)
+    if tiles % whole == 0 and tiles // whole >= (0.8 if whole == 1 else 0.95) * processors:
+        return tiles // whole, whole, 0, 1, 0, 0
+    share = processors // tiles
+    if share * tiles >= 0.8 * processors:
+        return share * tiles, 0, chunks, share, chunks // share, chunks % share
+    whole = max(0, tiles // processors - 1)
+    run = (tiles - whole * processors) * chunks
+    return processors, whole, run, processors, run // processors, run % processors

@@ -15,17 +15,20 @@ from torch import Tensor
 
 from marlin_convert.errors import KernelError
 from marlin_convert.kernels.compile import architecture, cubin
-from marlin_convert.kernels.configurations import FEATURES, Configuration, blocks
+from marlin_convert.kernels.configurations import FEATURES, Configuration, schedule
 
 # of cuda.h
 MAX_DYNAMIC_SHARED_MEMORY = 8
 PROGRAMMATIC_STREAM_SERIALIZATION = 6
-UINT64, FLOAT16, BFLOAT16 = 5, 6, 9
+UINT32, UINT64, FLOAT16, BFLOAT16 = 2, 5, 6, 9
+BYTES = {UINT32: 4, UINT64: 8, FLOAT16: 2, BFLOAT16: 2}
 NO_SWIZZLE, SWIZZLE_128 = 0, 3
 PROMOTE_256 = 3
 
 # Tensor maps kept: of the weights of every layer of a large model, and of the activations they meet.
 KEPT = 4096
+
+TICKETS = 32  # of a block of the grid, as in csrc/tiles.cuh
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def _tensor_map(address: int, kind: int, rows: int, columns: int, box: tuple[int
         place = -(-addressof(memory) // 64) * 64
         status = _driver().cuTensorMapEncodeTiled(
             c_void_p(place), kind, 2, c_void_p(address), (c_uint64 * 2)(columns, rows),
-            (c_uint64 * 1)(columns * (8 if kind == UINT64 else 2)), (c_uint32 * 2)(box[1], box[0]),
+            (c_uint64 * 1)(columns * BYTES[kind]), (c_uint32 * 2)(box[1], box[0]),
             (c_uint32 * 2)(1, 1), 0, swizzle, PROMOTE_256, 0,
         )  # fmt: skip
         _check(status, "describing a matrix")
@@ -101,35 +104,61 @@ def _tensor_map(address: int, kind: int, rows: int, columns: int, box: tuple[int
 # Parts of tiles and tickets, by device, stream and size: kernels of one stream follow one another.
 _workspaces: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
 
-# Tickets for launches in graphs, by device, cleared beforehand: each such launch takes its own for good.
-# Graphs may be replayed side by side, and clearing memory inside of one would take a microsecond a launch.
-_graph_tickets: dict[int, list[Tensor]] = {}
-GRAPH_LAUNCHES = 8192
+# Tickets for graphs, by device, cleared beforehand: every stream of a graph takes its own for good. Graphs
+# may be replayed side by side, and clearing memory inside of one would take a microsecond.
+_spare_tickets: dict[int, list[Tensor]] = {}
+_graph_tickets: dict[tuple[int, int, int], Tensor] = {}
+GRAPHS = 512
 
 
 def _workspace(device: torch.device, stream: int, loaded: _Loaded) -> tuple[Tensor, Tensor]:
     tokens = loaded.configuration.tokens
     size = 2 * loaded.processors * tokens * FEATURES
+    count = loaded.processors * TICKETS
     if torch.cuda.is_current_stream_capturing():
-        spare = _graph_tickets.get(device.index)
-        tickets = spare.pop() if spare else torch.zeros(loaded.processors, dtype=torch.int32, device=device)
+        graph = (device.index, stream, _capture(stream))
+        tickets = _graph_tickets.get(graph)
+        if tickets is None:
+            spare = _spare_tickets.get(device.index)
+            tickets = spare.pop() if spare else torch.zeros(count, dtype=torch.int32, device=device)
+            _graph_tickets[graph] = tickets
         return torch.empty(size, device=device), tickets
-    if device.index not in _graph_tickets:
-        cleared = torch.zeros(GRAPH_LAUNCHES, loaded.processors, dtype=torch.int32, device=device)
+    if device.index not in _spare_tickets:
+        cleared = torch.zeros(GRAPHS, count, dtype=torch.int32, device=device)
         torch.cuda.synchronize(device)
-        _graph_tickets[device.index] = list(cleared)
+        _spare_tickets[device.index] = list(cleared)
     key = (device.index, stream, tokens)
     found = _workspaces.get(key)
     if found is None:
-        tickets = torch.zeros(loaded.processors, dtype=torch.int32, device=device)
-        found = _workspaces[key] = torch.empty(size, device=device), tickets
+        cleared = torch.zeros(count, dtype=torch.int32, device=device)
+        found = _workspaces[key] = torch.empty(size, device=device), cleared
     return found
+
+
+def _capture(stream: int) -> int:
+    """The number of the graph that a stream is being captured into; no other one ever has it."""
+    state, number = c_int(), c_uint64()
+    _check(
+        _driver().cuStreamGetCaptureInfo_v2(
+            c_void_p(stream), ctypes.byref(state), ctypes.byref(number), None, None, None
+        ),
+        "asking for the graph that is captured",
+    )
+    return number.value
 
 
 class Call:
     """A launch of which only the addresses of activations and output are still to come."""
 
-    def __init__(self, configuration: Configuration, x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None):
+    def __init__(
+        self,
+        configuration: Configuration,
+        x: Tensor,
+        B: Tensor,
+        s: Tensor,
+        bias: Tensor | None,
+        B_meta: Tensor | None = None,
+    ):
         """Prepare y (m, n) of x (m, k) on the current stream of x's device, which is the current device.
 
         All tensors are contiguous, on one device, and aligned to 16 bytes; the parameters outlive the call.
@@ -138,12 +167,15 @@ class Call:
         loaded = load(configuration, x.device.index)
         stream = torch.cuda.current_stream(x.device).cuda_stream
         parts, tickets = self._workspace = _workspace(x.device, stream, loaded)
+        columns, token_tiles, chunks = -(-n // FEATURES), -(-m // configuration.tokens), k // 128
+        blocks, *plan = schedule(columns * token_tiles, chunks, loaded.processors)
         problem = ctypes.create_string_buffer(
             struct.pack(
-                "7Q3i4x", B.data_ptr(), 0, s.data_ptr(), 0 if bias is None else bias.data_ptr(), 0,
-                parts.data_ptr(), tickets.data_ptr(), m, n, k,
+                "8Q11i4x", B.data_ptr(), 0, s.data_ptr(), 0 if bias is None else bias.data_ptr(), 0,
+                parts.data_ptr(), tickets.data_ptr(), 0 if B_meta is None else B_meta.data_ptr(),
+                m, n, k, columns, token_tiles, chunks, *plan,
             ),
-            72,
+            112,
         )  # fmt: skip
         self._x, self._y = c_uint64.from_buffer(problem, 8), c_uint64.from_buffer(problem, 32)
         arguments = [addressof(problem)]
@@ -152,17 +184,21 @@ class Call:
             kind = BFLOAT16 if x.dtype == torch.bfloat16 else FLOAT16
             self._tiles = kind, m, k, (configuration.tokens, 64)
             rows = min(configuration.scale_rows, len(s))
+            weights = _tensor_map(B.data_ptr(), UINT64, len(B), n, (len(B) // chunks, FEATURES), NO_SWIZZLE)
+            metadata = weights  # which is not read then
+            if B_meta is not None:
+                metadata = _tensor_map(B_meta.data_ptr(), UINT32, len(B), n, (4, FEATURES), NO_SWIZZLE)
             arguments += [
-                _tensor_map(B.data_ptr(), UINT64, len(B), n, (8, FEATURES), NO_SWIZZLE),
+                weights,
+                metadata,
                 _tensor_map(s.data_ptr(), FLOAT16, len(s), n, (rows, FEATURES), NO_SWIZZLE),
                 0,
             ]
         self._pointers = (c_void_p * len(arguments))(*arguments)
         attribute = (c_int * 18)(PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)
-        tiles = -(-n // FEATURES) * -(-m // configuration.tokens)
         self._launch = ctypes.create_string_buffer(
             struct.pack(
-                "7I4xQQI4x", blocks(tiles, k // 128, loaded.processors), 1, 1, configuration.threads, 1, 1,
+                "7I4xQQI4x", blocks, 1, 1, configuration.threads, 1, 1,
                 configuration.shared_memory, stream, addressof(attribute), loaded.early,
             ),
             56,
@@ -175,5 +211,5 @@ class Call:
         self._x.value, self._y.value = x, y
         if self._tiles is not None:
             kind, m, k, box = self._tiles
-            self._pointers[3] = _tensor_map(x, kind, m, k, box, SWIZZLE_128)
+            self._pointers[4] = _tensor_map(x, kind, m, k, box, SWIZZLE_128)
         _check(self._driver(self._launch, self._handle, self._pointers, None), "launching a kernel")

@@ -10,7 +10,6 @@ and codes given all others, and a mask may change for as long as that lowers the
 """
 
 from itertools import combinations
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -32,9 +31,7 @@ KEPT = tuple(combinations(range(QUAD), 2))
 PRUNED = tuple(reversed(KEPT))
 
 
-def choose_mask(
-    weight: Tensor, hessian: Tensor, *, method: Literal["sparsegpt", "wanda", "magnitude"], damping: float
-) -> Tensor:
+def choose_mask(weight: Tensor, hessian: Tensor, *, method: str, damping: float) -> Tensor:
     """The weights to keep of `weight` (n, k), (k, n) bool, two in every quad, by a published rule.
 
     sparsegpt: arXiv 2301.00774; wanda: |w| ||x||, arXiv 2306.11695, section 3; magnitude: |w|.

@@ -1,0 +1,1 @@
+"""Measuring: the kernels beside cuBLAS and the peers', and the figures of the MARLIN paper's artifact."""
