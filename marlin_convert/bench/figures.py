@@ -126,7 +126,8 @@ def served(servers: Sequence[Served]) -> Figure:
     for axes, (name, said) in zip(figure.subplots(2, 2).flat, TIMES.items(), strict=True):
         for place, server in zip(("server", "baseline"), servers, strict=False):
             if values := server.times()[name]:
-                axes.ecdf(values, label=f"{place}: {server.model}")
+                # a dollar would begin a formula
+                axes.ecdf(values, label=f"{place}: {server.model}".replace("$", r"\$"))
         axes.set_xlabel(f"{said}, ms")
         axes.set_ylabel("share at most that")
         axes.grid(alpha=0.3)

@@ -11,6 +11,7 @@ import textwrap
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
@@ -115,7 +116,7 @@ class Answer:
     @property
     def itls(self) -> list[float]:
         """Seconds between one chunk and the next."""
-        return [after - before for before, after in zip(self.arrivals, self.arrivals[1:], strict=False)]
+        return [after - before for before, after in pairwise(self.arrivals)]
 
     @property
     def output_tokens(self) -> int:
