@@ -100,11 +100,11 @@ def servers_own(stub: Stub) -> dict[str, float]:
     ],
 )
 def test_times_are_within_2_ms_of_the_servers_own(how, options, stub, cli, tmp_path):
-    """In the middle, and in one of three runs: the machine may be busy with other work for a moment."""
+    """In the middle, and in one of five runs: the machine may be busy with other work for a moment."""
     number = 8 if options[1] == 1 else 32
     command = words(stub.url(how), "--num-prompts", number, "--output-len", 10, "-o", tmp_path / "out")
     off: dict[str, float] = {}
-    for _ in range(3):
+    for _ in range(5):
         done = cli(*command, "--overwrite", *options)
         assert done.exit_code == 0, done.stderr
         result = json.loads((tmp_path / "out" / "result.json").read_text())
