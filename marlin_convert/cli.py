@@ -190,25 +190,79 @@ def parse_size(context: click.Context, parameter: click.Parameter, value: str) -
     return int(number) * units[unit]
 
 
+def conversion_options(command: Callable) -> Callable:
+    """What quantize and sparsify share, recipe settings among it."""
+    for option in (
+        click.option(
+            "-o",
+            "--output",
+            required=True,
+            type=click.Path(path_type=Path),
+            help="Where to write. Must not exist.",
+        ),
+        click.option(
+            "--recipe",
+            default="w4a16-g128",
+            show_default=True,
+            metavar="NAME|FILE",
+            help="Settings to start from.",
+        ),
+        click.option(
+            "--skip", multiple=True, metavar="PATTERN", help="Leave matching linears as they are; repeatable."
+        ),
+        click.option(
+            "--calibration",
+            metavar="builtin|FILE|hf:DATASET[:SPLIT]",
+            help="Text to calibrate on: .txt or .jsonl.",
+        ),
+        click.option("--samples", type=click.IntRange(1), help="Calibration sequences.  [default: 256]"),
+        click.option(
+            "--sequence-length", type=click.IntRange(1), help="Tokens per sequence.  [default: 2048]"
+        ),
+        click.option("--seed", type=int, help="Draws the calibration windows.  [default: 0]"),
+        click.option(
+            "--dtype", type=click.Choice(["auto", "float16", "bfloat16"]), help="Type of the dense tensors."
+        ),
+        click.option(
+            "--device",
+            default="auto",
+            show_default=True,
+            metavar="auto|cpu|cuda[:N]",
+            help="Where to compute.",
+        ),
+        click.option("--revision", help="Branch, tag or commit of a Hub MODEL."),
+        click.option(
+            "--max-shard-size", default="5GB", show_default=True, callback=parse_size, help="Largest file."
+        ),
+        click.option("--resume", is_flag=True, help="Continue an interrupted run."),
+        click.option("--overwrite", is_flag=True, help="Replace the output once the new one is complete."),
+        click.option(
+            "--trust-remote-code", is_flag=True, help="Allow code from the model repository to run."
+        ),
+        click.option(
+            "--report",
+            type=click.Path(path_type=Path, dir_okay=False),
+            help="Write an HTML page with the error of every linear.",
+        ),
+        click.option("--dry-run", is_flag=True, help="Print the plan and stop."),
+    )[::-1]:
+        command = option(command)
+    return command
+
+
 @main.command(context_settings=CONTEXT)
 @click.argument("model")
 @click.option(
-    "-o", "--output", required=True, type=click.Path(path_type=Path), help="Where to write. Must not exist."
-)
-@click.option(
-    "--recipe", default="w4a16-g128", show_default=True, metavar="NAME|FILE", help="Settings to start from."
-)
-@click.option(
     "--format",
     type=click.Choice(["marlin", "marlin-24", "gptq", "compressed-tensors"]),
-    help="On-disk layout.  [default: marlin]",
+    help="On-disk layout.  [default: marlin, or marlin-24 with --sparsity 2:4]",
 )
 @click.option(
     "--group-size",
     type=click.Choice(["128", "64", "32", "-1"]),
     help="Weights that share a scale; -1 is one per column.",
 )
-@click.option("--skip", multiple=True, metavar="PATTERN", help="Leave matching linears dense; repeatable.")
+@click.option("--sparsity", type=click.Choice(["2:4"]), help="Prune two weights of every four as well.")
 @click.option(
     "--unpruned",
     multiple=True,
@@ -216,31 +270,9 @@ def parse_size(context: click.Context, parameter: click.Parameter, value: str) -
     help="Matching linears are not 2:4: in marlin-24 they are stored as marlin; repeatable.",
 )
 @click.option(
-    "--calibration", metavar="builtin|FILE|hf:DATASET[:SPLIT]", help="Text to calibrate on: .txt or .jsonl."
-)
-@click.option("--samples", type=click.IntRange(1), help="Calibration sequences.  [default: 256]")
-@click.option("--sequence-length", type=click.IntRange(1), help="Tokens per sequence.  [default: 2048]")
-@click.option("--seed", type=int, help="Draws the calibration windows.  [default: 0]")
-@click.option(
-    "--dtype", type=click.Choice(["auto", "float16", "bfloat16"]), help="Type of the tensors left dense."
-)
-@click.option(
-    "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute."
-)
-@click.option("--revision", help="Branch, tag or commit of a Hub MODEL.")
-@click.option("--max-shard-size", default="5GB", show_default=True, callback=parse_size, help="Largest file.")
-@click.option(
     "--requantize", is_flag=True, help="Solve again from the dequantized weights of a quantized MODEL."
 )
-@click.option("--resume", is_flag=True, help="Continue an interrupted run.")
-@click.option("--overwrite", is_flag=True, help="Replace the output once the new one is complete.")
-@click.option("--trust-remote-code", is_flag=True, help="Allow code from the model repository to run.")
-@click.option(
-    "--report",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Write an HTML page with the error of every linear.",
-)
-@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@conversion_options
 @output_options
 def quantize(
     model: str,
@@ -263,7 +295,8 @@ def quantize(
     """Quantize MODEL (a Hub id or a local directory) and write a 4-bit checkpoint.
 
     A MODEL that is already quantized (GPTQ, MARLIN, AWQ, compressed-tensors) is repacked: its codes are kept
-    and nothing is calibrated. What cannot be done is said before anything is written.
+    and nothing is calibrated. One that is 2:4 keeps its zeros. What cannot be done is said before anything is
+    written.
     """
     set_up_logging(quiet, verbose)
     with imports():
@@ -275,6 +308,8 @@ def quantize(
     check_report(report)
     settings["group_size"] = int(settings["group_size"]) if settings["group_size"] else None
     settings |= {name: settings[name] or None for name in ("skip", "unpruned")}
+    if settings["sparsity"] and not settings["format"] and recipes.load(recipe).format == "marlin":
+        settings["format"] = "marlin-24"
     chosen, where = recipes.load(recipe).changed(settings), pick_device(device)
     job = story.Job(
         source=resolve(model, revision, code=trust_remote_code),
@@ -294,6 +329,70 @@ def quantize(
         click.echo(json.dumps(reports.plan_json(plan), indent=2) if as_json else reports.plan_text(plan, job))
         return
     done = story.quantize(job, block_progress(quiet))
+    if as_json:
+        click.echo(json.dumps(reports.summary(done), indent=2))
+    elif not quiet:
+        click.echo(reports.summary_text(done, job))
+
+
+@main.command(context_settings=CONTEXT)
+@click.argument("model")
+@click.option(
+    "--method",
+    type=click.Choice(["sparsegpt", "wanda", "magnitude"]),
+    help="How weights are chosen; with sparsegpt the others make up for those pruned.  [default: sparsegpt]",
+)
+@conversion_options
+@output_options
+def sparsify(
+    model: str,
+    output: Path,
+    recipe: str,
+    device: str,
+    revision: str | None,
+    max_shard_size: int,
+    resume: bool,
+    overwrite: bool,
+    trust_remote_code: bool,
+    report: Path | None,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: int,
+    **settings: Any,
+) -> None:
+    """Prune the linears of MODEL to 2:4, two weights of every four, and write a dense checkpoint.
+
+    Any tool loads it, to be fine-tuned or quantized: quantize keeps its zeros.
+    """
+    set_up_logging(quiet, verbose)
+    with imports():
+        from marlin_convert import recipe as recipes
+        from marlin_convert import report as reports
+        from marlin_convert import sparsify as story
+        from marlin_convert.hub import resolve
+
+    check_report(report)
+    settings["skip"] = settings["skip"] or None
+    chosen, where = recipes.load(recipe).changed(settings), pick_device(device)
+    job = story.dense(
+        story.Job(
+            source=resolve(model, revision, code=trust_remote_code),
+            output=output,
+            recipe=chosen,
+            device=where,
+            max_shard_size=max_shard_size,
+            resume=resume,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            report=report,
+        )
+    )
+    if dry_run:
+        _, plan = story.plan_job(job)
+        click.echo(json.dumps(reports.plan_json(plan), indent=2) if as_json else reports.plan_text(plan, job))
+        return
+    done = story.sparsify(job, block_progress(quiet))
     if as_json:
         click.echo(json.dumps(reports.summary(done), indent=2))
     elif not quiet:

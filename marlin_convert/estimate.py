@@ -22,7 +22,7 @@ class Estimate:
 
 def estimate(plan: Plan, device: torch.device) -> Estimate:
     """Seconds from counted products at the device's measured rate; memory from the largest things held."""
-    block = [fate for fate in plan.packed_in(0)] or list(plan.fates)
+    block = [fate for fate in plan.worked_on_in(0)] or list(plan.fates)
     weights = sum(fate.k * fate.n for fate in block)
     if plan.repack:
         return Estimate(plan.output_bytes / 0.5e9, 12.0 * max(fate.k * fate.n for fate in block))

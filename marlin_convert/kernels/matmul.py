@@ -1,4 +1,4 @@
-"""The torch operator marlin_convert::matmul, its reference in plain torch, and a module around it."""
+"""The torch operator marlin_convert::matmul, its reference in plain torch, and modules around it."""
 
 from typing import Any
 from weakref import ref
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch._C import _len_torch_dispatch_stack
 
 from marlin_convert.errors import KernelError
-from marlin_convert.formats import marlin
+from marlin_convert.formats import marlin, marlin_24
 from marlin_convert.formats.scheme import Scheme
 from marlin_convert.kernels.configurations import choose
 from marlin_convert.kernels.launch import Call
@@ -17,15 +17,18 @@ from marlin_convert.quantized import QuantizedLinear
 DTYPES = (torch.float16, torch.bfloat16)
 
 
-def matmul(x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None = None) -> Tensor:
+def matmul(
+    x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None = None, B_meta: Tensor | None = None
+) -> Tensor:
     """x (..., k) times MARLIN weights B (k / 16, 2n) int32 and s (groups, n) float16, plus bias: (..., n).
 
+    With B_meta (k / 32, 2n) int16 the weights are Sparse-MARLIN's, B is B_24 (k / 32, 2n).
     x and bias are float16 or bfloat16; sums are float32. KernelError when shapes, dtypes or devices do not
     fit, or there is no kernel for the GPU.
     """
     if type(x) is not Tensor or not x.is_cuda or torch.compiler.is_compiling() or _len_torch_dispatch_stack():
-        return torch.ops.marlin_convert.matmul.default(x, B, s, bias)
-    return _cuda(x, B, s, bias)  # past the dispatcher, which takes two microseconds
+        return torch.ops.marlin_convert.matmul.default(x, B, s, bias, B_meta)
+    return _cuda(x, B, s, bias, B_meta)  # past the dispatcher, which takes two microseconds
 
 
 def reference(x: Tensor, layer: QuantizedLinear, bias: Tensor | None = None) -> Tensor:
@@ -55,56 +58,104 @@ class MarlinLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., k) to (..., n), in the dtype of x."""
-        if x.is_cuda:
-            return matmul(x, self.B, self.s, self.bias)
-        weight = _quantized(self.B, self.s).dequantize(torch.float32).to(x.dtype)
-        return nn.functional.linear(x, weight, self.bias)
+        return _multiply(x, self.B, self.s, self.bias)
 
 
-def _quantized(B: Tensor, s: Tensor) -> QuantizedLinear:
-    k, _, groups = _shape(B, s)
-    scheme = Scheme("marlin", 4, -1 if groups == 1 else k // groups)
-    return marlin.unpack({"B": B.cpu(), "s": s.cpu()}, scheme)
+class SparseMarlinLinear(nn.Module):
+    """The same of B_24 (k / 32, 2n) int32, B_meta (k / 32, 2n) int16, s and perhaps a bias."""
+
+    B_24: Tensor
+    B_meta: Tensor
+    s: Tensor
+    bias: Tensor | None
+
+    def __init__(self, B_24: Tensor, B_meta: Tensor, s: Tensor, bias: Tensor | None = None):
+        """KernelError when the tensors are not of one layer."""
+        super().__init__()
+        _shape(B_24, s, B_meta)
+        self.register_buffer("B_24", B_24)
+        self.register_buffer("B_meta", B_meta)
+        self.register_buffer("s", s)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., k) to (..., n), in the dtype of x."""
+        return _multiply(x, self.B_24, self.s, self.bias, self.B_meta)
 
 
-def _shape(B: Tensor, s: Tensor) -> tuple[int, int, int]:
-    """k, n and the number of groups of a layer; KernelError when B and s do not fit each other."""
+def _multiply(x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None, B_meta: Tensor | None = None) -> Tensor:
+    if x.is_cuda:
+        return matmul(x, B, s, bias, B_meta)
+    weight = _quantized(B, s, B_meta).dequantize(torch.float32).to(x.dtype)
+    return nn.functional.linear(x, weight, bias)
+
+
+def _quantized(B: Tensor, s: Tensor, B_meta: Tensor | None) -> QuantizedLinear:
+    k, _, groups = _shape(B, s, B_meta)
+    group_size = -1 if groups == 1 else k // groups
+    if B_meta is None:
+        return marlin.unpack({"B": B.cpu(), "s": s.cpu()}, Scheme("marlin", 4, group_size))
+    tensors = {"B_24": B.cpu(), "B_meta": B_meta.cpu(), "s": s.cpu()}
+    return marlin_24.unpack(tensors, Scheme("marlin-24", 4, group_size))
+
+
+def _shape(B: Tensor, s: Tensor, B_meta: Tensor | None = None) -> tuple[int, int, int]:
+    """k, n and the number of groups of a layer; KernelError when its tensors do not fit each other."""
+    name, step = ("B", 16) if B_meta is None else ("B_24", 32)
     if B.dim() != 2 or s.dim() != 2 or B.dtype != torch.int32 or s.dtype != torch.float16:
         raise KernelError(
-            f"B is {tuple(B.shape)} {B.dtype} and s {tuple(s.shape)} {s.dtype}; "
-            "int32 (k / 16, 2n) and float16 (groups, n) are meant."
+            f"{name} is {tuple(B.shape)} {B.dtype} and s {tuple(s.shape)} {s.dtype}; "
+            f"int32 (k / {step}, 2n) and float16 (groups, n) are meant."
         )
-    k, n, groups = 16 * B.shape[0], B.shape[1] // 2, s.shape[0]
+    if B_meta is not None and (B_meta.dtype != torch.int16 or B_meta.shape != B.shape):
+        raise KernelError(f"B_meta is {tuple(B_meta.shape)} {B_meta.dtype}; int16 {tuple(B.shape)} is meant.")
+    k, n, groups = step * B.shape[0], B.shape[1] // 2, s.shape[0]
     if k % 128 or n % 64 or not k or not n or s.shape[1] != n or B.shape[1] % 2:
         raise KernelError(
-            f"B is {tuple(B.shape)} and s {tuple(s.shape)}: k must be a multiple of 128, n of 64, "
+            f"{name} is {tuple(B.shape)} and s {tuple(s.shape)}: k must be a multiple of 128, n of 64, "
             "the same in both."
         )
-    if not groups or (groups != 1 and (k % groups or k // groups not in (32, 64, 128))):
-        raise KernelError(f"{groups} groups of {k} inputs: groups are of 32, 64 or 128 rows, or one for all.")
+    sizes = (32, 64, 128) if B_meta is None else (128,)
+    if not groups or (groups != 1 and (k % groups or k // groups not in sizes)):
+        known = ", ".join(map(str, sizes))
+        raise KernelError(f"{groups} groups of {k} inputs: groups are of {known} rows, or one for all.")
     return k, n, groups
 
 
 class _Layer:
-    """Prepared launches of one B, s and bias, by number of tokens, dtype and stream."""
+    """Prepared launches of one layer, by shape and dtype of the activations and stream."""
 
-    def __init__(self, B: Tensor, s: Tensor, bias: Tensor | None):
-        self._tensors = [tensor if tensor is None else ref(tensor) for tensor in (B, s, bias)]
-        self._addresses = B.data_ptr(), s.data_ptr(), 0 if bias is None else bias.data_ptr()
-        self.k, self.n, groups = _shape(B, s)
+    def __init__(self, B: Tensor, s: Tensor, bias: Tensor | None, B_meta: Tensor | None):
+        self._tensors = [_nothing if one is None else ref(one) for one in (B, s, bias, B_meta)]
+        self._addresses = _addresses(B, s, bias, B_meta)
+        self.k, self.n, groups = _shape(B, s, B_meta)
         self.group = 0 if groups == 1 else self.k // groups
         self.device = B.device.index
         self.calls: dict[tuple[torch.Size, torch.dtype, int], Call] = {}
 
-    def is_of(self, B: Tensor, s: Tensor, bias: Tensor | None) -> bool:
+    def is_of(self, B: Tensor, s: Tensor, bias: Tensor | None, B_meta: Tensor | None) -> bool:
         """Whether these are the tensors, and in the same place."""
-        first, second, third = self._tensors
+        one, two, three, four = self._tensors
         return (
-            first() is B  # type: ignore[misc]
-            and second() is s  # type: ignore[misc]
-            and (third is bias if third is None else third() is bias)
-            and self._addresses == (B.data_ptr(), s.data_ptr(), 0 if bias is None else bias.data_ptr())
+            one() is B
+            and two() is s
+            and three() is bias
+            and four() is B_meta
+            and self._addresses == _addresses(B, s, bias, B_meta)
         )
+
+
+def _nothing() -> None:
+    return None
+
+
+def _addresses(B: Tensor, s: Tensor, bias: Tensor | None, B_meta: Tensor | None) -> tuple[int, int, int, int]:
+    return (
+        B.data_ptr(),
+        s.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        0 if B_meta is None else B_meta.data_ptr(),
+    )
 
 
 # By the identity of B. As many as the layers of a large model, some times over.
@@ -115,9 +166,11 @@ KEPT = 4096
 KEPT_CALLS = 64
 
 
-def _cuda(x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None = None) -> Tensor:
+def _cuda(
+    x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None = None, B_meta: Tensor | None = None
+) -> Tensor:
     layer = _layers.get(id(B))
-    if layer is not None and layer.is_of(B, s, bias):
+    if layer is not None and layer.is_of(B, s, bias, B_meta):
         shape, device = x.shape, layer.device
         call = layer.calls.get((shape, x.dtype, torch._C._cuda_getCurrentRawStream(device)))
         if call is not None and x.is_contiguous() and _current(device):
@@ -126,12 +179,12 @@ def _cuda(x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None = None) -> Tensor
                 y = x.new_empty((*shape[:-1], layer.n))
                 call(address, y.data_ptr())
                 return y
-    return _prepare(x, B, s, bias)
+    return _prepare(x, B, s, bias, B_meta)
 
 
-def _prepare(x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None) -> Tensor:
+def _prepare(x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None, B_meta: Tensor | None) -> Tensor:
     """The product by a launch that is prepared now, and kept for the next time."""
-    _check(x, B, s, bias)
+    _check(x, B, s, bias, B_meta)
     y = x.new_empty((*x.shape[:-1], s.shape[-1]))
     if not y.numel():
         return y
@@ -140,13 +193,14 @@ def _prepare(x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None) -> Tensor:
         x = x.clone()
     device = x.device.index
     layer = _layers.get(id(B))
-    if layer is None or not layer.is_of(B, s, bias):
-        layer = _Layer(B, s, bias)
+    if layer is None or not layer.is_of(B, s, bias, B_meta):
+        layer = _Layer(B, s, bias, B_meta)
     with torch.cuda.device(device):
         capability = torch.cuda.get_device_capability(device)
         m = x.numel() // layer.k
-        configuration = choose(m, layer.n, layer.k, layer.group, x.dtype == torch.bfloat16, capability)
-        call = Call(configuration, x, B, s, bias)
+        bfloat16, sparse = x.dtype == torch.bfloat16, B_meta is not None
+        configuration = choose(m, layer.n, layer.k, layer.group, bfloat16, capability, sparse)
+        call = Call(configuration, x, B, s, bias, B_meta)
         call(x.data_ptr(), y.data_ptr())
         if not torch.cuda.is_current_stream_capturing():
             _keep(_layers, id(B), layer, KEPT)
@@ -166,13 +220,13 @@ def _current(device: int) -> bool:
     return torch._C._cuda_getDevice() == device and not torch._C._cuda_isCurrentStreamCapturing()
 
 
-def _check(x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None) -> None:
-    k, n, _ = _shape(B, s)
+def _check(x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None, B_meta: Tensor | None) -> None:
+    k, n, _ = _shape(B, s, B_meta)
     if x.dtype not in DTYPES or not x.dim() or x.shape[-1] != k:
         raise KernelError(f"x is {tuple(x.shape)} {x.dtype}; float16 or bfloat16 with {k} inputs is meant.")
     if bias is not None and (tuple(bias.shape) != (n,) or bias.dtype != x.dtype):
         raise KernelError(f"bias is {tuple(bias.shape)} {bias.dtype}; ({n},) {x.dtype} is meant.")
-    for name, tensor in (("B", B), ("s", s), ("bias", bias)):
+    for name, tensor in (("B", B), ("s", s), ("bias", bias), ("B_meta", B_meta)):
         if tensor is None:
             continue
         if tensor.device != x.device:
@@ -181,11 +235,13 @@ def _check(x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None) -> None:
             raise KernelError(f"{name} must be contiguous and aligned to 16 bytes.")
 
 
-def _fake(x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None = None) -> Tensor:
+def _fake(
+    x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None = None, B_meta: Tensor | None = None
+) -> Tensor:
     return x.new_empty(*x.shape[:-1], B.shape[1] // 2)
 
 
 _library = torch.library.Library("marlin_convert", "DEF")
-_library.define("matmul(Tensor x, Tensor B, Tensor s, Tensor? bias=None) -> Tensor")
+_library.define("matmul(Tensor x, Tensor B, Tensor s, Tensor? bias=None, Tensor? B_meta=None) -> Tensor")
 _library.impl("matmul", _cuda, "CUDA")
 torch.library.register_fake("marlin_convert::matmul", _fake, lib=_library)
