@@ -79,6 +79,8 @@ class Answering:
         elif how == "noise":
             self.socket.sendall(b"220 mail.example ESMTP\r\n")
         elif how == "leaves":
+            pass
+        elif how == "resets":
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         else:
             self.stream()

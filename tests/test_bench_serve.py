@@ -347,6 +347,7 @@ BAD = {
     "page": r"ended without [DONE]: <html> welcome\x1b[2J </html>",
     "noise": "closed the connection in the middle",
     "leaves": "closed the connection in the middle",
+    "resets": "closed the connection in the middle: Connection reset by peer",
     "dies": "closed the connection in the middle",
     "unfinished": "ended without [DONE]",
     "garbage": "sent what is no event: {nothing",

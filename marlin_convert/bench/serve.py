@@ -113,7 +113,7 @@ def _prompts(job: Job, model: str) -> Prompts:
 
 def _requests(job: Job, model: str, prompts: Prompts) -> list[Asked]:
     asked = []
-    for text, tokens in zip(prompts.texts, prompts.tokens, strict=True):
+    for text in prompts.texts:
         body: dict[str, object] = {
             "model": model,
             "temperature": 0,
@@ -128,7 +128,7 @@ def _requests(job: Job, model: str, prompts: Prompts) -> list[Asked]:
         else:
             body |= {"prompt": text, "max_tokens": job.load.output_tokens}
         path = "/chat/completions" if job.load.chat else "/completions"
-        asked.append(Asked(path, json.dumps(body).encode(), tokens))
+        asked.append(Asked(path, json.dumps(body).encode()))
     return asked
 
 

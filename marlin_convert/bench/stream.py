@@ -11,6 +11,7 @@ import textwrap
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from types import TracebackType
 from typing import Any
@@ -73,6 +74,11 @@ class Server:
         """The address, with /v1."""
         return f"http{'s' if self.tls else ''}://{self.name}{self.prefix}"
 
+    @cached_property
+    def context(self) -> ssl.SSLContext | None:
+        """For TLS, with the certificates of this machine; made once, as that takes many milliseconds."""
+        return ssl.create_default_context() if self.tls else None
+
     def excerpt(self, body: bytes) -> str:
         """The beginning of what the server says, in one line, and never the key that it may repeat."""
         text = body.decode("utf-8", "replace")
@@ -83,11 +89,10 @@ class Server:
 
 @dataclass(frozen=True)
 class Asked:
-    """One request: the path under /v1, the JSON to post, and the tokens of the prompt as it was made."""
+    """One request: the path under /v1, and the JSON to post."""
 
     path: str
     body: bytes
-    input_tokens: int
 
 
 @dataclass
@@ -139,8 +144,9 @@ class Connection:
     async def __aenter__(self) -> "Connection":
         server = self._server
         try:
-            context = ssl.create_default_context() if server.tls else None
-            self._reader, self._writer = await asyncio.open_connection(server.host, server.port, ssl=context)
+            self._reader, self._writer = await asyncio.open_connection(
+                server.host, server.port, ssl=server.context
+            )
         except OSError as error:
             raise Failed("cannot connect", error.strerror or str(error)) from error
         return self
