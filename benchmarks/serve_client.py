@@ -1,9 +1,10 @@
 """Our client beside `vllm bench serve`: the same load on one server, in turns.
 
-    python benchmarks/serve_client.py PYTHON MODEL [--rounds 5] [--num-prompts 40] [--request-rate 4] ...
+    python benchmarks/serve_client.py PYTHON MODEL [--url URL] [--rounds 5] [--num-prompts 40] ...
 
 PYTHON is that of an environment with vLLM (benchmarks/peers/environments.sh vllm DIR), which serves MODEL, a
-directory, on a free port. Every round runs both clients, with a seed of its own so that no prompt is in the
+directory, on a free port; with --url a server that runs already is asked for MODEL. On a machine where other
+work takes the processors, tests/stub_server.py is the server whose times depend on them least. Every round runs both clients, with a seed of its own so that no prompt is in the
 server's cache; printed are the medians over the rounds, and ours divided by vLLM's. The first round is thrown
 away: it warms the server up.
 """
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
@@ -66,7 +67,7 @@ def answers(address: str) -> bool:
 def ours(address: str, load: list[str], options: argparse.Namespace, seed: int) -> dict[str, float]:
     """What our client measures."""
     command = [sys.executable, "-m", "marlin_convert", "bench", "serve", "--url", address, "--json", "-q"]
-    command += ["--tokenizer", str(options.model), "--num-warmups", "1", "--seed", str(seed), *load]
+    command += ["--model", str(options.model), "--num-warmups", "1", "--seed", str(seed), *load]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
 
 
@@ -90,6 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("python", type=Path)
     parser.add_argument("model", type=Path)
+    parser.add_argument("--url")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--num-prompts", default="40")
     parser.add_argument("--request-rate", default="4")
@@ -104,7 +106,8 @@ def main() -> None:
     rounds: dict[str, list[dict[str, float]]] = {"ours": [], "vLLM's": []}
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)
-        with served(vllm, options.model, directory / "log") as address:
+        server = nullcontext(options.url) if options.url else served(vllm, options.model, directory / "log")
+        with server as address:
             for number in range(options.rounds + 1):
                 seed = 2 * number
                 rounds["ours"].append(ours(address, load, options, seed))

@@ -211,6 +211,7 @@ def _details(served: Served) -> dict[str, list[Any]]:
         "output_lens": [one.output_tokens if one else 0 for one in found],
         "ttfts": [one.ttft if one else 0 for one in found],
         "itls": [one.itls if one else [] for one in found],
+        "latencies": [one.latency if one else 0 for one in found],
         "start_times": [one.start if one else 0 for one in found],
         "errors": [str(one) if one else "" for one in failures],
     }
