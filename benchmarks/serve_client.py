@@ -4,9 +4,10 @@
 
 PYTHON is that of an environment with vLLM (benchmarks/peers/environments.sh vllm DIR), which serves MODEL, a
 directory, on a free port; with --url a server that runs already is asked for MODEL. On a machine where other
-work takes the processors, tests/stub_server.py is the server whose times depend on them least. Every round runs both clients, with a seed of its own so that no prompt is in the
-server's cache; printed are the medians over the rounds, and ours divided by vLLM's. The first round is thrown
-away: it warms the server up.
+work takes the processors, tests/stub_server.py is the server whose times depend on them least.
+
+Every round runs both clients, with a seed of its own so that no prompt is in the server's cache; printed are
+the medians over the rounds, and ours divided by vLLM's. The first round is thrown away: it warms the server.
 """
 
 import argparse

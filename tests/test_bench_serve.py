@@ -300,6 +300,12 @@ def test_an_answer_of_one_token_has_no_time_per_token():
     assert " -" in latencies.text(report)
 
 
+def test_a_server_that_was_not_reached_has_no_figures():
+    report = Report(Load(5, None, 2, False, 0), [served([], duration=0)], interrupted=True)
+    assert "0 of 0 requests completed" in latencies.text(report)
+    assert latencies.as_json(report, details=True)["request_throughput"] == 0
+
+
 def test_speed_ups_are_of_times_and_rates():
     fast, slow = Answer(100, [0.5, 0.6], usage=(10, 2)), Answer(100, [1.5, 1.8], usage=(10, 2))
     report = Report(Load(5, None, 2, False, 0), [served([fast]), served([slow], duration=8, busy=0.93)])

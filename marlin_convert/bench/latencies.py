@@ -105,6 +105,7 @@ class Report:
 
 def metrics(served: Served) -> dict[str, Any]:
     """The figures of a server under vLLM's keys; None for the statistics of no values at all."""
+    seconds = served.duration or math.inf  # interrupted before it began
     tokens_in = sum(map(served.input_tokens, served.answers))
     tokens_out = sum(answer.output_tokens for answer in served.answers.values())
     found: dict[str, Any] = {
@@ -113,10 +114,10 @@ def metrics(served: Served) -> dict[str, Any]:
         "failed": len(served.failures),
         "total_input_tokens": tokens_in,
         "total_output_tokens": tokens_out,
-        "request_throughput": len(served.answers) / served.duration,
+        "request_throughput": len(served.answers) / seconds,
         "request_goodput": None,  # vLLM's without --goodput
-        "output_throughput": tokens_out / served.duration,
-        "total_token_throughput": (tokens_in + tokens_out) / served.duration,
+        "output_throughput": tokens_out / seconds,
+        "total_token_throughput": (tokens_in + tokens_out) / seconds,
         "max_output_tokens_per_s": _busiest_second(served),
         "max_concurrent_requests": _most_at_once(served),
     }
