@@ -1,4 +1,4 @@
-"""The figures, after those of the MARLIN paper's artifact. The one module that needs matplotlib."""
+"""The figures, most after those of the MARLIN paper's artifact. The one module that needs matplotlib."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from marlin_convert.bench.latencies import TIMES, Served
 from marlin_convert.bench.multipliers import CUBLAS
 from marlin_convert.bench.sustained import Slice
 from marlin_convert.bench.timing import Ceilings, Cell
@@ -116,6 +117,22 @@ def sustained(slices: Sequence[Slice], names: Sequence[str], device: str) -> Fig
     power.set_ylabel("power, W (gray)")
     for axes in (by_batch, by_time, clocks):
         axes.grid(alpha=0.3)
+    return figure
+
+
+def served(servers: Sequence[Served]) -> Figure:
+    """The share of requests (of pairs of chunks) that took at most so many milliseconds, a line a server."""
+    figure = Figure(figsize=(9, 7), layout="constrained")
+    for axes, (name, said) in zip(figure.subplots(2, 2).flat, TIMES.items(), strict=True):
+        for place, server in zip(("server", "baseline"), servers, strict=False):
+            if values := server.times()[name]:
+                # a dollar would begin a formula
+                axes.ecdf(values, label=f"{place}: {server.model}".replace("$", r"\$"))
+        axes.set_xlabel(f"{said}, ms")
+        axes.set_ylabel("share at most that")
+        axes.grid(alpha=0.3)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(servers))
     return figure
 
 
