@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from marlin_convert.bench.batches import Latencies
 from marlin_convert.bench.latencies import TIMES, Served
 from marlin_convert.bench.multipliers import CUBLAS
 from marlin_convert.bench.sustained import Slice
@@ -133,6 +134,22 @@ def served(servers: Sequence[Served]) -> Figure:
         axes.grid(alpha=0.3)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(servers))
+    return figure
+
+
+def latency(found: Latencies) -> Figure:
+    """Speed-up over the baseline by batch size or, without one, milliseconds a token after the first."""
+    figure, axes = _axes()
+    speedups = found.speedups()
+    if speedups:
+        axes.plot(list(speedups), list(speedups.values()), marker="o", label="speed-up")
+        axes.axhline(1, color="black", linewidth=0.8)
+    else:
+        times = [one.token_ms for one in found.checkpoint]
+        axes.plot([one.batch for one in found.checkpoint], times, marker="o", label="ms a token")
+    axes.set_title(f"{found.device}, {found.engine}: {found.input_len} tokens in, {found.output_len} out")
+    _over_batches(axes, [one.batch for one in found.checkpoint])
+    axes.set_ylabel("speed-up over the baseline" if speedups else "ms a token after the first")
     return figure
 
 

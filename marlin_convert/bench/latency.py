@@ -9,15 +9,18 @@ import gc
 import logging
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import nn
 
+from marlin_convert.bench.batches import Latencies, Latency, to_dict
+from marlin_convert.bench.kernel import results
 from marlin_convert.checkpoint.reader import Checkpoint
+from marlin_convert.checkpoint.writer import write_json
 from marlin_convert.errors import ConvertError
 
 log = logging.getLogger("marlin_convert")
@@ -43,44 +46,30 @@ class Job:
     output_len: int = 64
 
 
-@dataclass(frozen=True)
-class Latency:
-    """Milliseconds of one batch size: to the first token, and a token after it."""
+def run(job: Job, output: Path | None = None, overwrite: bool = False) -> Latencies:
+    """Measure a checkpoint and its baseline, one after the other; latency.json and latency.png into `output`.
 
-    batch: int
-    first_ms: float
-    token_ms: float
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Of all sequences of the batch, after the first token."""
-        return 1e3 * self.batch / self.token_ms
-
-
-@dataclass
-class Latencies:
-    """What was measured with which engine; of the baseline as well, if there is one."""
-
-    engine: str
-    device: str
-    input_len: int
-    output_len: int
-    checkpoint: list[Latency] = field(default_factory=list)
-    baseline: list[Latency] = field(default_factory=list)
-
-    def speedups(self) -> dict[int, float]:
-        """How many times as fast as the baseline a token after the first is, by batch size."""
-        times = {one.batch: one.token_ms for one in self.baseline}
-        return {one.batch: times[one.batch] / one.token_ms for one in self.checkpoint if one.batch in times}
-
-
-def run(job: Job) -> Latencies:
-    """Measure a checkpoint and its baseline, one after the other.
-
-    ConvertError when they do not hold what is asked, or the engine cannot load or run one of them.
+    ConvertError when the output is taken, the models do not hold what is asked, or the engine cannot load or
+    run one of them.
     """
-    if job.output_len < 2:
-        raise ConvertError("there is no token after the first of 1.", "ask for --output-len 2 or more.")
+    if output is None:
+        return _run(job)
+    with results(output, overwrite) as directory:
+        found = _run(job)
+        write_json(directory / "latency.json", to_dict(found))
+        if find_spec("matplotlib") is None:
+            log.warning("latency not drawn: pip install 'marlin-convert[bench]' brings matplotlib")
+        else:
+            from marlin_convert.bench import figures
+
+            figures.latency(found).savefig(directory / "latency.png", dpi=150)
+    return found
+
+
+def _run(job: Job) -> Latencies:
+    for directory in (job.checkpoint, job.baseline):
+        if directory is not None:
+            _vocabulary(directory, job)
     engine, load = (
         ("vllm", _vllm)
         if find_spec("vllm") and job.device.type == "cuda"
@@ -158,14 +147,15 @@ def _seconds(answer: Answer, prompts: torch.Tensor, tokens: int, device: torch.d
 def _transformers(directory: Path, job: Job) -> Answer:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", device_map=str(job.device)).eval()
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
+    model = model.to(job.device).eval()
     # a static cache is what lets transformers compile a step into a CUDA graph
     cache = {"cache_implementation": "static"} if job.device.type == "cuda" else {}
 
     def answer(prompts: torch.Tensor, tokens: int) -> None:
-        ids = prompts.to(model.device)
+        ids = prompts.to(job.device)
         with torch.inference_mode():
-            model.generate(
+            model.generate(  # type: ignore[operator]
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens,
                 do_sample=False, eos_token_id=None, pad_token_id=0, **cache,
             )  # fmt: skip
@@ -183,45 +173,3 @@ def _vllm(directory: Path, job: Job) -> Answer:
         engine.generate([{"prompt_token_ids": ids} for ids in prompts.tolist()], wanted, use_tqdm=False)
 
     return answer
-
-
-def to_dict(found: Latencies) -> dict[str, Any]:
-    """What was measured as JSON holds it: milliseconds, tokens a second, speed-ups."""
-
-    def rows(latencies: Sequence[Latency]) -> list[dict[str, float]]:
-        return [
-            {
-                "batch": one.batch,
-                "first_ms": round(one.first_ms, 4),
-                "token_ms": round(one.token_ms, 4),
-                "tokens_per_second": round(one.tokens_per_second, 2),
-            }
-            for one in latencies
-        ]
-
-    return {
-        "engine": found.engine,
-        "device": found.device,
-        "input_len": found.input_len,
-        "output_len": found.output_len,
-        "checkpoint": rows(found.checkpoint),
-        "baseline": rows(found.baseline),
-        "speedups": {str(batch): round(ratio, 4) for batch, ratio in found.speedups().items()},
-    }
-
-
-def table(found: Latencies) -> str:
-    """The latencies by batch size and, with a baseline, how many times as fast."""
-    lines = [
-        f"{found.device}, {found.engine}: {found.input_len} tokens in, {found.output_len} out; "
-        "milliseconds a token after the first",
-        f"{'batch':>5} {'first ms':>9} {'token ms':>9} {'tokens/s':>9}"
-        + (f" {'baseline':>9} {'speed-up':>9}" if found.baseline else ""),
-    ]
-    before, speedups = {one.batch: one.token_ms for one in found.baseline}, found.speedups()
-    for one in found.checkpoint:
-        line = f"{one.batch:5} {one.first_ms:9.2f} {one.token_ms:9.3f} {one.tokens_per_second:9.0f}"
-        if one.batch in before:
-            line += f" {before[one.batch]:9.3f} {speedups[one.batch]:8.2f}x"
-        lines.append(line)
-    return "\n".join(lines)
