@@ -59,16 +59,34 @@ print(tokenizer.decode(model.generate(**tokens, max_new_tokens=32)[0]))
 ```
 """
 _OURS = """\
-No released engine loads this layout.{also}
+vLLM and transformers load this layout where marlin-convert is installed beside them.{also}
 
-> **Do not load it with `AutoModelForCausalLM.from_pretrained`.** transformers does not know the layout,
-> prints a warning, and goes on with random weights. vLLM refuses it with an error.
+```
+vllm serve {repository}{revision}
+```
 
-Its codes can be written in another layout, exactly:
+```python
+import marlin_convert
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{repository}"{keyword})
+tokenizer = AutoTokenizer.from_pretrained("{repository}"{keyword})
+tokens = tokenizer("Hello", return_tensors="pt")
+print(tokenizer.decode(model.generate(**tokens, max_new_tokens=32)[0]))
+```
+
+> **Not without `import marlin_convert`.** transformers alone does not know the layout, prints a warning, and
+> goes on with random weights. vLLM alone refuses it with an error.
+%s
+Its codes can be written in a layout that both load alone, exactly:
 
 ```
 marlin-convert quantize {repository}{revision} -o DIR --format gptq
 ```
+"""
+_NO_KERNEL = """
+There is no kernel for this layout yet: its linears are dequantized when they are loaded. It saves disk, not
+memory or time.
 """
 # Only what tests/engines has seen load and answer right.
 _DENSE = """\
@@ -81,11 +99,13 @@ marlin-convert quantize {repository}{revision} -o DIR --format marlin-24
 
 SERVING = {
     "dense": _DENSE,
-    "marlin": _OURS,
-    "marlin-24": _OURS,
+    "marlin": _OURS % "",
+    "marlin-24": _OURS % _NO_KERNEL,
     "gptq": _STOCK % "optimum gptqmodel",
     "compressed-tensors": _STOCK % "compressed-tensors",
 }
+# Those that need marlin-convert.
+OURS = ("marlin", "marlin-24")
 
 
 @dataclass(frozen=True)
@@ -220,7 +240,7 @@ def _metadata(published: Published, facts: Facts) -> dict[str, Any]:
     if facts.language:
         metadata["language"] = facts.language
     # the Hub takes a repository with a config.json for one that transformers loads, and tells people to
-    metadata["library_name"] = "marlin-convert" if SERVING[published.format] is _OURS else "transformers"
+    metadata["library_name"] = "marlin-convert" if published.format in OURS else "transformers"
     metadata["pipeline_tag"] = facts.pipeline_tag
     tags = (
         ["marlin-convert"]
@@ -264,7 +284,7 @@ def _serving(published: Published) -> str:
         keyword="" if main else f', revision="{branch}"',
         also=also,
     )
-    others = [name for name in published.also if SERVING[published.format] is not _OURS]
+    others = [name for name in published.also if published.format not in OURS]
     return text + (f"\nOther layouts of the same codes: branches {', '.join(others)}.\n" if others else "")
 
 

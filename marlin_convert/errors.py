@@ -11,6 +11,8 @@ class ConvertError(Exception):
     def __init__(self, message: str, hint: str | None = None):
         super().__init__(printable(message))
         self.hint = hint
+        if hint:
+            self.add_note(f"Hint: {hint}")  # where an engine shows a traceback
 
 
 class SourceError(ConvertError):

@@ -12,6 +12,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import packed_models
 import pytest
+import tiny_models
+import torch
 from click.testing import CliRunner, Result
 
 from marlin_convert.cli import main
@@ -36,12 +38,29 @@ def quantized(tinypy: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
         source: object = tinypy
         if format == "marlin-24":
             source = packed_models.prune(make("gptq"), output.with_name("pruned"))
-        words = f"quantize {source} -o {output} --format {format} --samples 8 --sequence-length 256 -q"
-        result = CliRunner().invoke(main, words.split())
-        assert result.exit_code == 0, result.output
+        quantize(f"{source} -o {output} --format {format} --samples 8 --sequence-length 256")
         return output
 
     return make
+
+
+@pytest.fixture(scope="session")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A marlin-24 checkpoint with everything in it: biases, linears that are not 2:4, and dense ones."""
+    directory = tmp_path_factory.mktemp("mixed")
+    source = tiny_models.save(tiny_models.build("llama", torch.bfloat16), directory / "source")
+    text = tiny_models.text(directory)
+    skip = "--skip *.1.mlp.gate_proj --skip *.1.mlp.up_proj"
+    calibration = f"--calibration {text} --samples 4 --sequence-length 64"
+    quantize(f"{source} -o {directory}/gptq --format gptq {skip} {calibration}")
+    packed_models.prune(directory / "gptq", directory / "pruned")
+    quantize(f"{directory}/pruned -o {directory}/marlin-24 --format marlin-24 --unpruned *.0.mlp.*")
+    return directory / "marlin-24"
+
+
+def quantize(words: str) -> None:
+    result = CliRunner().invoke(main, ["quantize", *words.split(), "-q"])
+    assert result.exit_code == 0, result.output
 
 
 @pytest.fixture

@@ -120,6 +120,22 @@ def prune(source, directory):
     return directory
 
 
+def dequantize(source, directory, dtype):
+    """The same model with its codes written out as plain weights."""
+    checkpoint = Checkpoint.open(source)
+    weights = Weights(checkpoint)
+    linears = {f"{linear}.weight" for linear in weights.packed_linears()}
+    names = checkpoint.tensors.keys() - weights.packed_names() | linears
+    directory.mkdir()
+    tensors = {name: weights.read(name).to(dtype) for name in names}
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    (directory / "config.json").write_text(json.dumps(config))
+    for path in (*source.glob("tokenizer*.json"), *source.glob("generation_config.json")):
+        shutil.copy(path, directory)
+    return directory
+
+
 # The sources: what the linears are like, how they are stored, and what the config of their maker says.
 
 

@@ -198,3 +198,10 @@ def test_quantized_activations_are_refused():
     config["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8}
     with pytest.raises(FormatError, match="input_activations"):
         detect(config)
+
+
+def test_what_is_skipped_is_named_whole():
+    scheme = Scheme("marlin", 4, 128, skipped=("lm_head", "model.layers.1", "layers.2.mlp.up_proj"))
+    skipped = ("lm_head", "model.layers.1.mlp.up_proj", "model.layers.2.mlp.up_proj")
+    packed = ("model.layers.11.mlp.up_proj", "model.layers.2.mlp.down_proj", "model.layers.12.mlp.up_proj")
+    assert all(map(scheme.skips, skipped)) and not any(map(scheme.skips, packed))

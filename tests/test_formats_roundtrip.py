@@ -309,6 +309,21 @@ def test_parts_of_64_columns_pack_alone(layout):
         assert torch.equal(torch.cat([part[suffix] for part in parts], 1), whole[suffix])
 
 
+@pytest.mark.parametrize("layout", [marlin, marlin_24])
+def test_parts_of_whole_groups_pack_alone(layout):
+    """But for the scales of a part with one group, which are in another order than beside others."""
+    q = layer(512, 64, 128, seed=5, sparse=True)
+    *codes, s = layout.SUFFIXES
+    whole = layout.pack(q)
+    for rows, groups in ((slice(128, 384), slice(1, 3)), (slice(384, 512), slice(3, 4))):
+        part = layout.pack(QuantizedLinear(q.codes[rows], q.scales[groups], 128))
+        for suffix in codes:
+            step = q.k // len(whole[suffix])
+            assert torch.equal(part[suffix], whole[suffix][rows.start // step : rows.stop // step])
+        scales = whole[s][groups]
+        assert torch.equal(part[s], layout.only_group(scales) if len(scales) == 1 else scales)
+
+
 def test_pack_takes_views_and_leaves_them_alone():
     q = layer(256, 128, 128, seed=6, sparse=True)
     strided = q.codes.t().contiguous().t()

@@ -13,7 +13,7 @@ from marlin_convert.errors import KernelError
 from marlin_convert.formats import marlin, marlin_24
 from marlin_convert.kernels import compile as compiling
 from marlin_convert.kernels.configurations import HOPPER_MEMORY, Configuration, choose, schedule
-from marlin_convert.kernels.matmul import MarlinLinear, SparseMarlinLinear, matmul, reference
+from marlin_convert.kernels.matmul import Marlin24Linear, MarlinLinear, matmul, reference
 from marlin_convert.quantized import QuantizedLinear
 
 GROUPS = (0, 32, 64, 128)
@@ -143,6 +143,26 @@ def test_the_module_runs_on_a_cpu(group_size: int, dtype: torch.dtype) -> None:
     assert set(module.state_dict()) == {"B", "s", "bias"}
 
 
+def random_linear(seed: int) -> MarlinLinear:
+    draw = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 16, (128, 64), generator=draw, dtype=torch.uint8)
+    return MarlinLinear(**marlin.pack(QuantizedLinear(codes, torch.ones(1, 64).half(), 128)))
+
+
+def test_the_module_dequantizes_once_until_its_tensors_change() -> None:
+    module, other, x = random_linear(0), random_linear(1), torch.randn(3, 128)
+    with torch.inference_mode():
+        expected = module(x)
+    weight = module._weight
+    gradient = module(x.requires_grad_())
+    gradient.sum().backward()
+    assert torch.equal(gradient, expected) and module._weight is weight and x.grad is not None
+    assert module(x.half()).dtype == torch.float16
+    module.load_state_dict(other.state_dict())
+    assert torch.equal(module(x), other(x)) and not torch.equal(module(x), expected)
+    assert module.to("meta")._weight is None
+
+
 def test_shapes_that_do_not_fit_are_refused() -> None:
     B, s = torch.zeros(16, 256, dtype=torch.int32), torch.zeros(2, 128, dtype=torch.float16)
     MarlinLinear(B, s)
@@ -189,15 +209,15 @@ def test_sparse_bytes_as_the_tensor_cores_read_them() -> None:
 def test_the_sparse_module_runs_on_a_cpu(group_size: int) -> None:
     layer = sparse_layer(256, 128, group_size)
     tensors = marlin_24.pack(layer)
-    module = SparseMarlinLinear(tensors["B_24"], tensors["B_meta"], tensors["s"])
+    module = Marlin24Linear(tensors["B_24"], tensors["B_meta"], tensors["s"])
     x = torch.randn(5, 256, generator=torch.Generator().manual_seed(0)).half()
     expected = reference(x, layer)
     assert ((module(x).double() - expected).norm() / expected.norm()) < 2e-3
     assert set(module.state_dict()) == {"B_24", "B_meta", "s"}
     with pytest.raises(KernelError, match="int16"):
-        SparseMarlinLinear(tensors["B_24"], tensors["B_meta"].int(), tensors["s"])
+        Marlin24Linear(tensors["B_24"], tensors["B_meta"].int(), tensors["s"])
     with pytest.raises(KernelError, match="groups are of 128 rows"):
-        SparseMarlinLinear(tensors["B_24"], tensors["B_meta"], torch.ones(4, 128).half())
+        Marlin24Linear(tensors["B_24"], tensors["B_meta"], torch.ones(4, 128).half())
 
 
 def test_the_operator_has_a_shape_without_a_gpu() -> None:

@@ -99,16 +99,11 @@ class Weights:
         except FormatError as error:
             raise FormatError(f"{linear}: {error}.", error.hint) from error
 
-    def peculiarities(self, linear: str, k: int, n: int) -> Peculiarities:
-        """What is special about a packed linear that should have shape (k, n); its codes are not read.
-
-        SourceError when its tensors are not of that shape and type, FormatError when those beside the codes
-        make no sense or float16 cannot hold its scales.
-        """
-        scheme, stored = self.scheme_of(linear), self.stored(linear)
+    def check(self, linear: str, k: int, n: int) -> None:
+        """SourceError when the tensors of a packed linear are not those of shape (k, n), by their headers."""
         codes = self._suffixes(linear)[0]
-        infos = {suffix: self.checkpoint.tensors[name] for suffix, name in stored.items()}
-        for suffix, (dtype, shape) in formats.tensors(scheme, k, n).items():
+        infos = {suffix: self.checkpoint.tensors[name] for suffix, name in self.stored(linear).items()}
+        for suffix, (dtype, shape) in formats.tensors(self.scheme_of(linear), k, n).items():
             if suffix not in infos and suffix != "g_idx":
                 raise SourceError(
                     f"{linear}.{suffix} is not in {self.checkpoint.directory.name}.", "fetch the model again."
@@ -124,10 +119,20 @@ class Weights:
                 raise SourceError(
                     f"{linear}.{suffix} is stored as {infos[suffix].code}.", "fetch the model again."
                 )
+
+    def peculiarities(self, linear: str, k: int, n: int) -> Peculiarities:
+        """What is special about a packed linear that should have shape (k, n); its codes are not read.
+
+        SourceError when its tensors are not of that shape and type, FormatError when those beside the codes
+        make no sense or float16 cannot hold its scales.
+        """
+        self.check(linear, k, n)
+        scheme, stored = self.scheme_of(linear), self.stored(linear)
+        codes = self._suffixes(linear)[0]
         small = {
             suffix: self.checkpoint.read(name)
             for suffix, name in stored.items()
-            if suffix != codes and infos[suffix].dtype != torch.float16
+            if suffix != codes and self.checkpoint.tensors[name].dtype != torch.float16
         }
         try:
             zeros, rows = formats.FORMATS[scheme.format].peculiarities(small, scheme, k, n)

@@ -122,6 +122,11 @@ def permute_scales(scales: Tensor) -> Tensor:
     return scales.reshape(groups, n // 64, 8, 8).transpose(2, 3).reshape(groups, n)
 
 
+def only_group(scales: Tensor) -> Tensor:
+    """Stored scales (1, n) of one of several groups as those of an only group are stored."""
+    return permute_scales(permute_scales(scales.expand(2, -1))[:1])
+
+
 # Both ways go through whole words in natural order: the nibbles of a word are rows 2a, 2a + 1, 2a + 8 and
 # 2a + 9 of a tile and columns c and c + 8 of 16. Nibbles move in wide operations on rows, then only words are
 # permuted, an eighth as many. Axes: t tile row, k8 = f & 1, kp = f >> 2, h = (f >> 1) & 1, a = i mod 4,

@@ -157,6 +157,11 @@ def _transpose_columns(scales: Tensor, rows: int, columns: int) -> Tensor:
     return scales.reshape(groups, n // 8, rows, columns).transpose(2, 3).reshape(groups, n)
 
 
+def only_group(scales: Tensor) -> Tensor:
+    """Stored scales (1, n) of one of several groups as those of an only group are stored."""
+    return _transpose_columns(scales.expand(2, -1), 4, 2)[:1]
+
+
 # Codes and metadata of rows 16 apart share an octet, as they do in B_24, where they are 8 apart: row r of
 # tile t is the low nibble of octet [t, r], row r + 16 the high one. Sixteen nibbles are worked on at once, in
 # an int64. Axes: t tile, a quad and p row of it (r = 4a + p), then columns; kp = f >> 2 and h = (f >> 1) & 1.

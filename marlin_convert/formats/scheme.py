@@ -39,6 +39,10 @@ class Scheme:
         """How one linear is stored."""
         return replace(self, format="marlin", unpruned=frozenset()) if linear in self.unpruned else self
 
+    def skips(self, linear: str) -> bool:
+        """Whether a linear is left dense: skipped names it, a module it is in, or the end of its name."""
+        return any(f".{module}." in f".{linear}." for module in self.skipped)
+
     def group_rows(self, k: int, groups: int, *, ragged: bool = False) -> int:
         """Rows of a group, 1 .. k, of a layer with k inputs and scales for groups.
 

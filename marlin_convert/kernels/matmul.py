@@ -1,5 +1,8 @@
 """The torch operator marlin_convert::matmul, its reference in plain torch, and modules around it."""
 
+import logging
+from collections.abc import Mapping
+from functools import cache
 from typing import Any
 from weakref import ref
 
@@ -8,11 +11,13 @@ from torch import Tensor, nn
 from torch._C import _len_torch_dispatch_stack
 
 from marlin_convert.errors import KernelError
-from marlin_convert.formats import marlin, marlin_24
+from marlin_convert.formats import FORMATS
 from marlin_convert.formats.scheme import Scheme
 from marlin_convert.kernels.configurations import choose
 from marlin_convert.kernels.launch import Call
 from marlin_convert.quantized import QuantizedLinear
+
+log = logging.getLogger("marlin_convert")
 
 DTYPES = (torch.float16, torch.bfloat16)
 
@@ -38,65 +43,91 @@ def reference(x: Tensor, layer: QuantizedLinear, bias: Tensor | None = None) -> 
     return y if bias is None else y + bias.double()
 
 
-class MarlinLinear(nn.Module):
+class PackedLinear(nn.Module):
+    """A linear whose buffers are the tensors of a layout, under their suffixes, and perhaps a bias (n).
+
+    It multiplies by the dequantized weights. They are made when they are first needed and kept beside the
+    buffers, in the input's dtype: making them takes longer than a product, and they are no part of the state.
+    """
+
+    bias: Tensor | None
+
+    def __init__(self, scheme: Scheme, tensors: Mapping[str, Tensor], bias: Tensor | None):
+        super().__init__()
+        self.scheme = scheme
+        for suffix, tensor in {**tensors, "bias": bias}.items():
+            self.register_buffer(suffix, tensor)
+        self._weight: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., k) to (..., n), in the dtype of x."""
+        weight = self._weight
+        if weight is None or weight.dtype != x.dtype or weight.device != x.device:
+            with torch.inference_mode(False):  # a later call may be outside
+                weight = dequantize(self.scheme, dict(self.named_buffers()), x.dtype, x.device)
+            self._weight = weight
+        return nn.functional.linear(x, weight, self.bias)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "PackedLinear":
+        self._weight = None
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._weight = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+class MarlinLinear(PackedLinear):
     """A linear of B (k / 16, 2n) int32, s (groups, n) float16 and perhaps a bias (n), as in MARLIN files.
 
-    On a GPU that there is a kernel for it runs that; elsewhere it multiplies by the dequantized weights.
+    On a GPU it runs the kernel; elsewhere it multiplies by the dequantized weights.
     """
 
     B: Tensor
     s: Tensor
-    bias: Tensor | None
 
     def __init__(self, B: Tensor, s: Tensor, bias: Tensor | None = None):
         """KernelError when B and s are not of one layer."""
-        super().__init__()
-        _shape(B, s)
-        self.register_buffer("B", B)
-        self.register_buffer("s", s)
-        self.register_buffer("bias", bias)
+        k, _, groups = _shape(B, s)
+        super().__init__(Scheme("marlin", 4, -1 if groups == 1 else k // groups), {"B": B, "s": s}, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., k) to (..., n), in the dtype of x."""
-        return _multiply(x, self.B, self.s, self.bias)
+        return matmul(x, self.B, self.s, self.bias) if x.is_cuda else super().forward(x)
 
 
-class SparseMarlinLinear(nn.Module):
-    """The same of B_24 (k / 32, 2n) int32, B_meta (k / 32, 2n) int16, s and perhaps a bias."""
+class Marlin24Linear(PackedLinear):
+    """A linear of B_24 and B_meta (k / 32, 2n), s (groups, n) and perhaps a bias (n), as in marlin-24 files.
 
-    B_24: Tensor
-    B_meta: Tensor
-    s: Tensor
-    bias: Tensor | None
+    It multiplies by the dequantized weights everywhere: the kernel has not been tried on a GPU.
+    """
 
     def __init__(self, B_24: Tensor, B_meta: Tensor, s: Tensor, bias: Tensor | None = None):
         """KernelError when the tensors are not of one layer."""
-        super().__init__()
-        _shape(B_24, s, B_meta)
-        self.register_buffer("B_24", B_24)
-        self.register_buffer("B_meta", B_meta)
-        self.register_buffer("s", s)
-        self.register_buffer("bias", bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., k) to (..., n), in the dtype of x."""
-        return _multiply(x, self.B_24, self.s, self.bias, self.B_meta)
+        _, _, groups = _shape(B_24, s, B_meta)
+        scheme = Scheme("marlin-24", 4, -1 if groups == 1 else 128)
+        super().__init__(scheme, {"B_24": B_24, "B_meta": B_meta, "s": s}, bias)
 
 
-def _multiply(x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None, B_meta: Tensor | None = None) -> Tensor:
-    if x.is_cuda:
-        return matmul(x, B, s, bias, B_meta)
-    weight = _quantized(B, s, B_meta).dequantize(torch.float32).to(x.dtype)
-    return nn.functional.linear(x, weight, bias)
+LINEARS = {"marlin": MarlinLinear, "marlin-24": Marlin24Linear}
 
 
-def _quantized(B: Tensor, s: Tensor, B_meta: Tensor | None) -> QuantizedLinear:
-    k, _, groups = _shape(B, s, B_meta)
-    group_size = -1 if groups == 1 else k // groups
-    if B_meta is None:
-        return marlin.unpack({"B": B.cpu(), "s": s.cpu()}, Scheme("marlin", 4, group_size))
-    tensors = {"B_24": B.cpu(), "B_meta": B_meta.cpu(), "s": s.cpu()}
-    return marlin_24.unpack(tensors, Scheme("marlin-24", 4, group_size))
+def dequantize(
+    scheme: Scheme, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """The weight (n, k) that a layout's tensors hold, on a device; said once if that is a GPU."""
+    if device.type == "cuda":
+        _say_there_is_no_kernel(scheme.format)
+    on_cpu = {suffix: tensor.cpu() for suffix, tensor in tensors.items()}
+    return FORMATS[scheme.format].unpack(on_cpu, scheme).dequantize(dtype).to(device)
+
+
+@cache
+def _say_there_is_no_kernel(format: str) -> None:
+    log.warning(
+        "there is no kernel for %s yet: its linears are dequantized, and as large and slow as 16-bit ones",
+        format,
+    )
 
 
 def _shape(B: Tensor, s: Tensor, B_meta: Tensor | None = None) -> tuple[int, int, int]:

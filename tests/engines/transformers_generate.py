@@ -7,6 +7,7 @@ usage: transformers_generate.py CHECKPOINT REQUEST.json OUT.json
 import json
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 # Compiling GPTQModel's layers costs more than everything else here.
@@ -15,11 +16,15 @@ os.environ["TORCH_COMPILE_DISABLE"] = "1"
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPTQConfig
 
+if find_spec("marlin_convert"):
+    import marlin_convert  # noqa: F401
+
 checkpoint, request, out = sys.argv[1:]
 request = json.loads(Path(request).read_text())
 tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-options = {}
-if AutoConfig.from_pretrained(checkpoint).quantization_config["quant_method"] == "gptq":
+options = request["options"]
+quantization = getattr(AutoConfig.from_pretrained(checkpoint), "quantization_config", {})
+if quantization.get("quant_method") == "gptq":
     # what GPTQModel takes on a CPU by itself may compute in bfloat16, whatever the model's type
     options["quantization_config"] = GPTQConfig(bits=4, backend="gptq_torch")
 model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float16, **options)

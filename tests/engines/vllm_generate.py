@@ -13,7 +13,7 @@ from vllm import LLM, SamplingParams
 if __name__ == "__main__":
     checkpoint, request, out = sys.argv[1:]
     request = json.loads(Path(request).read_text())
-    llm = LLM(checkpoint, dtype="float16")
+    llm = LLM(checkpoint, **{"dtype": "float16"} | request["options"])
     greedy = SamplingParams(temperature=0, max_tokens=request["tokens"], logprobs=0)
     answers = []
     for answer in llm.generate(request["prompts"], greedy):

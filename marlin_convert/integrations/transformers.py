@@ -1,0 +1,86 @@
+"""quant_method marlin and marlin_24 in transformers: from_pretrained, save_pretrained, generate.
+
+Packed linears become modules that hold the tensors as they are in the files, so that saving them writes the
+same bytes. Which linears are packed is what the files say, as everywhere here: where a config says something
+else, transformers would find no weights and go on with random ones.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from marlin_convert import formats
+from marlin_convert.checkpoint.linears import Weights
+from marlin_convert.checkpoint.reader import Checkpoint
+from marlin_convert.errors import SourceError
+from marlin_convert.kernels.matmul import LINEARS
+
+METHODS = ("marlin", "marlin_24")
+
+
+class MarlinConfig(QuantizationConfigMixin):
+    """The quantization_config of config.json, kept as it is; FormatError for what the layouts do not hold."""
+
+    def __init__(self, **settings: Any):
+        formats.detect(settings)
+        self.__dict__.update(settings)
+
+
+class MarlinQuantizer(HfQuantizer):
+    """Puts packed linears into a model that is about to be loaded."""
+
+    requires_calibration = True  # what is not quantized yet is `marlin-convert quantize`'s to do
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **others: Any
+    ) -> None:
+        """Replace the linears that are packed in the files; SourceError if these are not of the model."""
+        if not checkpoint_files:
+            raise SourceError(
+                "packed linears are loaded from a checkpoint's files, not from a state_dict.",
+                "give from_pretrained the directory or the Hub id of the checkpoint.",
+            )
+        weights = Weights(Checkpoint.open(Path(checkpoint_files[0]).parent))
+        packed = set(weights.packed_linears())
+        for name, module in list(model.named_modules()):
+            # a model without a head lacks the prefix that its layers have in the files
+            names = (name, f"{model.base_model_prefix}.{name}")
+            stored = next((name for name in names if name in packed), None)
+            if stored is not None and isinstance(module, nn.Linear):
+                model.set_submodule(name, _packed(module, weights, stored))
+
+    def is_serializable(self) -> bool:
+        """Packed linears are saved as they were loaded."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Codes have no gradient."""
+        return False
+
+
+def _packed(dense: nn.Linear, weights: Weights, name: str) -> nn.Module:
+    """The module, without memory yet, for the tensors that are stored under this name."""
+    k, n, scheme = dense.in_features, dense.out_features, weights.scheme_of(name)
+    weights.check(name, k, n)
+    with torch.device("meta"):
+        tensors = [torch.empty(shape, dtype=dtype) for dtype, shape in formats.tensors(scheme, k, n).values()]
+        bias = None if dense.bias is None else torch.empty(n, dtype=dense.bias.dtype)
+    return LINEARS[scheme.format](*tensors, bias)
+
+
+def register() -> None:
+    """Put the quantizer into transformers' table; once is enough."""
+    for method in METHODS:
+        if method not in AUTO_QUANTIZER_MAPPING:
+            register_quantization_config(method)(MarlinConfig)
+            register_quantizer(method)(MarlinQuantizer)
