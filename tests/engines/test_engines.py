@@ -303,8 +303,8 @@ def test_vllm_without_the_plugin_refuses_marlin(quantized, tmp_path):
     assert done.returncode != 0 and "Unknown quantization method: marlin" in done.stdout, done.stdout[-4000:]
 
 
-# In transformers: 5.23.0, and 5.17.0 in llm-compressor's environment. On a CPU its float16 arithmetic is up
-# to 0.014 from float32, with plain weights as well: these are what its answers are compared with.
+# In transformers: 5.23.0, and 5.17.0 in llm-compressor's environment. On a CPU its float16 arithmetic is
+# up to 0.014 from float32, with plain weights as well: these are what its answers are compared with.
 
 
 @pytest.mark.parametrize(
