@@ -50,7 +50,8 @@ marlin_wgmma(const __grid_constant__ Problem p, const __grid_constant__ TensorMa
     return;
   }
   take_registers<TAKE>();
-  const int column = warp / 4 * 2 + warp % 2, half = warp / 2 % 2;  // fragments 2 half and 2 half + 1 of 64 features
+  // fragments 2 half and 2 half + 1 of 64 features; the warps of a column of Sparse-MARLIN are of one warpgroup
+  const int column = SPARSE ? warp / 4 * 2 + warp % 2 : warp % 4, half = SPARSE ? warp / 2 % 2 : warp / 4;
   Sums acc;
   wait_for_previous_kernel();
   int s = 0, phase = 0;
