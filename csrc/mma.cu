@@ -4,7 +4,8 @@
 // turn. Weights go from memory to registers one chunk ahead; activations go through shared memory, shared by a team.
 // TOKENS: 8, 16 or 32. GROUP: rows of k per scale, 0 for one scale for all.
 struct Chunk {
-  uint4 codes[8];
+  uint4 codes[STEPS];
+  uint2 metadata[4];
   uint4 scales[GROUPS];
 };
 
@@ -19,9 +20,16 @@ extern "C" __global__ void __launch_bounds__(128 * SPLITS, 1) marlin_mma(const P
   auto load = [&](Chunk& c, const Position& at) {
     // of a narrower last tile the last column, again: its sums are not used
     const int column = min(at.tile.feature / 64 + warp, columns - 1);
-    const uint4* w = p.weights + ((u64)at.k * 8 * columns + column) * 32 + lane;
+    const uint4* w = p.weights + ((u64)at.k * STEPS * columns + column) * 32 + lane;
 #pragma unroll
-    for (int s = 0; s < 8; s++) c.codes[s] = load_once(w + (u64)s * columns * 32);
+    for (int s = 0; s < STEPS; s++) c.codes[s] = load_once(w + (u64)s * columns * 32);
+#if SPARSE
+#pragma unroll
+    for (int s = 0; s < 4; s++) {
+      const u32* m = p.metadata + (((u64)at.k * 4 + s) * columns + column) * 64 + lane;
+      c.metadata[s] = make_uint2(m[0], m[32]);
+    }
+#endif
 #if GROUP
 #pragma unroll
     for (int g = 0; g < GROUPS; g++)
@@ -57,7 +65,8 @@ extern "C" __global__ void __launch_bounds__(128 * SPLITS, 1) marlin_mma(const P
       load_x(buffer ^ 1, at);
       load(next, at);
     }
-    multiply(acc, xs + buffer * (TOKENS * 256), [&](int s) { return now.codes[s]; }, [&](int g) { return now.scales[g]; });
+    multiply(acc, xs + buffer * (TOKENS * 256), [&](int s) { return now.codes[s]; }, [&](int s) { return now.metadata[s]; },
+             [&](int g) { return now.scales[g]; });
     buffer ^= 1;
   };
   for (int i = 0, stop; i < count; i = stop) {

@@ -1,13 +1,18 @@
 // One chunk (128 rows of k) of 64 features x TOKENS tokens by mma.sync, for one warp.
 constexpr int TILES = TOKENS / 8;
-constexpr int GROUPS = GROUP ? 128 / GROUP : 1;  // per chunk
-constexpr int STEPS = 8 / GROUPS;                // of 16 rows of k, per group
 
 typedef float Sums[4][TILES][4];  // of 16 features (rows l / 4 and + 8) x 8 tokens (2 (l % 4) and + 1) each
 
 __device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// 32 rows of k, of which a holds 16; two lanes of every four have the metadata.
+template <int lanes>
+__device__ __forceinline__ void mma_sparse(float (&d)[4], const u32 (&a)[4], const u32 (&b)[4], u32 metadata) {
+  asm volatile("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." TYPE "." TYPE ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(metadata), "n"(lanes));
 }
 __device__ __forceinline__ void clear(Sums& sums) {
 #pragma unroll
@@ -23,8 +28,8 @@ __device__ __forceinline__ u32 place(int token, int v) {
 }
 
 // Each group is summed by itself, then scaled in float32: exact scales, and no multiplication of weights.
-template <class Codes, class Scales>
-__device__ __forceinline__ void multiply(Sums& acc, u32 x, Codes codes, Scales scales) {
+template <class Codes, class Metadata, class Scales>
+__device__ __forceinline__ void multiply(Sums& acc, u32 x, Codes codes, Metadata metadata, Scales scales) {
   const int lane = threadIdx.x % 32;
   uint4 q = codes(0);
 #pragma unroll
@@ -33,20 +38,25 @@ __device__ __forceinline__ void multiply(Sums& acc, u32 x, Codes codes, Scales s
     if (GROUP) clear(part);
     Sums& into = GROUP ? part : acc;
 #pragma unroll
-    for (int s = g * STEPS; s < (g + 1) * STEPS; s += 2) {
+    for (int k32 = g * 4 / GROUPS; k32 < (g + 1) * 4 / GROUPS; k32++) {
       u32 b[TILES][4];
 #pragma unroll
-      for (int t = 0; t < TILES; t++) load_matrices(b[t], x + place(8 * t + lane % 8, 2 * s + lane / 8));
+      for (int t = 0; t < TILES; t++) load_matrices(b[t], x + place(8 * t + lane % 8, 4 * k32 + lane / 8));
+      const uint2 which = metadata(k32);
 #pragma unroll
-      for (int h = 0; h < 2; h++) {
+      for (int s = k32 * STEPS / 4; s < (k32 + 1) * STEPS / 4; s++) {
         const u32 words[4] = {q.x, q.y, q.z, q.w};
-        if (s + h < 7) q = codes(s + h + 1);
+        if (s < STEPS - 1) q = codes(s + 1);
 #pragma unroll
         for (int j = 0; j < 4; j++) {
           u32 a[4];
           unpack(words[j], a);
 #pragma unroll
-          for (int t = 0; t < TILES; t++) mma(into[j][t], a, b[t][2 * h], b[t][2 * h + 1]);
+          for (int t = 0; t < TILES; t++) {
+            if (!SPARSE) mma(into[j][t], a, b[t][s % 2 * 2], b[t][s % 2 * 2 + 1]);
+            else if (j % 2) mma_sparse<1>(into[j][t], a, b[t], j / 2 ? which.y : which.x);
+            else mma_sparse<0>(into[j][t], a, b[t], j / 2 ? which.y : which.x);
+          }
         }
       }
     }
@@ -73,5 +83,5 @@ __device__ __forceinline__ void put(const Sums& sums, float* tile, int column) {
     for (int t = 0; t < TILES; t++)
 #pragma unroll
       for (int i = 0; i < 4; i++)
-        tile[(8 * t + 2 * (lane % 4) + i % 2) * ROW + 64 * column + 16 * j + lane / 4 + 8 * (i / 2)] = sums[j][t][i];
+        tile[(8 * t + 2 * (lane % 4) + i % 2) * ROW + 64 * column + feature_in_column(j, i / 2, lane)] = sums[j][t][i];
 }

@@ -75,6 +75,20 @@ __device__ __forceinline__ uint4 load_shared(u32 from) {
 __device__ __forceinline__ void load_shared(u32 (&v)[2], u32 from) {
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v[0]), "=r"(v[1]) : "r"(from));
 }
+__device__ __forceinline__ u32 load_shared_word(u32 from) {
+  u32 v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(from));
+  return v;
+}
+// The metadata of four fragments: two words, 128 bytes apart.
+__device__ __forceinline__ uint2 load_metadata(u32 from) {
+  uint2 v = make_uint2(0, 0);
+#if SPARSE
+  asm volatile("ld.shared.u32 %0, [%2];\nld.shared.u32 %1, [%2 + 128];" : "=r"(v.x), "=r"(v.y) : "r"(from));
+#endif
+  return v;
+}
+__device__ __forceinline__ void store_shared(u32 to, u32 v) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(v) : "memory"); }
 // Four 8 x 8 matrices, each transposed: lane l gives where row l % 8 of matrix l / 8 goes.
 __device__ __forceinline__ void store_matrices(u32 to, const u32 (&r)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"

@@ -6,11 +6,11 @@
 // A stage always belongs to the same team: a warp waits for a flag by the parity of its round, and a team that ran
 // ahead by a whole round of another team's stages would take the round before for its own.
 static_assert(STAGES % SPLITS == 0);
-constexpr int WEIGHTS = 16384, SCALES = GROUP ? 512 * GROUPS : 0, FILLED = WEIGHTS + TOKENS * 256 + SCALES;
+constexpr int WEIGHTS = CODES + METADATA, FILLED = WEIGHTS + TOKENS * 256 + SCALES;
 constexpr int STAGE = (FILLED + 1023) / 1024 * 1024;
 
 extern "C" __global__ void __launch_bounds__(128 * SPLITS + 128, 1)
-marlin_stream(const __grid_constant__ Problem p, const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap scales, const __grid_constant__ TensorMap x) {
+marlin_stream(const __grid_constant__ Problem p, const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap metadata, const __grid_constant__ TensorMap scales, const __grid_constant__ TensorMap x) {
   extern __shared__ __align__(1024) unsigned char unaligned[];
   unsigned char* memory = unaligned + (-shared_address(unaligned) & 1023);
   const u32 stages = shared_address(memory), full = stages + STAGES * STAGE, empty = full + 8 * STAGES;
@@ -32,7 +32,8 @@ marlin_stream(const __grid_constant__ Problem p, const __grid_constant__ TensorM
     auto load = [&](const Position& at, int s) {
       const u32 stage = stages + s * STAGE, flag = full + s * 8;
       flag_expect(flag, FILLED);
-      copy_tile(stage, &weights, at.tile.feature, 8 * at.k, flag);
+      copy_tile(stage, &weights, at.tile.feature, STEPS * at.k, flag);
+      if (SPARSE) copy_tile(stage + CODES, &metadata, at.tile.feature, 4 * at.k, flag);
       if (GROUP) copy_tile(stage + WEIGHTS + TOKENS * 256, &scales, at.tile.feature, GROUPS * at.k, flag);
     };
     auto load_x = [&](const Position& at, int s) {
@@ -66,7 +67,8 @@ marlin_stream(const __grid_constant__ Problem p, const __grid_constant__ TensorM
     for (; i < stop; i += SPLITS) {
       const u32 stage = stages + s * STAGE;
       flag_wait(full + s * 8, phase);
-      multiply(acc, stage + WEIGHTS, [&](int row) { return load_shared(stage + row * 2048 + column * 512 + lane * 16); },
+      multiply(acc, stage + WEIGHTS, [&](int step) { return load_shared(stage + step * 2048 + column * 512 + lane * 16); },
+               [&](int step) { return load_metadata(stage + CODES + step * 1024 + column * 256 + lane * 4); },
                [&](int g) { return load_shared(stage + WEIGHTS + TOKENS * 256 + g * 512 + column * 128 + lane / 4 * 16); });
       __syncwarp();
       if (lane == 0) flag_arrive(empty + s * 8);

@@ -24,13 +24,14 @@ struct Schedule {
 };
 
 struct Problem {
-  const uint4* weights;   // (k / 16, n / 64, 32 lanes) of 16 bytes: B of the MARLIN layout
+  const uint4* weights;   // (k / 16 or, SPARSE, k / 32, n / 64, 32 lanes) of 16 bytes: B or B_24
   const u16* x;           // (m, k)
-  const u16* scales;      // (k / group, n) in the order of the MARLIN layout
+  const u16* scales;      // (k / group, n) in the order of the layout
   const u16* bias;        // (n) or null
   u16* y;                 // (m, n)
   float* parts;           // per block of the grid two tiles, of 256 x TOKENS
   u32* tickets;           // per block of the grid TICKETS; zero between launches
+  const u32* metadata;    // (k / 32, n / 64, 2, 32 lanes): B_meta
   int m, n, k;
   Schedule plan;
 };
@@ -96,10 +97,8 @@ struct Position {
   }
 };
 
-// The scale of a feature where there is one for all of k: inside 32 features, 8 i + 2 m + e holds 2 i + e + 8 m.
 __device__ __forceinline__ float single_scale(const Problem& p, int feature) {
-  const int r = feature % 32;
-  return scale_low(p.scales[(feature & ~31) + 8 * (r % 8 / 2) + 2 * (r / 8) + r % 2]);
+  return scale_low(p.scales[place_of_scale(feature)]);
 }
 
 // What is left to do to four neighbouring features of a token.

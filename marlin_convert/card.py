@@ -39,6 +39,7 @@ TAGS = {
     "marlin-24": ("marlin", "sparse-24"),
     "gptq": ("gptq", "vllm"),
     "compressed-tensors": ("compressed-tensors", "vllm"),
+    "dense": ("sparse-24",),
 }
 
 _STOCK = """\
@@ -88,7 +89,16 @@ There is no kernel for this layout yet: its linears are dequantized when they ar
 memory or time.
 """
 # Only what tests/engines has seen load and answer right.
+_DENSE = """\
+It loads as the original does. To quantize it, keeping its zeros:
+
+```
+marlin-convert quantize {repository}{revision} -o DIR --format marlin-24
+```
+"""
+
 SERVING = {
+    "dense": _DENSE,
     "marlin": _OURS % "",
     "marlin-24": _OURS % _NO_KERNEL,
     "gptq": _STOCK % "optimum gptqmodel",
@@ -224,14 +234,19 @@ def write(published: Published, facts: Facts) -> str:
 def _metadata(published: Published, facts: Facts) -> dict[str, Any]:
     metadata: dict[str, Any] = {}
     if facts.base_model:
-        metadata |= {"base_model": facts.base_model, "base_model_relation": "quantized"}
+        relation = "finetune" if published.format == "dense" else "quantized"
+        metadata |= {"base_model": facts.base_model, "base_model_relation": relation}
     metadata |= facts.license
     if facts.language:
         metadata["language"] = facts.language
     # the Hub takes a repository with a config.json for one that transformers loads, and tells people to
     metadata["library_name"] = "marlin-convert" if published.format in OURS else "transformers"
     metadata["pipeline_tag"] = facts.pipeline_tag
-    tags = ["quantized", "4-bit", "w4a16", "marlin-convert"]
+    tags = (
+        ["marlin-convert"]
+        if published.format == "dense"
+        else ["quantized", "4-bit", "w4a16", "marlin-convert"]
+    )
     metadata["tags"] = sorted({*tags, *TAGS[published.format]})
     return metadata
 
@@ -242,11 +257,18 @@ def _overview(published: Published, facts: Facts) -> str:
     original = (
         f"[{base}](https://huggingface.co/{base})" if base else _code(published.origin["source"]["name"])
     )
+    if published.format == "dense":
+        return (
+            f"{original} with two of every four weights of its linears pruned (2:4), dense, made by "
+            f"{_code(manifest['tool'])}.\n"
+        )
+    pruned = ", two of every four pruned (2:4)" if manifest.get("sparsity") else ""
     size = recipe["group_size"]
     groups = "one scale for every output" if size == -1 else f"one scale for every {size} weights"
     return (
-        f"{original} with the weights of its linears in 4 bits ({manifest['bits_per_weight']} bits per "
-        f"weight with {groups}), in the `{published.format}` layout, made by {_code(manifest['tool'])}.\n"
+        f"{original} with the weights of its linears in 4 bits{pruned} "
+        f"({manifest['bits_per_weight']} bits per weight with {groups}), in the `{published.format}` layout, "
+        f"made by {_code(manifest['tool'])}.\n"
     )
 
 
@@ -262,7 +284,7 @@ def _serving(published: Published) -> str:
         keyword="" if main else f', revision="{branch}"',
         also=also,
     )
-    others = [name for name in published.also if SERVING[published.format] is not _OURS]
+    others = [name for name in published.also if published.format not in OURS]
     return text + (f"\nOther layouts of the same codes: branches {', '.join(others)}.\n" if others else "")
 
 

@@ -3,6 +3,7 @@
 import gc
 import json
 import logging
+import math
 import os
 import shlex
 import sys
@@ -18,6 +19,8 @@ from marlin_convert.errors import ConvertError
 
 if TYPE_CHECKING:
     import torch
+
+    from marlin_convert.bench.stream import Server
 
 log = logging.getLogger("marlin_convert")
 
@@ -123,6 +126,17 @@ def file_progress(quiet: bool) -> Callable[[Sequence[str]], Iterable[str]]:
     return progress
 
 
+def request_progress(quiet: bool) -> Callable[[Iterator, int], Iterable]:
+    """A bar over the requests that are answered, on a terminal."""
+
+    def progress(answered: Iterator, total: int) -> Iterable:
+        from tqdm import tqdm
+
+        return tqdm(answered, total=total, unit="request", disable=True if quiet else None)
+
+    return progress
+
+
 def pick_gpu(name: str) -> "torch.device":
     """The CUDA device of --device, for what runs on nothing else; auto is the first one."""
     import torch
@@ -176,25 +190,79 @@ def parse_size(context: click.Context, parameter: click.Parameter, value: str) -
     return int(number) * units[unit]
 
 
+def conversion_options(command: Callable) -> Callable:
+    """What quantize and sparsify share, recipe settings among it."""
+    for option in (
+        click.option(
+            "-o",
+            "--output",
+            required=True,
+            type=click.Path(path_type=Path),
+            help="Where to write. Must not exist.",
+        ),
+        click.option(
+            "--recipe",
+            default="w4a16-g128",
+            show_default=True,
+            metavar="NAME|FILE",
+            help="Settings to start from.",
+        ),
+        click.option(
+            "--skip", multiple=True, metavar="PATTERN", help="Leave matching linears as they are; repeatable."
+        ),
+        click.option(
+            "--calibration",
+            metavar="builtin|FILE|hf:DATASET[:SPLIT]",
+            help="Text to calibrate on: .txt or .jsonl.",
+        ),
+        click.option("--samples", type=click.IntRange(1), help="Calibration sequences.  [default: 256]"),
+        click.option(
+            "--sequence-length", type=click.IntRange(1), help="Tokens per sequence.  [default: 2048]"
+        ),
+        click.option("--seed", type=int, help="Draws the calibration windows.  [default: 0]"),
+        click.option(
+            "--dtype", type=click.Choice(["auto", "float16", "bfloat16"]), help="Type of the dense tensors."
+        ),
+        click.option(
+            "--device",
+            default="auto",
+            show_default=True,
+            metavar="auto|cpu|cuda[:N]",
+            help="Where to compute.",
+        ),
+        click.option("--revision", help="Branch, tag or commit of a Hub MODEL."),
+        click.option(
+            "--max-shard-size", default="5GB", show_default=True, callback=parse_size, help="Largest file."
+        ),
+        click.option("--resume", is_flag=True, help="Continue an interrupted run."),
+        click.option("--overwrite", is_flag=True, help="Replace the output once the new one is complete."),
+        click.option(
+            "--trust-remote-code", is_flag=True, help="Allow code from the model repository to run."
+        ),
+        click.option(
+            "--report",
+            type=click.Path(path_type=Path, dir_okay=False),
+            help="Write an HTML page with the error of every linear.",
+        ),
+        click.option("--dry-run", is_flag=True, help="Print the plan and stop."),
+    )[::-1]:
+        command = option(command)
+    return command
+
+
 @main.command(context_settings=CONTEXT)
 @click.argument("model")
 @click.option(
-    "-o", "--output", required=True, type=click.Path(path_type=Path), help="Where to write. Must not exist."
-)
-@click.option(
-    "--recipe", default="w4a16-g128", show_default=True, metavar="NAME|FILE", help="Settings to start from."
-)
-@click.option(
     "--format",
     type=click.Choice(["marlin", "marlin-24", "gptq", "compressed-tensors"]),
-    help="On-disk layout.  [default: marlin]",
+    help="On-disk layout.  [default: marlin, or marlin-24 with --sparsity 2:4]",
 )
 @click.option(
     "--group-size",
     type=click.Choice(["128", "64", "32", "-1"]),
     help="Weights that share a scale; -1 is one per column.",
 )
-@click.option("--skip", multiple=True, metavar="PATTERN", help="Leave matching linears dense; repeatable.")
+@click.option("--sparsity", type=click.Choice(["2:4"]), help="Prune two weights of every four as well.")
 @click.option(
     "--unpruned",
     multiple=True,
@@ -202,31 +270,9 @@ def parse_size(context: click.Context, parameter: click.Parameter, value: str) -
     help="Matching linears are not 2:4: in marlin-24 they are stored as marlin; repeatable.",
 )
 @click.option(
-    "--calibration", metavar="builtin|FILE|hf:DATASET[:SPLIT]", help="Text to calibrate on: .txt or .jsonl."
-)
-@click.option("--samples", type=click.IntRange(1), help="Calibration sequences.  [default: 256]")
-@click.option("--sequence-length", type=click.IntRange(1), help="Tokens per sequence.  [default: 2048]")
-@click.option("--seed", type=int, help="Draws the calibration windows.  [default: 0]")
-@click.option(
-    "--dtype", type=click.Choice(["auto", "float16", "bfloat16"]), help="Type of the tensors left dense."
-)
-@click.option(
-    "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute."
-)
-@click.option("--revision", help="Branch, tag or commit of a Hub MODEL.")
-@click.option("--max-shard-size", default="5GB", show_default=True, callback=parse_size, help="Largest file.")
-@click.option(
     "--requantize", is_flag=True, help="Solve again from the dequantized weights of a quantized MODEL."
 )
-@click.option("--resume", is_flag=True, help="Continue an interrupted run.")
-@click.option("--overwrite", is_flag=True, help="Replace the output once the new one is complete.")
-@click.option("--trust-remote-code", is_flag=True, help="Allow code from the model repository to run.")
-@click.option(
-    "--report",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Write an HTML page with the error of every linear.",
-)
-@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@conversion_options
 @output_options
 def quantize(
     model: str,
@@ -249,7 +295,8 @@ def quantize(
     """Quantize MODEL (a Hub id or a local directory) and write a 4-bit checkpoint.
 
     A MODEL that is already quantized (GPTQ, MARLIN, AWQ, compressed-tensors) is repacked: its codes are kept
-    and nothing is calibrated. What cannot be done is said before anything is written.
+    and nothing is calibrated. One that is 2:4 keeps its zeros. What cannot be done is said before anything is
+    written.
     """
     set_up_logging(quiet, verbose)
     with imports():
@@ -261,7 +308,13 @@ def quantize(
     check_report(report)
     settings["group_size"] = int(settings["group_size"]) if settings["group_size"] else None
     settings |= {name: settings[name] or None for name in ("skip", "unpruned")}
+    if settings["sparsity"] and not settings["format"] and recipes.load(recipe).format == "marlin":
+        settings["format"] = "marlin-24"
     chosen, where = recipes.load(recipe).changed(settings), pick_device(device)
+    if chosen.format == "dense":
+        raise ConvertError(
+            f"{recipe!r} is a recipe of sparsify.", "name a layout with --format, or sparsify."
+        )
     job = story.Job(
         source=resolve(model, revision, code=trust_remote_code),
         output=output,
@@ -280,6 +333,68 @@ def quantize(
         click.echo(json.dumps(reports.plan_json(plan), indent=2) if as_json else reports.plan_text(plan, job))
         return
     done = story.quantize(job, block_progress(quiet))
+    if as_json:
+        click.echo(json.dumps(reports.summary(done), indent=2))
+    elif not quiet:
+        click.echo(reports.summary_text(done, job))
+
+
+@main.command(context_settings=CONTEXT)
+@click.argument("model")
+@click.option(
+    "--method",
+    type=click.Choice(["sparsegpt", "wanda", "magnitude"]),
+    help="How weights are chosen; with sparsegpt the others make up for those pruned.  [default: sparsegpt]",
+)
+@conversion_options
+@output_options
+def sparsify(
+    model: str,
+    output: Path,
+    recipe: str,
+    device: str,
+    revision: str | None,
+    max_shard_size: int,
+    resume: bool,
+    overwrite: bool,
+    trust_remote_code: bool,
+    report: Path | None,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: int,
+    **settings: Any,
+) -> None:
+    """Prune the linears of MODEL to 2:4, two weights of every four, and write a dense checkpoint.
+
+    Any tool loads it, to be fine-tuned or quantized: quantize keeps its zeros.
+    """
+    set_up_logging(quiet, verbose)
+    with imports():
+        from marlin_convert import recipe as recipes
+        from marlin_convert import report as reports
+        from marlin_convert import sparsify as story
+        from marlin_convert.hub import resolve
+
+    check_report(report)
+    settings["skip"] = settings["skip"] or None
+    chosen, where = recipes.load(recipe).changed(settings), pick_device(device)
+    job = story.Job(
+        source=resolve(model, revision, code=trust_remote_code),
+        output=output,
+        recipe=chosen,
+        device=where,
+        max_shard_size=max_shard_size,
+        resume=resume,
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+        report=report,
+    )
+    if dry_run:
+        _, plan = story.plan_job(job)
+        click.echo(json.dumps(reports.plan_json(plan), indent=2) if as_json else reports.plan_text(plan, job))
+        return
+    done = story.sparsify(job, block_progress(quiet))
     if as_json:
         click.echo(json.dumps(reports.summary(done), indent=2))
     elif not quiet:
@@ -577,3 +692,198 @@ def bench_kernel(
         click.echo(json.dumps(measurements.as_json(done), indent=2))
     elif not quiet:
         click.echo(measurements.text(done))
+
+
+def parse_server(context: click.Context, parameter: click.Parameter, value: str | None) -> "Server | None":
+    """The server of an address; its key is in the environment, where no list of processes shows it."""
+    from marlin_convert.bench.stream import Server
+
+    if value is None:
+        return None
+    try:
+        return Server.at(value, os.environ.get("OPENAI_API_KEY"))
+    except ValueError as error:
+        raise click.BadParameter(f"it {error}.") from error
+
+
+def parse_positive(context: click.Context, parameter: click.Parameter, value: float) -> float:
+    """A number above 0; inf is one."""
+    if not value > 0:
+        raise click.BadParameter("it must be above 0.")
+    return value
+
+
+@bench.command("serve", context_settings=CONTEXT)
+@click.option("--url", required=True, callback=parse_server, help="The server, with or without /v1.")
+@click.option(
+    "--baseline-url", metavar="URL", callback=parse_server, help="Another one to measure and compare with."
+)
+@click.option("--model", metavar="NAME", help="Of the server.  [default: the first that it lists]")
+@click.option("--chat", is_flag=True, help="Ask /chat/completions in place of /completions.")
+@click.option(
+    "--request-rate",
+    type=float,
+    default=math.inf,
+    show_default=True,
+    callback=parse_positive,
+    metavar="R",
+    help="Requests a second, arriving as a Poisson process; inf sends all at once.",
+)
+@click.option("--max-concurrency", type=click.IntRange(1), metavar="N", help="Most requests at a time.")
+@click.option(
+    "--num-prompts", "number", type=click.IntRange(1), default=100, show_default=True, help="Requests."
+)
+@click.option(
+    "--num-warmups",
+    "warmups",
+    type=click.IntRange(0),
+    default=5,
+    show_default=True,
+    help="Requests before, with prompts of their own.",
+)
+@click.option(
+    "--input-len",
+    "input_tokens",
+    type=click.IntRange(1),
+    default=1024,
+    show_default=True,
+    help="Tokens of a random prompt.",
+)
+@click.option(
+    "--output-len", type=click.IntRange(1), default=128, show_default=True, help="Tokens to ask for."
+)
+@click.option(
+    "--tokenizer",
+    metavar="DIR|ID",
+    help="Of random prompts.  [default: the model's, if it is on this machine; else words]",
+)
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="Take prompts from a text file, one a line.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Draws prompts and arrivals.")
+@click.option(
+    "--ignore-eos/--no-ignore-eos",
+    default=True,
+    show_default=True,
+    help="Ask for all output tokens, whatever the model says; not every server knows that.",
+)
+@click.option(
+    "--timeout",
+    type=float,
+    default=600,
+    show_default=True,
+    callback=parse_positive,
+    metavar="SECONDS",
+    help="Longest time for one request.",
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory to write. Must not exist.")
+@click.option("--overwrite", is_flag=True, help="Replace the output once the new one is complete.")
+@output_options
+def bench_serve(
+    url: "Server",
+    baseline_url: "Server | None",
+    request_rate: float,
+    max_concurrency: int | None,
+    output_len: int,
+    chat: bool,
+    seed: int,
+    as_json: bool,
+    quiet: bool,
+    verbose: int,
+    **settings: Any,
+) -> None:
+    """Measure a server with OpenAI's interface under load, alone or beside a baseline.
+
+    Time to the first token, time per output token, time between chunks and of the whole answer, and requests
+    and tokens a second, defined as `vllm bench serve` defines them and under the same keys with --json.
+
+    A baseline gets the same requests at the same times, after the server. With -o every request is in
+    result.json, and the distributions are in serve.png. A key is read from OPENAI_API_KEY.
+
+    Exit status: 0 measured, 1 a server completed no request, 2 wrong usage, 130 interrupted: what was
+    measured until then is printed.
+    """
+    set_up_logging(quiet, verbose)
+    with imports():
+        from marlin_convert.bench import latencies
+        from marlin_convert.bench import serve as story
+
+    job = story.Job(
+        servers=(url, baseline_url) if baseline_url else (url,),
+        load=latencies.Load(request_rate, max_concurrency, output_len, chat, seed),
+        **settings,
+    )
+    done = story.run(job, request_progress(quiet))
+    if as_json:
+        click.echo(json.dumps(latencies.as_json(done), indent=2))
+    elif not quiet:
+        click.echo(latencies.text(done))
+    if done.interrupted:
+        raise KeyboardInterrupt
+    for served in done.servers:
+        if not served.answers:
+            raise ConvertError(f"{served.url} completed none of {job.number} requests.")
+
+
+@bench.command("latency", context_settings=CONTEXT)
+@click.argument("checkpoint")
+@click.option("--baseline", metavar="MODEL", help="A directory or Hub id to compare with.")
+@click.option(
+    "--batch-sizes",
+    default="1,2,4,8,16,32,64,128",
+    show_default=True,
+    callback=parse_counts,
+    metavar="N,N,...",
+    help="Sequences at a time.",
+)
+@click.option(
+    "--input-len", type=click.IntRange(1), default=64, show_default=True, help="Tokens of a random prompt."
+)
+@click.option(
+    "--output-len", type=click.IntRange(2), default=64, show_default=True, help="Tokens of an answer."
+)
+@click.option(
+    "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute."
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory to write. Must not exist.")
+@click.option("--overwrite", is_flag=True, help="Replace the output once the new one is complete.")
+@output_options
+def bench_latency(
+    checkpoint: str,
+    baseline: str | None,
+    batch_sizes: tuple[int, ...],
+    input_len: int,
+    output_len: int,
+    device: str,
+    output: Path | None,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: int,
+) -> None:
+    """Measure how long a batch takes through the engine that is installed, without a server.
+
+    Milliseconds to the first token and per token after it, and with a baseline how many times as fast. The
+    engine is vLLM on a GPU if it is installed, else transformers, on a GPU with a static cache.
+    """
+    set_up_logging(quiet, verbose)
+    with imports():
+        from marlin_convert.bench import batches
+        from marlin_convert.bench import latency as story
+        from marlin_convert.hub import resolve
+
+    job = story.Job(
+        checkpoint=resolve(checkpoint, None).directory,
+        baseline=resolve(baseline, None).directory if baseline else None,
+        device=pick_device(device),
+        batch_sizes=batch_sizes,
+        input_len=input_len,
+        output_len=output_len,
+    )
+    done = story.run(job, output, overwrite)
+    if as_json:
+        click.echo(json.dumps(batches.to_dict(done), indent=2))
+    elif not quiet:
+        click.echo(batches.table(done))

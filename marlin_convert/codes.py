@@ -1,8 +1,11 @@
-"""Where the codes of a block come from: solved on calibration text, or kept from a quantized source."""
+"""Where the codes of a block come from: solved on calibration text, or kept from a quantized source.
+
+Weights that are only pruned come the same way as codes.
+"""
 
 import logging
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -13,6 +16,7 @@ import torch
 from torch import Tensor
 
 from marlin_convert.calibration import Calibration
+from marlin_convert.checkpoint import manifest as manifests
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.writer import ShardWriter
 from marlin_convert.errors import FormatError, SourceError
@@ -21,8 +25,10 @@ from marlin_convert.models.blocks import BlockModel
 from marlin_convert.models.hidden import HiddenStates, memory_for_activations
 from marlin_convert.models.stages import BlockWalk
 from marlin_convert.plan import Fate, Plan
-from marlin_convert.quantized import QuantizedLinear, same_codes
-from marlin_convert.solvers.gptq import Solution, solve
+from marlin_convert.quantized import QuantizedLinear, crowded_quads, same_codes
+from marlin_convert.solvers import gptq, sparsity
+from marlin_convert.solvers.drift import Drift, compensated
+from marlin_convert.solvers.gptq import Solution
 from marlin_convert.solvers.hessian import Hessian
 
 log = logging.getLogger("marlin_convert")
@@ -56,7 +62,9 @@ class Repack:
         """Begin with the linears of block `done`, in the order in which they are written."""
         self._plan = plan
         self._weights = weights
-        fates = {fate.linear: fate for number in range(done, plan.blocks) for fate in plan.packed_in(number)}
+        fates = {
+            fate.linear: fate for number in range(done, plan.blocks) for fate in plan.worked_on_in(number)
+        }
         order = dict.fromkeys(plan.owner[spec.name][0] for spec in plan.specs if spec.name in plan.owner)
         self._todo = iter([fates[linear] for linear in order if linear in fates])
         self._ahead: deque[Future[Packed]] = deque()
@@ -79,7 +87,7 @@ class Repack:
 
     def block(self, number: int) -> Iterator[Packed]:
         """The linears of a block, each unpacked from the source's layout and packed in the plan's."""
-        for _ in self._plan.packed_in(number):
+        for _ in self._plan.worked_on_in(number):
             missing = self._workers + 1 - len(self._ahead)
             self._ahead.extend(self._pool.submit(self._repack, fate) for fate in islice(self._todo, missing))
             yield self._ahead.popleft().result()
@@ -95,7 +103,11 @@ class Repack:
 
 
 class Solve:
-    """The codes that the solver finds for a dense source, one block after another."""
+    """The codes that the solver finds for a dense source, one block after another.
+
+    Where weights are pruned, the original model walks beside the one that is made: what is solved for makes
+    up for the drift of its inputs (solvers/drift.py).
+    """
 
     def __init__(
         self,
@@ -110,8 +122,13 @@ class Solve:
         """Embed the calibration text; `directory` is for hidden states that no memory can hold."""
         self._plan = plan
         self._recipe = plan.recipe
+        self._claimed = set(weights.sparse_linears(manifests.load(weights.checkpoint.directory)))
         self._model = BlockModel(weights, device, trust_remote_code=trust_remote_code)
         self._hidden = HiddenStates(self._model, calibration.ids, directory)
+        self._original: tuple[BlockModel, HiddenStates] | None = None
+        if any(fate.sparse for fate in plan.fates) and plan.recipe.method == "sparsegpt":
+            original = BlockModel(weights, device, trust_remote_code=trust_remote_code)
+            self._original = original, HiddenStates(original, calibration.ids, directory)
         self.replayed = 0
 
     def skip(self, done: int, writer: ShardWriter) -> None:
@@ -120,22 +137,29 @@ class Solve:
         for number in range(done):
             log.debug("block %d was finished before, running the text through it", number)
             block = self._model.load(number)
-            for fate in plan.packed_in(number):
+            for fate in plan.worked_on_in(number):
                 stored = {
                     suffix: writer.read(f"{fate.linear}.{suffix}") for suffix in plan.suffixes(fate.linear)
                 }
-                layer = plan.unpack(fate.linear, stored)
-                self._model.replace(fate.linear, layer.dequantize(self._model.dtype))
+                if fate.pruned:
+                    weight = stored["weight"]
+                else:
+                    weight = plan.unpack(fate.linear, stored).dequantize(self._model.dtype)
+                self._model.replace(fate.linear, weight)
             self._hidden.advance(block, number)
             self._model.unload(number)
+            if self._original:
+                original, before = self._original
+                before.advance(original.load(number), number)
+                original.unload(number)
 
     def block(self, number: int) -> Iterator[Packed]:
         """Solve the block stage by stage, with the inputs that the stages before leave it."""
-        model, hidden = self._model, self._hidden
+        model = self._model
         path = model.name(number)
         stages = self._plan.stages(path)
-        block = model.load(number)
         hessians: dict[Stage, Hessian] = {}
+        drifts: dict[Stage, Drift] = {}
         solved: list[Packed] = []
 
         def observe(stage: Stage, x: Tensor) -> None:
@@ -144,55 +168,142 @@ class Solve:
             hessians[stage].add(x)
 
         def solve_stage(stage: Stage) -> None:
-            solved.extend(self._solve([f"{path}.{name}" for name in stage], hessians.pop(stage).mean()))
+            drift = drifts.pop(stage).mean() if stage in drifts else None
+            linears = [f"{path}.{name}" for name in stage]
+            solved.extend(self._solve(linears, hessians.pop(stage).mean(), drift))
 
-        walk = BlockWalk(
-            block, model.architecture.parts, len(hidden), lambda i: hidden.forward(i, block, number),
-            observe, solve_stage, keep_bytes=memory_for_activations(model.device), dtype=model.dtype,
-        )  # fmt: skip
-        walk.run(stages, hidden.put)
+        walk = self._walk(model, self._hidden, number, observe, solve_stage)
+        if self._original is None:
+            walk.run(stages, self._hidden.put)
+        else:
+            original, before = self._original
+            beside = self._walk(original, before, number, lambda *_: None, lambda _: None)
+            pairs = zip(walk.inputs(stages, self._hidden.put), beside.inputs(stages, before.put), strict=True)
+            for (stage, x), (_, x0) in pairs:
+                observe(stage, x)
+                drifts.setdefault(stage, Drift(x.shape[-1], x.device)).add(x, x0)
+            original.unload(number)
         self.replayed += walk.replayed
         model.unload(number)
         yield from solved
 
-    def _solve(self, linears: list[str], hessian: Tensor) -> Iterator[Packed]:
-        """Solve the linears of a stage as one matrix and put the dequantized weights into the model."""
+    def _walk(
+        self,
+        model: BlockModel,
+        hidden: HiddenStates,
+        number: int,
+        observe: Callable[[Stage, Tensor], None],
+        solve: Callable[[Stage], None],
+    ) -> BlockWalk:
+        block = model.load(number)
+        share = 2 if self._original else 1
+        return BlockWalk(
+            block, model.architecture.parts, len(hidden), lambda i: hidden.forward(i, block, number),
+            observe, solve, keep_bytes=memory_for_activations(model.device) // share, dtype=model.dtype,
+        )  # fmt: skip
+
+    def _solve(self, linears: list[str], hessian: Tensor, drift: Tensor | None) -> Iterator[Packed]:
+        """Solve the linears of a stage and put what they have become into the model."""
         if not hessian.isfinite().all():
             raise SourceError(
                 f"the inputs of {linears[0]} are not finite; the model overflows on this text.",
                 "its weights may be damaged, or their type too narrow for them.",
             )
-        model = self._model
-        weights: list[Tensor] = [model.model.get_parameter(f"{linear}.weight") for linear in linears]
-        k = hessian.shape[0]
-        group_size = k if self._recipe.group_size == -1 else self._recipe.group_size
-        found = solve(
-            torch.cat(weights), hessian, bits=self._plan.bits, group_size=group_size,
-            damping=self._recipe.damping, sweeps=self._recipe.sweeps,
-        )  # fmt: skip
+        fates = [self._plan.fate(linear) for linear in linears]
+        # those of a kind as one matrix
+        for kind in sorted({(fate.sparse, fate.pruned) for fate in fates}):
+            chosen = [fate for fate in fates if (fate.sparse, fate.pruned) == kind]
+            weights: list[Tensor] = [
+                self._model.model.get_parameter(f"{fate.linear}.weight") for fate in chosen
+            ]
+            if kind == (True, True):
+                yield from self._prune(chosen, weights, hessian, drift)
+            else:
+                yield from self._quantize(chosen, weights, hessian, drift)
+
+    def _quantize(
+        self, fates: list[Fate], weights: list[Tensor], hessian: Tensor, drift: Tensor | None
+    ) -> Iterator[Packed]:
+        recipe, k = self._recipe, hessian.shape[0]
+        group_size = k if recipe.group_size == -1 else recipe.group_size
+        weight = torch.cat(weights)
+        settings: dict[str, Any] = {
+            "bits": self._plan.bits,
+            "group_size": group_size,
+            "damping": recipe.damping,
+            "sweeps": recipe.sweeps,
+        }
+        if fates[0].sparse:
+            mask = self._mask(fates, weights)
+            if drift is not None:
+                weight = compensated(weight, hessian, drift, damping=recipe.damping)
+            found = sparsity.solve(weight, hessian, mask=mask, **settings)
+        else:
+            found = gptq.solve(weight, hessian, **settings)
         start = 0
-        for linear, weight in zip(linears, weights, strict=True):
+        for fate, weight in zip(fates, weights, strict=True):
             columns = slice(start, start + len(weight))
             start += len(weight)
             layer = QuantizedLinear(
-                found.codes[:, columns].contiguous(), found.scales[:, columns].contiguous(), group_size
+                found.codes[:, columns].contiguous(),
+                found.scales[:, columns].contiguous(),
+                group_size,
+                kept=None if found.mask is None else found.mask[:, columns].contiguous(),
             )
-            model.replace(linear, layer.dequantize(model.dtype))
-            row = _row(linear, layer, found, columns, self._recipe.damping)
-            log.debug("%s: relative output error %.4f", linear, row["error"])
-            yield _pack(linear, layer, self._plan), row
+            self._model.replace(fate.linear, layer.dequantize(self._model.dtype))
+            row = _row(fate.linear, layer.k, layer.n, found, columns, recipe.damping)
+            log.debug("%s: relative output error %.4f", fate.linear, row["error"])
+            yield _pack(fate.linear, layer, self._plan), row
+
+    def _mask(self, fates: list[Fate], weights: list[Tensor]) -> Tensor | None:
+        """What weights that are 2:4 keep, None if they are not; SourceError if they are said to be."""
+        quads = [crowded_quads(weight) for weight in weights]
+        if not any(len(found) for found in quads):
+            return sparsity.complete_mask(torch.cat(weights))
+        for fate, found in zip(fates, quads, strict=True):
+            if len(found) and fate.linear in self._claimed:
+                n, quad = found[0].tolist()
+                raise SourceError(
+                    f"{fate.linear} is said to be 2:4 and is not: {len(found)} quads have more than two "
+                    f"non-zeros; the first, inputs {4 * quad} to {4 * quad + 3} of output {n}.",
+                    "prune it again: --sparsity 2:4 with the original, or sparsify.",
+                )
+        return None
+
+    def _prune(
+        self, fates: list[Fate], weights: list[Tensor], hessian: Tensor, drift: Tensor | None
+    ) -> Iterator[Packed]:
+        recipe, weight = self._recipe, torch.cat(weights)
+        if recipe.method == "sparsegpt":
+            if drift is not None:
+                weight = compensated(weight, hessian, drift, damping=recipe.damping).to(weight.dtype)
+            pruned, _ = sparsity.prune(weight, hessian, damping=recipe.damping, sweeps=recipe.sweeps)
+        else:
+            mask = sparsity.choose_mask(weight, hessian, method=recipe.method, damping=recipe.damping)
+            pruned = weight * mask.T
+        for fate, old, new in zip(fates, weights, pruned.split([len(one) for one in weights]), strict=True):
+            written = new.to(self._plan.dtypes[f"{fate.linear}.weight"]).contiguous()
+            self._model.replace(fate.linear, written.to(self._model.dtype))
+            error = _output_error(old.float() - written.float(), old.float(), hessian)
+            row = {"name": fate.linear, "k": fate.k, "n": fate.n, "error": error}
+            log.debug("%s: relative output error %.4f", fate.linear, error)
+            yield {f"{fate.linear}.weight": written.cpu()}, row
 
 
-def _row(
-    linear: str, layer: QuantizedLinear, found: Solution, columns: slice, asked: float
-) -> dict[str, Any]:
+def _output_error(error: Tensor, weight: Tensor, hessian: Tensor) -> float:
+    """||x E|| / ||x W|| of an error and a weight (n, k) on inputs of a Hessian, to six digits."""
+    found, energy = (((one @ hessian) * one).sum().item() for one in (error, weight))
+    return float(f"{(max(found, 0.0) / energy) ** 0.5:.6g}") if energy > 0 else 0.0
+
+
+def _row(linear: str, k: int, n: int, found: Solution, columns: slice, asked: float) -> dict[str, Any]:
     """What the manifest says of a solved linear; `error` is ||x(W - W_q)|| / ||xW|| on the calibration."""
     energy = found.energy[columns].sum().item()
     error = (max(found.error[columns].sum().item(), 0.0) / energy) ** 0.5 if energy > 0 else 0.0
     row = {
         "name": linear,
-        "k": layer.k,
-        "n": layer.n,
+        "k": k,
+        "n": n,
         "error": float(f"{error:.6g}"),
         "damping": found.damping,
     }

@@ -11,6 +11,9 @@ from marlin_convert.plan import Plan
 # How far the parts that are no large matrix product stretch the whole, seen on an EPYC and on an H200.
 OVERHEAD = 2.0
 
+# How much longer pruning takes: six masks for every quad, and the original model walks along.
+PRUNING = 2.0
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -22,7 +25,7 @@ class Estimate:
 
 def estimate(plan: Plan, device: torch.device) -> Estimate:
     """Seconds from counted products at the device's measured rate; memory from the largest things held."""
-    block = [fate for fate in plan.packed_in(0)] or list(plan.fates)
+    block = [fate for fate in plan.worked_on_in(0)] or list(plan.fates)
     weights = sum(fate.k * fate.n for fate in block)
     if plan.repack:
         return Estimate(plan.output_bytes / 0.5e9, 12.0 * max(fate.k * fate.n for fate in block))
@@ -32,6 +35,8 @@ def estimate(plan: Plan, device: torch.device) -> Estimate:
     solving = sum((1 + 2 * plan.recipe.sweeps) * k * k * n for k, n in stages.items())
     seconds = OVERHEAD * plan.blocks * (2 * tokens * weights + hessians + solving) / _rate(device)
     hidden = 2.0 * tokens * min(stages)
+    if plan.sparsity:
+        seconds, hidden = PRUNING * seconds, 2 * hidden
     width = max(fate.n for fate in block)
     held = 24.0 * max(k * n for k, n in stages.items()) + 12.0 * max(stages) ** 2
     return Estimate(seconds, hidden + held + 2.0 * weights + 12.0 * TOKENS[device.type] * width)

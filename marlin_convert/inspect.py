@@ -33,6 +33,7 @@ def inspect(source: Source) -> dict[str, Any]:
     stored = sum(one["bytes"] for one in packed.values())
     formats = [one["format"] or config.get("quant_method") for one in packed.values()]
     format = "marlin-24" if "marlin-24" in formats else next(iter(formats), None)
+    pruned = [] if packed else manifests.pruned(manifest)
     sparse = format == "marlin-24" or manifest.get("sparsity") == manifests.SPARSITY
     return {
         "name": source.name,
@@ -45,7 +46,8 @@ def inspect(source: Source) -> dict[str, Any]:
         "packed": len(packed),
         "unpruned": _unpruned(packed, format, _object(manifest.get("unpruned"))),
         "bits_per_weight": round(8 * stored / weights, 4) if weights else None,
-        "dense": _dense(checkpoint, _object(manifest.get("dense"))),
+        "pruned": pruned,
+        "dense": _dense(checkpoint, _object(manifest.get("dense")), pruned),
         "tensors": len(checkpoint.tensors),
         "shards": len(checkpoint.weight_files),
         "bytes": sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()),
@@ -106,14 +108,14 @@ def _unpruned(
     return {name: reason for name, reason in reasons.items() if name in packed}
 
 
-def _dense(checkpoint: Checkpoint, reasons: dict[str, Any]) -> dict[str, str | None]:
-    """The matrices of the blocks that are not packed, and why, where the manifest says."""
+def _dense(checkpoint: Checkpoint, reasons: dict[str, Any], pruned: list[str]) -> dict[str, str | None]:
+    """The matrices of the blocks that are not packed or pruned, and why, where the manifest says."""
     names = [
         name.removesuffix(".weight")
         for name, info in checkpoint.tensors.items()
         if len(info.shape) == 2 and _IN_A_BLOCK.search(name)
     ]
-    return {name: reasons.get(name) for name in names}
+    return {name: reasons.get(name) for name in names if name not in pruned}
 
 
 def _verified(source: Source) -> dict[str, Any] | None:
@@ -144,7 +146,9 @@ def text(found: dict[str, Any], checkpoint: str, *, verbose: bool = False) -> st
             f"format       {found['format']}, {found['bits']} bits, group size {sizes}",
             f"packed       {found['packed']} linears, {found['bits_per_weight']} bits per weight",
         ]
-    if found["sparsity"]:
+    if found["pruned"]:
+        lines.append(f"{found['sparsity']:12} {len(found['pruned'])} linears, dense")
+    elif found["sparsity"]:
         sparse = found["packed"] - len(found["unpruned"])
         others = ", the others are marlin" if found["unpruned"] and found["format"] == "marlin-24" else ""
         lines.append(f"{found['sparsity']:12} {sparse} of {found['packed']} linears{others}")

@@ -37,8 +37,8 @@ _OTHER_MODEL = "the config.json may be of another model; fetch the model again."
 class Fate:
     """What becomes of one linear of shape (k, n).
 
-    `format` is what it is written in, None if it is left dense; `sparse` says that it is 2:4; `reason` why it
-    is left dense, or not 2:4 while others are.
+    `format` is what it is written in, None if it is written dense; `sparse` says that it is 2:4; `reason` why
+    it is left as it is, or not 2:4 while others are.
     """
 
     linear: str
@@ -52,6 +52,11 @@ class Fate:
     def packed(self) -> bool:
         """Whether the linear is written as integer codes."""
         return self.format is not None
+
+    @property
+    def pruned(self) -> bool:
+        """Whether the linear is written dense, but pruned."""
+        return self.format is None and self.sparse
 
     @property
     def layout(self) -> ModuleType:
@@ -82,7 +87,7 @@ class Plan:
     notes: tuple[str, ...]
     source_bytes: int
     vocabulary: int
-    quantization_config: dict[str, Any]
+    quantization_config: dict[str, Any] | None
 
     @property
     def packed(self) -> list[Fate]:
@@ -90,9 +95,14 @@ class Plan:
         return [fate for fate in self.fates if fate.packed]
 
     @property
+    def worked_on(self) -> list[Fate]:
+        """The linears that are packed, or pruned and written dense."""
+        return [fate for fate in self.fates if fate.packed or fate.pruned]
+
+    @property
     def dense(self) -> list[Fate]:
-        """The linears of the blocks that are left dense."""
-        return [fate for fate in self.fates if not fate.packed]
+        """The linears of the blocks that are left as they are."""
+        return [fate for fate in self.fates if not (fate.packed or fate.pruned)]
 
     @property
     def unpruned(self) -> list[Fate]:
@@ -109,13 +119,13 @@ class Plan:
         """The type every tensor is written as."""
         return {spec.name: spec.dtype for spec in self.specs}
 
-    def packed_in(self, block: int) -> list[Fate]:
-        """The packed linears of one block."""
+    def worked_on_in(self, block: int) -> list[Fate]:
+        """Those of one block."""
         prefix = f"{self.architecture.blocks}.{block}."
-        return [fate for fate in self.packed if fate.linear.startswith(prefix)]
+        return [fate for fate in self.worked_on if fate.linear.startswith(prefix)]
 
     def suffixes(self, linear: str) -> tuple[str, ...]:
-        """The suffixes of the tensors that a packed linear is written as."""
+        """The suffixes of the tensors that a linear is written as."""
         return tuple(suffix for owner, suffix in self.owner.values() if owner == linear)
 
     def pack(self, linear: str, layer: QuantizedLinear) -> dict[str, Tensor]:
@@ -134,6 +144,7 @@ class Plan:
         return formats.FORMATS[scheme.format].unpack(tensors, scheme, memory)
 
     def _scheme(self, linear: str) -> formats.Scheme:
+        assert self.quantization_config is not None
         return formats.detect(self.quantization_config).of(linear)
 
     @property
@@ -143,16 +154,20 @@ class Plan:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits on disk for one weight of the packed linears, scales included."""
+        """Bits on disk for one weight of the linears worked on, scales included."""
         stored = sum(spec.nbytes for spec in self.specs if spec.name in self.owner)
-        return 8 * stored / max(sum(fate.k * fate.n for fate in self.packed), 1)
+        return 8 * stored / max(sum(fate.k * fate.n for fate in self.worked_on), 1)
 
     def stages(self, block: str) -> list[Stage]:
-        """The stages of a block (by module path) that are packed, in their order."""
-        packed = {fate.linear for fate in self.packed}
+        """The stages of a block (by module path) that are worked on, in their order."""
+        found = {fate.linear for fate in self.worked_on}
         return [
-            stage for stage in self.architecture.stages if all(f"{block}.{name}" in packed for name in stage)
+            stage for stage in self.architecture.stages if all(f"{block}.{name}" in found for name in stage)
         ]
+
+    def fate(self, linear: str) -> Fate:
+        """What becomes of a linear."""
+        return next(fate for fate in self.fates if fate.linear == linear)
 
 
 def make_plan(
@@ -180,19 +195,15 @@ def make_plan(
         assert weights.scheme is not None
         recipe = _with_group_size_of_source(recipe, weights.scheme.group_size, group_size)
         bits = weights.scheme.bits
-    elif recipe.format == "marlin-24":
-        raise FormatError(
-            "marlin-24 holds codes that are 2:4, and quantize does not prune.",
-            "give a MODEL that is quantized and 2:4 already, or choose another --format.",
-        )
     else:
         recipe = _within_positions(recipe, model)
+    _check_sparsity(weights, recipe, repack=repack)
 
     left_out = check_names(weights, model)
     linears = block_linears(model, architecture)
     if not linears:
         raise SourceError("config.json means a model without blocks.", _OTHER_MODEL)
-    fates = tuple(_fates(linears, architecture, recipe, weights if repack else None))
+    fates = tuple(_fates(linears, architecture, recipe, weights, repack=repack))
     _check_patterns(recipe, linears)
     _check_stages(fates, architecture)
     symmetric, act_order = True, False
@@ -209,7 +220,7 @@ def make_plan(
         for fate in fates
         if fate.packed
     }
-    owner: dict[str, tuple[str, str]] = {}
+    owner = {f"{fate.linear}.weight": (fate.linear, "weight") for fate in fates if fate.pruned}
     specs = tuple(_specs(weights, model, architecture, packed, recipe, owner, left_out))
     return Plan(
         architecture=architecture,
@@ -225,7 +236,9 @@ def make_plan(
         notes=tuple(_notes(fates, recipe, weights if repack else None)),
         source_bytes=sum(info.end - info.start for info in checkpoint.tensors.values()),
         vocabulary=model.config.get_text_config().vocab_size,
-        quantization_config=formats.FORMATS[recipe.format].quantization_config(
+        quantization_config=None
+        if recipe.format == "dense"
+        else formats.FORMATS[recipe.format].quantization_config(
             bits=bits,
             group_size=recipe.group_size,
             skipped=[fate.linear for fate in fates if not fate.packed],
@@ -234,6 +247,26 @@ def make_plan(
             **_other_layouts(fates, recipe),
         ),
     )
+
+
+def _check_sparsity(weights: Weights, recipe: Recipe, *, repack: bool) -> None:
+    """Raise ConvertError when what is asked of sparsity is not what a repack, or quantizing, does."""
+    claimed = weights.sparse_linears(manifests.load(weights.checkpoint.directory))
+    if recipe.format == "dense" and weights.scheme is not None:
+        raise ConvertError(
+            f"{weights.checkpoint.directory.name} is quantized already ({weights.scheme.format}).",
+            "prune the model it was made from, or quantize --requantize --sparsity 2:4.",
+        )
+    if repack and recipe.sparsity != "none" and not claimed and recipe.format != "marlin-24":
+        raise ConvertError(
+            "the source is quantized and not known to be 2:4; a repack does not prune.",
+            "--requantize prunes and solves again from the dequantized weights.",
+        )
+    if not repack and recipe.format == "marlin-24" and recipe.sparsity == "none" and not claimed:
+        raise FormatError(
+            "marlin-24 holds codes that are 2:4, and the source is not known to be.",
+            "prune while quantizing with --sparsity 2:4, or choose another --format.",
+        )
 
 
 def _with_group_size_of_source(recipe: Recipe, stored: int, asked: int | None) -> Recipe:
@@ -266,6 +299,8 @@ def _notes(fates: Sequence[Fate], recipe: Recipe, repacked: Weights | None) -> I
     """What the reader of a plan should know."""
     if repacked is not None and repacked.scheme is not None:
         yield f"the source is already {repacked.scheme.format}: its codes are kept, nothing is calibrated"
+    if recipe.format in ("gptq", "compressed-tensors", "marlin") and any(fate.sparse for fate in fates):
+        yield f"{recipe.format} stores the pruned codes too: engines load it as ordinary int4"
     if recipe.format in ("marlin", "marlin-24"):
         odd = sum(fate.packed and bool(fate.n % 256) for fate in fates)
         if odd:
@@ -323,16 +358,21 @@ def _is_idle_bias(weights: Weights, name: str) -> bool:
 
 
 def _fates(
-    linears: dict[str, torch.nn.Linear], architecture: Architecture, recipe: Recipe, repacked: Weights | None
+    linears: dict[str, torch.nn.Linear],
+    architecture: Architecture,
+    recipe: Recipe,
+    weights: Weights,
+    *,
+    repack: bool,
 ) -> list[Fate]:
-    sparse = _sparse(recipe, repacked)
+    sparse = _sparse(linears, recipe, weights, repack=repack)
     fates = []
     for name, linear in linears.items():
         path = name.removeprefix(architecture.blocks + ".").partition(".")[2]
         pattern = next((pattern for pattern in recipe.skip if fnmatchcase(name, pattern)), None)
         reason = None
-        if repacked is not None:
-            reason = None if repacked.is_packed(name) else "dense in the source"
+        if repack:
+            reason = None if weights.is_packed(name) else "dense in the source"
             if pattern and reason is None:
                 raise ConvertError(
                     f"--skip {pattern!r} matches {name}, which is quantized in the source.",
@@ -342,23 +382,27 @@ def _fates(
             reason = f"skipped by {pattern!r}"
         elif architecture.stage_of(path) is None:
             reason = "not in the table of this architecture"
-        format: str | None = None if reason else recipe.format
+        format: str | None = None if reason or recipe.format == "dense" else recipe.format
         if format is not None and sparse and name not in sparse:
             pattern = next((pattern for pattern in recipe.unpruned if fnmatchcase(name, pattern)), None)
             reason = f"unpruned by {pattern!r}" if pattern else "not 2:4 in the source"
             format = "marlin" if format == "marlin-24" else format
-        is_sparse = format is not None and name in sparse
+        elif recipe.format == "dense" and reason is None and name not in sparse:
+            reason = "left unpruned by the recipe"
+        is_sparse = name in sparse and (format is not None or (reason is None and recipe.format == "dense"))
         fates.append(Fate(name, linear.in_features, linear.out_features, format, is_sparse, reason))
     return fates
 
 
-def _sparse(recipe: Recipe, repacked: Weights | None) -> set[str]:
-    """The linears that are 2:4: those of which the source says so or, if the format asks for it, all."""
-    found: set[str] = set()
-    if repacked is not None:
-        found = set(repacked.sparse_linears(manifests.load(repacked.checkpoint.directory)))
-        if recipe.format == "marlin-24":
-            found = found or set(repacked.packed_linears())
+def _sparse(
+    linears: Mapping[str, torch.nn.Linear], recipe: Recipe, weights: Weights, *, repack: bool
+) -> set[str]:
+    """The linears that are 2:4: those of which the source says so or, if it is asked for, all."""
+    found = set(weights.sparse_linears(manifests.load(weights.checkpoint.directory)))
+    if repack and recipe.format == "marlin-24":
+        found = found or set(weights.packed_linears())
+    elif not repack and recipe.sparsity != "none":
+        found = set(linears)
     sparse = {name for name in found if not any(fnmatchcase(name, pattern) for pattern in recipe.unpruned)}
     if recipe.unpruned and not sparse:
         raise ConvertError(
@@ -404,6 +448,12 @@ def _check_stages(fates: Sequence[Fate], architecture: Architecture) -> None:
 
 
 def _check_shapes(fates: Sequence[Fate], recipe: Recipe) -> None:
+    odd = [fate for fate in fates if fate.sparse and fate.k % 4]
+    if odd:
+        raise FormatError(
+            f"{odd[0].linear} has {odd[0].k} inputs; 2:4 needs them divisible by four.",
+            "leave it as it is: " + _options("--skip", [(fate, "") for fate in odd]),
+        )
     _refuse(
         fates,
         lambda fate: (

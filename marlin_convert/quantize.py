@@ -88,8 +88,8 @@ def plan_job(job: Job) -> tuple[Weights, Plan]:
         weights, job.recipe, group_size=job.group_size, requantize=job.requantize,
         trust_remote_code=job.trust_remote_code,
     )  # fmt: skip
-    if not plan.packed:
-        raise ConvertError("nothing is left to quantize: every linear stays dense.", "skip fewer of them.")
+    if not plan.worked_on:
+        raise ConvertError("nothing is left to do: every linear stays as it is.", "skip fewer of them.")
     _check_output(job, plan)
     return weights, plan
 
@@ -290,7 +290,8 @@ def _assemble(
     config = {key: value for key, value in weights.checkpoint.config.items() if key not in left_out}
     if plan.recipe.dtype != "auto":
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = plan.recipe.dtype
-    config["quantization_config"] = plan.quantization_config
+    if plan.quantization_config is not None:
+        config["quantization_config"] = plan.quantization_config
     write_json(staging / "config.json", config)
     if plan.recipe.format == "gptq":
         write_json(staging / "quantize_config.json", plan.quantization_config)

@@ -135,3 +135,8 @@ def same_codes(a: Tensor, b: Tensor) -> bool:
         if a.storage_offset() % 8 == 0 and b.storage_offset() % 8 == 0:
             a, b = a.view(torch.int64), b.view(torch.int64)
     return torch.equal(a, b)
+
+
+def crowded_quads(weight: Tensor) -> Tensor:
+    """Where a weight (n, k) is not 2:4: (found, 2) int64, output and quad of more than two non-zeros."""
+    return ((weight.view(len(weight), -1, 4) != 0).sum(-1) > 2).nonzero()

@@ -11,7 +11,9 @@ import yaml
 from marlin_convert.errors import ConvertError
 
 DEFAULT = "w4a16-g128"
-FORMATS = ("marlin", "marlin-24", "gptq", "compressed-tensors")
+# "dense" is what sparsify writes
+FORMATS = ("marlin", "marlin-24", "gptq", "compressed-tensors", "dense")
+METHODS = ("sparsegpt", "wanda", "magnitude")
 MOST = 10**9  # of anything that is counted
 NESTING_LIMIT = 10
 _HINT = f"the recipe.yaml of any output, and the recipe {DEFAULT}, show every setting."
@@ -24,6 +26,8 @@ class Recipe:
     format: str = "marlin"
     group_size: int = 128
     skip: tuple[str, ...] = ()
+    sparsity: str = "none"
+    method: str = "sparsegpt"
     unpruned: tuple[str, ...] = ()
     dtype: str = "auto"
     calibration: str = "builtin"
@@ -37,6 +41,8 @@ class Recipe:
         checks: dict[str, tuple[bool, str]] = {
             "format": (self.format in FORMATS, "unknown"),
             "group_size": (self.group_size in (-1, 32, 64, 128), "must be 128, 64, 32 or -1"),
+            "sparsity": (self.sparsity in ("none", "2:4"), "must be none or 2:4"),
+            "method": (self.method in METHODS, f"must be one of {', '.join(METHODS)}"),
             "dtype": (self.dtype in ("auto", "float16", "bfloat16"), "must be auto, float16 or bfloat16"),
             "calibration": (self.calibration.isprintable(), "must be one line of text"),
             "samples": (1 <= self.samples <= MOST, f"must be at least 1, at most {MOST}"),

@@ -27,7 +27,7 @@ def plan_json(plan: "Plan") -> dict[str, Any]:
                 "n": fate.n,
                 "format": fate.format,
                 "sparse": fate.sparse,
-                "dense": None if fate.packed else fate.reason,
+                "dense": None if fate.packed or fate.pruned else fate.reason,
                 "unpruned": fate.reason if fate.packed else None,
             }
             for fate in plan.fates
@@ -46,14 +46,18 @@ def plan_text(plan: "Plan", job: "Job") -> str:
     from marlin_convert.estimate import estimate
 
     recipe = plan.recipe
-    lines = [
-        f"{'Repack' if plan.repack else 'Quantize'} {job.source.name} to {recipe.format}, "
-        f"group size {recipe.group_size}",
-        f"  {len(plan.packed)} linears in {plan.blocks} blocks packed "
-        f"at {plan.bits_per_weight:.3f} bits per weight{', 2:4' if plan.sparsity else ''}",
+    if recipe.format == "dense":
+        lines = [f"Prune {job.source.name} to 2:4 by {recipe.method}", f"  {_worked_on(plan)}"]
+    else:
+        lines = [
+            f"{'Repack' if plan.repack else 'Quantize'} {job.source.name} to {recipe.format}, "
+            f"group size {recipe.group_size}",
+            f"  {_worked_on(plan)}",
+        ]
+    lines += [
         *([f"  {len(plan.unpruned)} of them not 2:4"] if plan.unpruned else []),
         *(f"    {fate.linear}: {fate.format}, {fate.reason}" for fate in plan.unpruned),
-        f"  {len(plan.dense)} linears of the blocks left dense",
+        f"  {len(plan.dense)} linears of the blocks {_left(plan)}",
         *(f"    {fate.linear}: {fate.reason}" for fate in plan.dense),
         f"  tensors {_size(plan.source_bytes)} -> {_size(plan.output_bytes)}",
     ]
@@ -67,6 +71,20 @@ def plan_text(plan: "Plan", job: "Job") -> str:
     lines += [f"  {line}" for line in left_out(plan)]
     lines += [f"  note: {note}" for note in plan.notes]
     return "\n".join(lines)
+
+
+def _left(plan: "Plan") -> str:
+    """What linears are that nothing is done to."""
+    return "left as they are" if plan.recipe.format == "dense" else "left dense"
+
+
+def _worked_on(plan: "Plan") -> str:
+    if plan.recipe.format == "dense":
+        return f"{len(plan.worked_on)} linears in {plan.blocks} blocks pruned"
+    return (
+        f"{len(plan.packed)} linears in {plan.blocks} blocks packed "
+        f"at {plan.bits_per_weight:.3f} bits per weight{', 2:4' if plan.sparsity else ''}"
+    )
 
 
 def left_out(plan: "Plan") -> list[str]:
@@ -103,11 +121,14 @@ def summary_text(done: "Report", job: "Job") -> str:
         lines.append(f"{f'mean of {len(errors)} linears':48} {'':7} {'':7} {mean:8.4f}")
     lines += [f"rounded to nearest: {row['name']}" for row in rows if row.get("rounded_to_nearest")]
     lines += [f"not 2:4: {fate.linear}, as {fate.format} ({fate.reason})" for fate in plan.unpruned]
-    lines += [f"left dense: {fate.linear} ({fate.reason})" for fate in plan.dense]
+    lines += [f"{_left(plan)}: {fate.linear} ({fate.reason})" for fate in plan.dense]
     lines += left_out(plan)
     lines += [f"note: {note}" for note in plan.notes]
+    what = (
+        "pruned to 2:4" if plan.recipe.format == "dense" else f"at {plan.bits_per_weight:.3f} bits per weight"
+    )
     lines.append(
-        f"{len(plan.packed)} linears at {plan.bits_per_weight:.3f} bits per weight, "
+        f"{len(plan.worked_on)} linears {what}, "
         f"{_size(plan.source_bytes)} -> {_size(plan.output_bytes)}, {done.seconds:.1f} s"
     )
     if done.replayed:

@@ -27,12 +27,14 @@ from marlin_convert.hub import Source
 from marlin_convert.models.architectures import architecture_of
 from marlin_convert.models.blocks import BlockModel, block_linears, module_tree
 from marlin_convert.plan import check_names
-from marlin_convert.quantized import QuantizedLinear, contiguous_groups
+from marlin_convert.quantized import QuantizedLinear, contiguous_groups, crowded_quads
 
 log = logging.getLogger("marlin_convert")
 
 # Of a whole weight: rounding to 4 bits stays near 0.1, GPTQ near 0.15.
 WEIGHT_ERROR = 0.5
+# With half of the weights gone, and the others moved to make up for them.
+PRUNED_WEIGHT_ERROR = 0.9
 # Of the weights of one output: all zeros would be as near.
 OUTPUT_ERROR = 1.0
 # How far perplexity may rise over the source's.
@@ -154,7 +156,9 @@ def verify(job: Job, progress: Progress = lambda blocks, total: blocks) -> Verif
         else:
             done[name] = checks[name]()
     required = frozenset({"kernel"} if job.require_kernel else ())
-    needed = {"files", "layout", "numbers"}
+    needed = {"files", "numbers"}
+    if subject is None or subject.weights.scheme is not None:
+        needed.add("layout")
     if subject is not None and subject.weights.sparse_linears(manifest):
         needed.add("sparsity")
     return Verification(job.checkpoint.name, digest, done, required, frozenset(needed))
@@ -371,24 +375,43 @@ def _check_sparsity(subject: _Subject) -> Check:
     problems = []
     for linear in linears:
         try:
-            layer = weights.quantized(linear)
+            held, crowded = _quads(weights, linear)
         except ConvertError as error:
             problems.append(str(error))
             unread += 1
             continue
-        held = layer.quad_weights()
         quads += held.numel()
         good += int((held <= 2).sum())
-        try:
-            bounds.check_quads(layer)
-        except FormatError as error:
-            problems.append(f"{linear} is not 2:4: {error}")
+        problems += [f"{linear} is not 2:4: {crowded}"] if crowded else []
     # rounded down: 100 is all of them
     share = 10_000 * good // max(quads, 1) / 100
     summary = f"{share:.2f} % of {quads} quads"
     summary += f", {unread} linears cannot be read" if unread else ""
     check = _verdict(problems, summary, linears=len(linears), quads=quads, sparse_quads=good)
     return replace(check, reason=f"{summary}; {check.reason}") if problems else check
+
+
+def _quads(weights: Weights, linear: str) -> tuple[Tensor, str | None]:
+    """How many non-zeros every quad of a linear has, and what is wrong with the first that has too many."""
+    if not weights.is_packed(linear):
+        weight = weights.read(f"{linear}.weight")
+        if weight.shape[1] % 4:
+            raise SourceError(f"{linear} has {weight.shape[1]} inputs, which are no quads.")
+        found = crowded_quads(weight)
+        held = (weight.view(len(weight), -1, 4) != 0).sum(-1)
+        if not len(found):
+            return held, None
+        n, quad = found[0].tolist()
+        return held, (
+            f"{len(found)} of {held.numel()} quads have more than two non-zeros; the first, inputs "
+            f"{4 * quad} to {4 * quad + 3} of output {n}"
+        )
+    layer = weights.quantized(linear)
+    try:
+        bounds.check_quads(layer)
+    except FormatError as error:
+        return layer.quad_weights(), str(error)
+    return layer.quad_weights(), None
 
 
 # numbers
@@ -431,6 +454,7 @@ def _compare_weights(
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     names = [name for name in model.state_dict() if name in weights or name not in tied]
     generator = torch.Generator().manual_seed(0)
+    sparse = set(weights.sparse_linears(subject.manifest))
     rows, problems, unreadable = [], [], False
     for name in names:
         linear = name.removesuffix(".weight")
@@ -454,7 +478,7 @@ def _compare_weights(
                         f"{name} has shape {tuple(weight.shape)}, in the source {tuple(source.shape)}"
                     )
                 row["error"], row["worst_output"] = _weight_error(weight, source)
-                problems += _weight_problems(row)
+                problems += _weight_problems(row, PRUNED_WEIGHT_ERROR if linear in sparse else WEIGHT_ERROR)
         except ConvertError as error:
             problems.append(str(error))
             unreadable = True
@@ -493,9 +517,9 @@ def _weight_error(weight: Tensor, source: Tensor) -> tuple[float, float]:
     return error, (off / size.clamp_min(tiny)).max().sqrt().item()
 
 
-def _weight_problems(row: dict[str, Any]) -> list[str]:
-    if not row["error"] <= WEIGHT_ERROR:
-        return [f"{row['name']} is {row['error']:.2f} from the source's, relative; at most {WEIGHT_ERROR}"]
+def _weight_problems(row: dict[str, Any], limit: float) -> list[str]:
+    if not row["error"] <= limit:
+        return [f"{row['name']} is {row['error']:.2f} from the source's, relative; at most {limit}"]
     if not row["worst_output"] <= OUTPUT_ERROR:
         return [
             f"{row['name']} has an output {row['worst_output']:.2f} from the source's, relative; "

@@ -380,7 +380,7 @@ def test_without_matplotlib_the_figures_are_named(measuring, cli, tmp_path, monk
 
 
 def test_nothing_but_the_figures_needs_matplotlib():
-    code = "import marlin_convert.bench.kernel, sys; print('matplotlib' in sys.modules)"
+    code = "from marlin_convert.bench import kernel, serve; import sys; print('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 

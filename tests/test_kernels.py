@@ -1,5 +1,6 @@
 """The kernels without a GPU: they compile for every architecture, and the module multiplies on a CPU."""
 
+import itertools
 import re
 import shutil
 import subprocess
@@ -9,13 +10,14 @@ import pytest
 import torch
 
 from marlin_convert.errors import KernelError
-from marlin_convert.formats import marlin
+from marlin_convert.formats import marlin, marlin_24
 from marlin_convert.kernels import compile as compiling
 from marlin_convert.kernels.configurations import HOPPER_MEMORY, Configuration, choose, schedule
-from marlin_convert.kernels.matmul import MarlinLinear, matmul, reference
+from marlin_convert.kernels.matmul import Marlin24Linear, MarlinLinear, matmul, reference
 from marlin_convert.quantized import QuantizedLinear
 
 GROUPS = (0, 32, 64, 128)
+SPARSE_GROUPS = (0, 128)
 # the least shared memory of a block: sm_86, sm_89 and sm_120
 LEAST_MEMORY = 99 * 1024
 # bytes a thread may spill: next to none on Hopper, some around the loops of mma.sync's large tiles
@@ -25,10 +27,11 @@ SPILLS = {"stream": 0, "wgmma": 32, "mma": 900}
 def configurations(capability: tuple[int, int]) -> list[Configuration]:
     """Everything that can be chosen for an architecture."""
     found = {
-        choose(m, n, k, group, bfloat16, capability): None
+        choose(m, n, k, group, bfloat16, capability, sparse): None
         for m in (1, 9, 17, 33, 65, 129, 4096)
         for n, k in ((4096, 4096), (57344, 8192))
-        for group in GROUPS
+        for sparse in ((False, True) if capability[0] < 10 else (False,))
+        for group in (SPARSE_GROUPS if sparse else GROUPS)
         for bfloat16 in (False, True)
     }
     return list(found)
@@ -50,19 +53,20 @@ def test_every_configuration_compiles(capability: tuple[int, int]) -> None:
         assert len(code) > 1000
 
 
+@pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("m, expected", [(1, "HMMA"), (32, "HGMMA"), (64, "HGMMA"), (4096, "HGMMA")])
-def test_hopper_uses_its_tensor_cores(m: int, expected: str, tmp_path: Path) -> None:
+def test_hopper_uses_its_tensor_cores(m: int, expected: str, sparse: bool, tmp_path: Path) -> None:
     import nvidia
 
     places = [Path(place) / "cu13" / "bin" for place in nvidia.__path__]
     disassembler = shutil.which("nvdisasm", path=":".join(map(str, places)))
     assert disassembler
     cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(
-        compiling.compile(compiling.source(choose(m, 8192, 28672, 128, False, (9, 0))), "sm_90a")[0]
-    )
+    configuration = choose(m, 8192, 28672, 128, False, (9, 0), sparse)
+    cubin.write_bytes(compiling.compile(compiling.source(configuration), "sm_90a")[0])
     code = subprocess.check_output([disassembler, "-c", str(cubin)], text=True)
     assert expected in code and "UTMALDG" in code
+    assert (f"{expected}.SP" in code) == sparse
 
 
 def test_the_cache_keeps_whole_entries_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,6 +169,55 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     for wrong in ((B.float(), s), (B, s.float()), (B[:4], s), (B, s[:, :64]), (B, s[:0]), (B[:, :250], s)):
         with pytest.raises(KernelError):
             MarlinLinear(*wrong)
+
+
+def sparse_layer(k: int, n: int, group_size: int, seed: int = 0) -> QuantizedLinear:
+    """Random codes, of which two random ones of every quad are kept."""
+    draw = torch.Generator().manual_seed(seed)
+    kept = torch.rand(k // 4, 4, n, generator=draw).argsort(1).argsort(1).view(k, n) < 2
+    codes = torch.randint(0, 16, (k, n), generator=draw, dtype=torch.uint8).where(kept, 8)
+    scales = (torch.rand(k // group_size, n, generator=draw) * 0.02 + 0.001).half()
+    return QuantizedLinear(codes=codes, scales=scales, group_size=group_size, kept=kept)
+
+
+def test_sparse_bytes_as_the_tensor_cores_read_them() -> None:
+    """What csrc takes from B_24 and B_meta, for m16n8k32 and m64nNk32 as the PTX manual describes them."""
+    k, n = 256, 128
+    layer = sparse_layer(k, n, 128)
+    tensors = marlin_24.pack(layer)
+    words = tensors["B_24"].view(k // 32, n // 64, 32, 4).tolist()
+    metadata = tensors["B_meta"].view(torch.int32).view(k // 32, n // 64, 2, 32).tolist()
+    dense = torch.zeros(k, n, dtype=torch.int)
+    for step, columns, fragment, lane in itertools.product(
+        range(k // 32), range(n // 64), range(4), range(32)
+    ):
+        row, pair = divmod(lane, 4)
+        word = words[step][columns][lane][fragment]
+        for half, register in itertools.product(range(2), range(2)):  # features 8 rows on, codes 8 on
+            feature = 64 * columns + 8 * row + 4 * half + fragment
+            for e in range(2):
+                code = word >> (8 * half + 4 * register + 16 * e) & 15
+                held = 8 * register + 2 * pair + e  # which of the 16 that are held
+                place = held // 8 + 2 * (fragment % 2)  # of the four lanes, the one with its metadata
+                bits = metadata[step][columns][fragment // 2][4 * row + place] >> (16 * half)
+                index = bits >> (4 * (held % 8 // 2) + 2 * (held % 2)) & 3
+                dense[32 * step + 4 * (held // 2) + index, feature] = code - 8
+    assert torch.equal(dense, layer.codes.int() - 8)
+
+
+@pytest.mark.parametrize("group_size", [128, 256])
+def test_the_sparse_module_runs_on_a_cpu(group_size: int) -> None:
+    layer = sparse_layer(256, 128, group_size)
+    tensors = marlin_24.pack(layer)
+    module = Marlin24Linear(tensors["B_24"], tensors["B_meta"], tensors["s"])
+    x = torch.randn(5, 256, generator=torch.Generator().manual_seed(0)).half()
+    expected = reference(x, layer)
+    assert ((module(x).double() - expected).norm() / expected.norm()) < 2e-3
+    assert set(module.state_dict()) == {"B_24", "B_meta", "s"}
+    with pytest.raises(KernelError, match="int16"):
+        Marlin24Linear(tensors["B_24"], tensors["B_meta"].int(), tensors["s"])
+    with pytest.raises(KernelError, match="groups are of 128 rows"):
+        Marlin24Linear(tensors["B_24"], tensors["B_meta"], torch.ones(4, 128).half())
 
 
 def test_the_operator_has_a_shape_without_a_gpu() -> None:

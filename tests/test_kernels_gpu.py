@@ -1,13 +1,14 @@
 """The kernels on a GPU: right at every edge, the same every time, and never quietly wrong."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from marlin_convert.errors import KernelError
-from marlin_convert.formats import marlin
+from marlin_convert.formats import marlin, marlin_24
 from marlin_convert.quantized import QuantizedLinear
 
 pytestmark = [
@@ -38,6 +39,14 @@ def _same_numbers_every_time() -> None:
 def packed(one: QuantizedLinear) -> tuple[torch.Tensor, torch.Tensor]:
     tensors = marlin.pack(one)
     return tensors["B"].cuda(), tensors["s"].cuda()
+
+
+def sparse_layer(k: int, n: int, group_size: int, seed: int = 0) -> QuantizedLinear:
+    """A layer of which two random codes of every quad are kept."""
+    draw = torch.Generator().manual_seed(seed)
+    kept = torch.rand(k // 4, 4, n, generator=draw).argsort(1).argsort(1).view(k, n) < 2
+    one = layer(k, n, group_size, seed)
+    return replace(one, codes=one.codes.where(kept, 8), kept=kept)
 
 
 def error(y: torch.Tensor, expected: torch.Tensor) -> float:
@@ -81,6 +90,31 @@ def test_the_kernel_of_other_architectures(dtype: torch.dtype, group_size: int) 
                 y = torch.full((m, n), float("nan"), device="cuda", dtype=dtype)
                 Call(configuration, x, B, s, bias)(x.data_ptr(), y.data_ptr())
                 assert error(y, reference(x, one, bias)) < TOLERANCE[dtype], (k, n, tokens, m)
+
+
+@pytest.mark.parametrize("group_size", [128, -1])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("k, n", [(128, 64), (256, 320), (1024, 768), (4096, 4096), (14336, 1088)])
+def test_every_edge_of_sparse_layers(k: int, n: int, dtype: torch.dtype, group_size: int) -> None:
+    from marlin_convert.kernels.configurations import Configuration
+    from marlin_convert.kernels.launch import Call
+    from marlin_convert.kernels.matmul import matmul, reference
+
+    one = sparse_layer(k, n, group_size)
+    B, B_meta, s = (tensor.cuda() for tensor in marlin_24.pack(one).values())
+    bias = torch.randn(n, device="cuda", dtype=dtype)
+    for m in BATCHES:
+        x = torch.randn(m, k, device="cuda", dtype=dtype)
+        expected = reference(x, one, bias)
+        y = matmul(x, B, s, bias, B_meta)
+        assert error(y, expected) < TOLERANCE[dtype], m
+        assert torch.equal(y, matmul(x, B, s, bias, B_meta)), "not the same twice"
+        if m <= 33:  # and as other architectures multiply
+            group = 0 if len(s) == 1 else group_size
+            configuration = Configuration("mma", 16, 2, group, dtype == torch.bfloat16, sparse=True)
+            y = torch.full((m, n), float("nan"), device="cuda", dtype=dtype)
+            Call(configuration, x, B, s, bias, B_meta)(x.data_ptr(), y.data_ptr())
+            assert error(y, expected) < TOLERANCE[dtype], m
 
 
 def test_the_largest_batch() -> None:

@@ -174,6 +174,42 @@ def test_stages_can_be_passed_over(keep_bytes: int, tmp_path: Path) -> None:
     assert torch.equal(seen.hidden, torch.cat([hidden.state(i) for i in range(len(hidden))]))
 
 
+@pytest.mark.parametrize("keep_bytes", [1 << 40, 0])
+def test_the_original_can_be_walked_beside_what_it_becomes(keep_bytes: int, tmp_path: Path) -> None:
+    (model, hidden), (original, unchanged) = (
+        open_model("llama", torch.float32, tmp_path / name) for name in ("model", "original")
+    )
+    alone = walk_blocks(*open_model("llama", torch.float32, tmp_path / "alone"), keep_bytes)
+    plain = HiddenStates(original, IDS)
+    for number in range(len(model)):
+
+        def solve(stage: Stage, number: int = number) -> None:
+            for linear in (f"{model.name(number)}.{name}" for name in stage):
+                model.replace(linear, rounded(model.model.get_submodule(linear).weight))
+
+        def ignore(stage: Stage) -> None:
+            pass
+
+        walks = []
+        for one, states, action in ((model, hidden, solve), (original, unchanged, ignore)):
+            block = one.load(number)
+            walk = BlockWalk(
+                block, SPLIT, len(states), lambda i, b=block, s=states, n=number: s.forward(i, b, n),
+                lambda stage, x: None, action, keep_bytes=keep_bytes, dtype=one.dtype,
+            )  # fmt: skip
+            walks.append(walk.inputs(one.architecture.stages, states.put))
+        seen: dict[Stage, list[Tensor]] = {}
+        for (stage, x), (beside, before) in zip(*walks, strict=True):
+            assert stage == beside and x.shape == before.shape
+            seen.setdefault(stage, []).append(x.clone())
+        for stage, found in seen.items():
+            assert all(map(torch.equal, found, alone.inputs[number, stage]))
+        plain.advance(original.blocks[number], number)
+    assert torch.equal(alone.hidden, torch.cat([hidden.state(i) for i in range(SAMPLES)]))
+    for i in range(SAMPLES):
+        assert torch.equal(unchanged.state(i), plain.state(i))
+
+
 def test_the_modules_of_a_block_are_left_as_they_were(tmp_path: Path) -> None:
     model, hidden = open_model("llama", torch.float32, tmp_path)
     walk_blocks(model, hidden, 1 << 40)

@@ -7,6 +7,7 @@ import torch
 from click.testing import CliRunner
 
 from marlin_convert.cli import main
+from marlin_convert.solvers import sparsity
 from marlin_convert.solvers.gptq import solve
 from marlin_convert.solvers.hessian import Hessian
 
@@ -43,6 +44,35 @@ def test_solution_is_the_cpu_s(k: int, n: int, group_size: int, sweeps: int) -> 
     # one code off moves the later ones of its output, so codes agree mostly and the error to a hair
     assert (gpu.codes.cpu() == cpu.codes).float().mean() > 0.97
     torch.testing.assert_close(gpu.error.sum().cpu(), cpu.error.sum(), rtol=5e-3, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("k", "n", "group_size"), [(512, 256, 128), (1536, 320, 128), (896, 64, 64), (256, 100, 256)]
+)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("sweeps", [0, 2])
+def test_sparse_solution_is_the_cpu_s(k: int, n: int, group_size: int, masked: bool, sweeps: int) -> None:
+    x = inputs(4096, k).float()
+    hessian = x.T @ x / len(x)
+    weight = torch.randn(n, k, generator=torch.Generator().manual_seed(1)) * 0.02
+    given = sparsity.choose_mask(weight, hessian, method="wanda", damping=0.05) if masked else None
+    found, pruned = {}, {}
+    for device in ("cpu", "cuda"):
+        mask = given if given is None else given.to(device)
+        at = weight.to(device), hessian.to(device)
+        found[device] = sparsity.solve(
+            *at, bits=4, group_size=group_size, damping=0.05, sweeps=sweeps, mask=mask
+        )
+        pruned[device] = sparsity.prune(*at, damping=0.05, sweeps=sweeps, mask=mask)
+    cpu, gpu = found["cpu"], found["cuda"]
+    assert cpu.mask is not None and gpu.mask is not None
+    assert (gpu.mask.view(-1, 4, n).sum(1) == 2).all() and (gpu.codes[~gpu.mask] == 8).all()
+    if given is not None:
+        assert torch.equal(gpu.mask.cpu(), given) and torch.equal(pruned["cuda"][1].cpu(), given)
+    # one code off moves the later ones of its output, so codes agree mostly and the error to a hair
+    assert (gpu.codes.cpu() == cpu.codes).float().mean() > 0.9
+    assert (pruned["cuda"][1].cpu() == pruned["cpu"][1]).float().mean() > 0.95
+    torch.testing.assert_close(gpu.error.sum().cpu(), cpu.error.sum(), rtol=1e-2, atol=0)
 
 
 def test_hessian_is_exact_in_float32() -> None:

@@ -91,9 +91,13 @@ def test_no_import_cycle():
 
 
 def test_nothing_imports_a_verb_but_cli():
-    """And `push`, which with --also repacks and verifies as the two commands do."""
+    """And `push`, which with --also repacks and verifies, and `sparsify`, a quantize without rounding."""
     arrows = {(name, target) for name, targets in GRAPH.items() for target in targets if target in VERBS}
-    assert {arrow for arrow in arrows if arrow[0] != "cli"} == {("push", "quantize"), ("push", "verify")}
+    assert {arrow for arrow in arrows if arrow[0] != "cli"} == {
+        ("push", "quantize"),
+        ("push", "verify"),
+        ("sparsify", "quantize"),
+    }
 
 
 def test_nothing_imports_cli_but_main():

@@ -1,4 +1,4 @@
-"""The figures, after those of the MARLIN paper's artifact. The one module that needs matplotlib."""
+"""The figures, most after those of the MARLIN paper's artifact. The one module that needs matplotlib."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from marlin_convert.bench.batches import Latencies
+from marlin_convert.bench.latencies import TIMES, Served
 from marlin_convert.bench.multipliers import CUBLAS
 from marlin_convert.bench.sustained import Slice
 from marlin_convert.bench.timing import Ceilings, Cell
@@ -116,6 +118,38 @@ def sustained(slices: Sequence[Slice], names: Sequence[str], device: str) -> Fig
     power.set_ylabel("power, W (gray)")
     for axes in (by_batch, by_time, clocks):
         axes.grid(alpha=0.3)
+    return figure
+
+
+def served(servers: Sequence[Served]) -> Figure:
+    """The share of requests (of pairs of chunks) that took at most so many milliseconds, a line a server."""
+    figure = Figure(figsize=(9, 7), layout="constrained")
+    for axes, (name, said) in zip(figure.subplots(2, 2).flat, TIMES.items(), strict=True):
+        for place, server in zip(("server", "baseline"), servers, strict=False):
+            if values := server.times()[name]:
+                # a dollar would begin a formula
+                axes.ecdf(values, label=f"{place}: {server.model}".replace("$", r"\$"))
+        axes.set_xlabel(f"{said}, ms")
+        axes.set_ylabel("share at most that")
+        axes.grid(alpha=0.3)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(servers))
+    return figure
+
+
+def latency(found: Latencies) -> Figure:
+    """Speed-up over the baseline by batch size or, without one, milliseconds a token after the first."""
+    figure, axes = _axes()
+    speedups = found.speedups()
+    if speedups:
+        axes.plot(list(speedups), list(speedups.values()), marker="o", label="speed-up")
+        axes.axhline(1, color="black", linewidth=0.8)
+    else:
+        times = [one.token_ms for one in found.checkpoint]
+        axes.plot([one.batch for one in found.checkpoint], times, marker="o", label="ms a token")
+    axes.set_title(f"{found.device}, {found.engine}: {found.input_len} tokens in, {found.output_len} out")
+    _over_batches(axes, [one.batch for one in found.checkpoint])
+    axes.set_ylabel("speed-up over the baseline" if speedups else "ms a token after the first")
     return figure
 
 

@@ -150,7 +150,7 @@ def text(done: Measurements) -> str:
         lines += means(done.cells["layers"], done.names)
     if "models" in done.cells:
         lines += ["", f"models: speed-up over the linears of a block, batch {done.cells['models'][0].batch}"]
-        lines += _table(
+        lines += table(
             ["", *done.names],
             [
                 [model, *(f"{found[name]:.2f}" if name in found else "-" for name in done.names)]
@@ -182,7 +182,7 @@ def _cells(cells: Sequence[Cell], names: Sequence[str]) -> list[str]:
             ratio = f" {speedup:6.2f}x" if speedup and name != CUBLAS.name else ""
             row.append(f"{cell.us[name]:.1f}{ratio}" if name in cell.us else "-")
         rows.append(row)
-    return _table(["shape", "batch", *names], rows)
+    return table(["shape", "batch", *names], rows)
 
 
 def means(cells: Sequence[Cell], names: Sequence[str]) -> list[str]:
@@ -200,7 +200,7 @@ def means(cells: Sequence[Cell], names: Sequence[str]) -> list[str]:
                 else "-"
             )
         rows.append(row)
-    return _table(["batch", *names], rows)
+    return table(["batch", *names], rows)
 
 
 def _roofline(cells: Sequence[Cell]) -> list[str]:
@@ -216,7 +216,7 @@ def _roofline(cells: Sequence[Cell]) -> list[str]:
         ]
         for batch in dict.fromkeys(cell.batch for cell in cells)
     ]
-    return _table(["batch", *(shape.name for shape in shapes)], rows)
+    return table(["batch", *(shape.name for shape in shapes)], rows)
 
 
 def _slices(slices: Sequence[Slice]) -> list[str]:
@@ -229,10 +229,10 @@ def _slices(slices: Sequence[Slice]) -> list[str]:
         row += [f"{one.speedup(batch, name):.2f}" for batch, name in pairs]
         rows.append([*row, one.slowed_by or "-"])
     by_batch = [f"{batch}" if len(names) == 1 else f"{name} {batch}" for batch, name in pairs]
-    return _table(["s", "MHz min", "median", "W", "C", *by_batch, "slowed by"], rows)
+    return table(["s", "MHz min", "median", "W", "C", *by_batch, "slowed by"], rows)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Columns as wide as what is in them, the first one to the left."""
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
     return [

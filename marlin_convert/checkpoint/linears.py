@@ -59,7 +59,9 @@ class Weights:
         return [linear for linear, _, suffix in modules if suffix == self._suffixes(linear)[0]]
 
     def sparse_linears(self, manifest: Mapping[str, Any] | None) -> list[str]:
-        """The packed linears that are 2:4 by their layout, or if what their manifest claims is true."""
+        """The linears that are 2:4 by their layout, or if what their manifest claims is true."""
+        if self.scheme is None:
+            return manifests.pruned(manifest)
         if self.scheme and self.scheme.format == "marlin-24":
             return [
                 linear for linear in self.packed_linears() if self.scheme_of(linear).format == "marlin-24"

@@ -69,6 +69,18 @@ def rounded_to_nearest(manifest: dict[str, Any]) -> list[str]:
     ]
 
 
+def pruned(manifest: Mapping[str, Any] | None) -> list[str]:
+    """The linears of a dense checkpoint of which its manifest says that they are 2:4."""
+    if (manifest or {}).get("sparsity") != SPARSITY:
+        return []
+    rows = (manifest or {}).get("linears")
+    return [
+        row["name"]
+        for row in (rows if isinstance(rows, list) else ())
+        if isinstance(row, dict) and isinstance(row.get("name"), str)
+    ]
+
+
 def claims_sparse(manifest: Mapping[str, Any] | None, linear: str) -> bool:
     """Whether a manifest says of a packed linear that its weights are 2:4."""
     manifest = manifest or {}

@@ -20,6 +20,7 @@ class Configuration:
     """A kernel for one number of tokens per tile and one group size.
 
     `group` is the rows of k per scale, 0 where one scale serves all of k. `teams` of four warps multiply.
+    `sparse` is for the Sparse-MARLIN layout.
     """
 
     kernel: str
@@ -27,6 +28,7 @@ class Configuration:
     teams: int
     group: int
     bfloat16: bool
+    sparse: bool = False
 
     @property
     def entry(self) -> str:
@@ -37,7 +39,7 @@ class Configuration:
     def sources(self) -> tuple[str, ...]:
         """The files of csrc that make it, in order."""
         products = "wgmma_ptx.cuh" if self.kernel == "wgmma" else "mma_products.cuh"
-        return ("ptx.cuh", "numbers.cuh", "tiles.cuh", products, f"{self.kernel}.cu")
+        return ("ptx.cuh", "numbers.cuh", "layout.cuh", "tiles.cuh", products, f"{self.kernel}.cu")
 
     @property
     def threads(self) -> int:
@@ -52,7 +54,8 @@ class Configuration:
     @cached_property
     def _stage(self) -> int:
         """Bytes of a stage: codes, activations and scales of a chunk, in whole swizzle patterns."""
-        filled = 16384 + 256 * self.tokens + (512 * self.scale_rows if self.group else 0)
+        codes = 8192 + 4096 if self.sparse else 16384
+        filled = codes + 256 * self.tokens + (512 * self.scale_rows if self.group else 0)
         return -(-filled // 1024) * 1024
 
     @property
@@ -83,6 +86,7 @@ class Configuration:
             "SPLITS": self.teams,
             "GROUP": self.group,
             "BF16": int(self.bfloat16),
+            "SPARSE": int(self.sparse),
         }
         if self.kernel != "mma":
             # registers a thread has at launch, in eights: those given up are shared out among the others
@@ -93,7 +97,9 @@ class Configuration:
         return macros
 
 
-def choose(m: int, n: int, k: int, group: int, bfloat16: bool, capability: tuple[int, int]) -> Configuration:
+def choose(
+    m: int, n: int, k: int, group: int, bfloat16: bool, capability: tuple[int, int], sparse: bool = False
+) -> Configuration:
     """The configuration for m tokens of a layer with n outputs and k inputs.
 
     From a sweep on an H200 (benchmarks/RESULTS.md). wgmma has less to do per code than mma.sync, but only two
@@ -112,18 +118,18 @@ def choose(m: int, n: int, k: int, group: int, bfloat16: bool, capability: tuple
     """
     if capability != (9, 0):
         tokens = 8 if m <= 8 else 16 if m <= 16 else 32
-        return Configuration("mma", tokens, 2, group, bfloat16)
+        return Configuration("mma", tokens, 2, group, bfloat16, sparse)
     columns = -(-n // FEATURES)
     chunks = columns * (k // 128)
     if m <= 8 or (m <= 16 and chunks > 3000):
-        return Configuration("stream", 8 if m <= 8 else 16, 3, group, bfloat16)
+        return Configuration("stream", 8 if m <= 8 else 16, 3, group, bfloat16, sparse)
     if m <= 32:
         tokens = 16 if m <= 16 else 32
     elif m <= 64:
         tokens = 32 if chunks <= 512 else 64
     else:
         tokens = 64 if (columns <= 24 if m <= 128 else m <= 256 and chunks <= 768) else 128
-    return Configuration("wgmma", tokens, 2, group, bfloat16)
+    return Configuration("wgmma", tokens, 2, group, bfloat16, sparse)
 
 
 def schedule(tiles: int, chunks: int, processors: int) -> tuple[int, ...]:

@@ -20,7 +20,8 @@ from marlin_convert.kernels.configurations import FEATURES, Configuration, sched
 # of cuda.h
 MAX_DYNAMIC_SHARED_MEMORY = 8
 PROGRAMMATIC_STREAM_SERIALIZATION = 6
-UINT64, FLOAT16, BFLOAT16 = 5, 6, 9
+UINT32, UINT64, FLOAT16, BFLOAT16 = 2, 5, 6, 9
+BYTES = {UINT32: 4, UINT64: 8, FLOAT16: 2, BFLOAT16: 2}
 NO_SWIZZLE, SWIZZLE_128 = 0, 3
 PROMOTE_256 = 3
 
@@ -90,7 +91,7 @@ def _tensor_map(address: int, kind: int, rows: int, columns: int, box: tuple[int
         place = -(-addressof(memory) // 64) * 64
         status = _driver().cuTensorMapEncodeTiled(
             c_void_p(place), kind, 2, c_void_p(address), (c_uint64 * 2)(columns, rows),
-            (c_uint64 * 1)(columns * (8 if kind == UINT64 else 2)), (c_uint32 * 2)(box[1], box[0]),
+            (c_uint64 * 1)(columns * BYTES[kind]), (c_uint32 * 2)(box[1], box[0]),
             (c_uint32 * 2)(1, 1), 0, swizzle, PROMOTE_256, 0,
         )  # fmt: skip
         _check(status, "describing a matrix")
@@ -149,7 +150,15 @@ def _capture(stream: int) -> int:
 class Call:
     """A launch of which only the addresses of activations and output are still to come."""
 
-    def __init__(self, configuration: Configuration, x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None):
+    def __init__(
+        self,
+        configuration: Configuration,
+        x: Tensor,
+        B: Tensor,
+        s: Tensor,
+        bias: Tensor | None,
+        B_meta: Tensor | None = None,
+    ):
         """Prepare y (m, n) of x (m, k) on the current stream of x's device, which is the current device.
 
         All tensors are contiguous, on one device, and aligned to 16 bytes; the parameters outlive the call.
@@ -162,10 +171,11 @@ class Call:
         blocks, *plan = schedule(columns * token_tiles, chunks, loaded.processors)
         problem = ctypes.create_string_buffer(
             struct.pack(
-                "7Q11i4x", B.data_ptr(), 0, s.data_ptr(), 0 if bias is None else bias.data_ptr(), 0,
-                parts.data_ptr(), tickets.data_ptr(), m, n, k, columns, token_tiles, chunks, *plan,
+                "8Q11i4x", B.data_ptr(), 0, s.data_ptr(), 0 if bias is None else bias.data_ptr(), 0,
+                parts.data_ptr(), tickets.data_ptr(), 0 if B_meta is None else B_meta.data_ptr(),
+                m, n, k, columns, token_tiles, chunks, *plan,
             ),
-            104,
+            112,
         )  # fmt: skip
         self._x, self._y = c_uint64.from_buffer(problem, 8), c_uint64.from_buffer(problem, 32)
         arguments = [addressof(problem)]
@@ -174,8 +184,13 @@ class Call:
             kind = BFLOAT16 if x.dtype == torch.bfloat16 else FLOAT16
             self._tiles = kind, m, k, (configuration.tokens, 64)
             rows = min(configuration.scale_rows, len(s))
+            weights = _tensor_map(B.data_ptr(), UINT64, len(B), n, (len(B) // chunks, FEATURES), NO_SWIZZLE)
+            metadata = weights  # which is not read then
+            if B_meta is not None:
+                metadata = _tensor_map(B_meta.data_ptr(), UINT32, len(B), n, (4, FEATURES), NO_SWIZZLE)
             arguments += [
-                _tensor_map(B.data_ptr(), UINT64, len(B), n, (8, FEATURES), NO_SWIZZLE),
+                weights,
+                metadata,
                 _tensor_map(s.data_ptr(), FLOAT16, len(s), n, (rows, FEATURES), NO_SWIZZLE),
                 0,
             ]
@@ -196,5 +211,5 @@ class Call:
         self._x.value, self._y.value = x, y
         if self._tiles is not None:
             kind, m, k, box = self._tiles
-            self._pointers[3] = _tensor_map(x, kind, m, k, box, SWIZZLE_128)
+            self._pointers[4] = _tensor_map(x, kind, m, k, box, SWIZZLE_128)
         _check(self._driver(self._launch, self._handle, self._pointers, None), "launching a kernel")

@@ -22,15 +22,18 @@ log = logging.getLogger("marlin_convert")
 DTYPES = (torch.float16, torch.bfloat16)
 
 
-def matmul(x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None = None) -> Tensor:
+def matmul(
+    x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None = None, B_meta: Tensor | None = None
+) -> Tensor:
     """x (..., k) times MARLIN weights B (k / 16, 2n) int32 and s (groups, n) float16, plus bias: (..., n).
 
+    With B_meta (k / 32, 2n) int16 the weights are Sparse-MARLIN's, B is B_24 (k / 32, 2n).
     x and bias are float16 or bfloat16; sums are float32. KernelError when shapes, dtypes or devices do not
     fit, or there is no kernel for the GPU.
     """
     if type(x) is not Tensor or not x.is_cuda or torch.compiler.is_compiling() or _len_torch_dispatch_stack():
-        return torch.ops.marlin_convert.matmul.default(x, B, s, bias)
-    return _cuda(x, B, s, bias)  # past the dispatcher, which takes two microseconds
+        return torch.ops.marlin_convert.matmul.default(x, B, s, bias, B_meta)
+    return _cuda(x, B, s, bias, B_meta)  # past the dispatcher, which takes two microseconds
 
 
 def reference(x: Tensor, layer: QuantizedLinear, bias: Tensor | None = None) -> Tensor:
@@ -96,11 +99,13 @@ class MarlinLinear(PackedLinear):
 class Marlin24Linear(PackedLinear):
     """A linear of B_24 and B_meta (k / 32, 2n), s (groups, n) and perhaps a bias (n), as in marlin-24 files.
 
-    There is no kernel for it yet: it multiplies by the dequantized weights everywhere.
+    It multiplies by the dequantized weights everywhere: the kernel has not been tried on a GPU.
     """
 
     def __init__(self, B_24: Tensor, B_meta: Tensor, s: Tensor, bias: Tensor | None = None):
-        scheme = Scheme("marlin-24", 4, -1 if len(s) == 1 else 128)
+        """KernelError when the tensors are not of one layer."""
+        _, _, groups = _shape(B_24, s, B_meta)
+        scheme = Scheme("marlin-24", 4, -1 if groups == 1 else 128)
         super().__init__(scheme, {"B_24": B_24, "B_meta": B_meta, "s": s}, bias)
 
 
@@ -125,44 +130,63 @@ def _say_there_is_no_kernel(format: str) -> None:
     )
 
 
-def _shape(B: Tensor, s: Tensor) -> tuple[int, int, int]:
-    """k, n and the number of groups of a layer; KernelError when B and s do not fit each other."""
+def _shape(B: Tensor, s: Tensor, B_meta: Tensor | None = None) -> tuple[int, int, int]:
+    """k, n and the number of groups of a layer; KernelError when its tensors do not fit each other."""
+    name, step = ("B", 16) if B_meta is None else ("B_24", 32)
     if B.dim() != 2 or s.dim() != 2 or B.dtype != torch.int32 or s.dtype != torch.float16:
         raise KernelError(
-            f"B is {tuple(B.shape)} {B.dtype} and s {tuple(s.shape)} {s.dtype}; "
-            "int32 (k / 16, 2n) and float16 (groups, n) are meant."
+            f"{name} is {tuple(B.shape)} {B.dtype} and s {tuple(s.shape)} {s.dtype}; "
+            f"int32 (k / {step}, 2n) and float16 (groups, n) are meant."
         )
-    k, n, groups = 16 * B.shape[0], B.shape[1] // 2, s.shape[0]
+    if B_meta is not None and (B_meta.dtype != torch.int16 or B_meta.shape != B.shape):
+        raise KernelError(f"B_meta is {tuple(B_meta.shape)} {B_meta.dtype}; int16 {tuple(B.shape)} is meant.")
+    k, n, groups = step * B.shape[0], B.shape[1] // 2, s.shape[0]
     if k % 128 or n % 64 or not k or not n or s.shape[1] != n or B.shape[1] % 2:
         raise KernelError(
-            f"B is {tuple(B.shape)} and s {tuple(s.shape)}: k must be a multiple of 128, n of 64, "
+            f"{name} is {tuple(B.shape)} and s {tuple(s.shape)}: k must be a multiple of 128, n of 64, "
             "the same in both."
         )
-    if not groups or (groups != 1 and (k % groups or k // groups not in (32, 64, 128))):
-        raise KernelError(f"{groups} groups of {k} inputs: groups are of 32, 64 or 128 rows, or one for all.")
+    sizes = (32, 64, 128) if B_meta is None else (128,)
+    if not groups or (groups != 1 and (k % groups or k // groups not in sizes)):
+        known = ", ".join(map(str, sizes))
+        raise KernelError(f"{groups} groups of {k} inputs: groups are of {known} rows, or one for all.")
     return k, n, groups
 
 
 class _Layer:
-    """Prepared launches of one B, s and bias, by number of tokens, dtype and stream."""
+    """Prepared launches of one layer, by shape and dtype of the activations and stream."""
 
-    def __init__(self, B: Tensor, s: Tensor, bias: Tensor | None):
-        self._tensors = [tensor if tensor is None else ref(tensor) for tensor in (B, s, bias)]
-        self._addresses = B.data_ptr(), s.data_ptr(), 0 if bias is None else bias.data_ptr()
-        self.k, self.n, groups = _shape(B, s)
+    def __init__(self, B: Tensor, s: Tensor, bias: Tensor | None, B_meta: Tensor | None):
+        self._tensors = [_nothing if one is None else ref(one) for one in (B, s, bias, B_meta)]
+        self._addresses = _addresses(B, s, bias, B_meta)
+        self.k, self.n, groups = _shape(B, s, B_meta)
         self.group = 0 if groups == 1 else self.k // groups
         self.device = B.device.index
         self.calls: dict[tuple[torch.Size, torch.dtype, int], Call] = {}
 
-    def is_of(self, B: Tensor, s: Tensor, bias: Tensor | None) -> bool:
+    def is_of(self, B: Tensor, s: Tensor, bias: Tensor | None, B_meta: Tensor | None) -> bool:
         """Whether these are the tensors, and in the same place."""
-        first, second, third = self._tensors
+        one, two, three, four = self._tensors
         return (
-            first() is B  # type: ignore[misc]
-            and second() is s  # type: ignore[misc]
-            and (third is bias if third is None else third() is bias)
-            and self._addresses == (B.data_ptr(), s.data_ptr(), 0 if bias is None else bias.data_ptr())
+            one() is B
+            and two() is s
+            and three() is bias
+            and four() is B_meta
+            and self._addresses == _addresses(B, s, bias, B_meta)
         )
+
+
+def _nothing() -> None:
+    return None
+
+
+def _addresses(B: Tensor, s: Tensor, bias: Tensor | None, B_meta: Tensor | None) -> tuple[int, int, int, int]:
+    return (
+        B.data_ptr(),
+        s.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        0 if B_meta is None else B_meta.data_ptr(),
+    )
 
 
 # By the identity of B. As many as the layers of a large model, some times over.
@@ -173,9 +197,11 @@ KEPT = 4096
 KEPT_CALLS = 64
 
 
-def _cuda(x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None = None) -> Tensor:
+def _cuda(
+    x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None = None, B_meta: Tensor | None = None
+) -> Tensor:
     layer = _layers.get(id(B))
-    if layer is not None and layer.is_of(B, s, bias):
+    if layer is not None and layer.is_of(B, s, bias, B_meta):
         shape, device = x.shape, layer.device
         call = layer.calls.get((shape, x.dtype, torch._C._cuda_getCurrentRawStream(device)))
         if call is not None and x.is_contiguous() and _current(device):
@@ -184,12 +210,12 @@ def _cuda(x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None = None) -> Tensor
                 y = x.new_empty((*shape[:-1], layer.n))
                 call(address, y.data_ptr())
                 return y
-    return _prepare(x, B, s, bias)
+    return _prepare(x, B, s, bias, B_meta)
 
 
-def _prepare(x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None) -> Tensor:
+def _prepare(x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None, B_meta: Tensor | None) -> Tensor:
     """The product by a launch that is prepared now, and kept for the next time."""
-    _check(x, B, s, bias)
+    _check(x, B, s, bias, B_meta)
     y = x.new_empty((*x.shape[:-1], s.shape[-1]))
     if not y.numel():
         return y
@@ -198,13 +224,14 @@ def _prepare(x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None) -> Tensor:
         x = x.clone()
     device = x.device.index
     layer = _layers.get(id(B))
-    if layer is None or not layer.is_of(B, s, bias):
-        layer = _Layer(B, s, bias)
+    if layer is None or not layer.is_of(B, s, bias, B_meta):
+        layer = _Layer(B, s, bias, B_meta)
     with torch.cuda.device(device):
         capability = torch.cuda.get_device_capability(device)
         m = x.numel() // layer.k
-        configuration = choose(m, layer.n, layer.k, layer.group, x.dtype == torch.bfloat16, capability)
-        call = Call(configuration, x, B, s, bias)
+        bfloat16, sparse = x.dtype == torch.bfloat16, B_meta is not None
+        configuration = choose(m, layer.n, layer.k, layer.group, bfloat16, capability, sparse)
+        call = Call(configuration, x, B, s, bias, B_meta)
         call(x.data_ptr(), y.data_ptr())
         if not torch.cuda.is_current_stream_capturing():
             _keep(_layers, id(B), layer, KEPT)
@@ -224,13 +251,13 @@ def _current(device: int) -> bool:
     return torch._C._cuda_getDevice() == device and not torch._C._cuda_isCurrentStreamCapturing()
 
 
-def _check(x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None) -> None:
-    k, n, _ = _shape(B, s)
+def _check(x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None, B_meta: Tensor | None) -> None:
+    k, n, _ = _shape(B, s, B_meta)
     if x.dtype not in DTYPES or not x.dim() or x.shape[-1] != k:
         raise KernelError(f"x is {tuple(x.shape)} {x.dtype}; float16 or bfloat16 with {k} inputs is meant.")
     if bias is not None and (tuple(bias.shape) != (n,) or bias.dtype != x.dtype):
         raise KernelError(f"bias is {tuple(bias.shape)} {bias.dtype}; ({n},) {x.dtype} is meant.")
-    for name, tensor in (("B", B), ("s", s), ("bias", bias)):
+    for name, tensor in (("B", B), ("s", s), ("bias", bias), ("B_meta", B_meta)):
         if tensor is None:
             continue
         if tensor.device != x.device:
@@ -239,11 +266,13 @@ def _check(x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None) -> None:
             raise KernelError(f"{name} must be contiguous and aligned to 16 bytes.")
 
 
-def _fake(x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None = None) -> Tensor:
+def _fake(
+    x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None = None, B_meta: Tensor | None = None
+) -> Tensor:
     return x.new_empty(*x.shape[:-1], B.shape[1] // 2)
 
 
 _library = torch.library.Library("marlin_convert", "DEF")
-_library.define("matmul(Tensor x, Tensor B, Tensor s, Tensor? bias=None) -> Tensor")
+_library.define("matmul(Tensor x, Tensor B, Tensor s, Tensor? bias=None, Tensor? B_meta=None) -> Tensor")
 _library.impl("matmul", _cuda, "CUDA")
 torch.library.register_fake("marlin_convert::matmul", _fake, lib=_library)

@@ -67,21 +67,28 @@ class BlockWalk:
         self._inputs: dict[int, Tensor] = {}  # of the last stage of the part being walked, by micro-batch
         self._outputs: dict[tuple[str, int], Tensor] = {}  # of finished parts
 
-    @torch.no_grad()
     def run(self, stages: Sequence[Stage], finish: Callable[[int, Tensor], None]) -> None:
         """Solve `stages`, in order; `finish(i, output)` takes the block's output of every micro-batch."""
+        for stage, x in self.inputs(stages, finish):
+            self._observe(stage, x)
+
+    @torch.no_grad()
+    def inputs(
+        self, stages: Sequence[Stage], finish: Callable[[int, Tensor], None]
+    ) -> Iterator[tuple[Stage, Tensor]]:
+        """What `run` lets `observe` see, one after another: so two blocks can be walked side by side."""
         self._stages = stages
         with self._finished_parts() as finished:
             for part in self.parts:
                 for stage in part.stages:
                     if stage in stages:
-                        self._walk_stage(stage, keep_inputs=stage == part.last)
+                        yield from self._walk_stage(stage, keep_inputs=stage == part.last)
                 finished(part)
             for i in range(self.batches):
                 self._current = i
                 finish(i, self._forward(i))
 
-    def _walk_stage(self, stage: Stage, *, keep_inputs: bool) -> None:
+    def _walk_stage(self, stage: Stage, *, keep_inputs: bool) -> Iterator[tuple[Stage, Tensor]]:
         with self._broken_off_at(stage):
             for i in range(self.batches):
                 self._current = i
@@ -92,9 +99,9 @@ class BlockWalk:
                     reached.__traceback__ = None  # it holds every local of the forward
                 else:
                     raise RuntimeError(f"the block never reached {stage[0]}: its table row is wrong")
-                self._observe(stage, x)
                 if keep_inputs and self._fits(x):
                     self._inputs[i] = x
+                yield stage, x
                 del x
         self._solve(stage)
 

@@ -7,6 +7,7 @@ The same sweep with the feedback matrix H / diag(H), zero on its diagonal, is cy
 each row is rounded to the best code given all others. Sweeps of it after GPTQ never raise the error.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,7 @@ class Solution:
     damping: (
         float | None
     )  # what it took to factorise H; None: it could not be, weights are rounded to nearest
+    mask: Tensor | None = None  # (k, n) bool, what 2:4 sparsity keeps; codes are zero elsewhere
 
 
 def solve(
@@ -50,29 +52,43 @@ def solve(
     group_of_row = (torch.arange(k, device=wt.device) // group_size)[order]
 
     ordered, w = hessian[order][:, order], wt[order]
-    with _feedback_precision(wt.device):
-        used, feedback = _factorise(ordered, damping)
+    codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)
+    errors = torch.zeros_like(w)
+    round_block = _round_block
+    if w.is_cuda:
+        # imported here because Triton exists only where there is a GPU
+        from marlin_convert.solvers.gptq_triton import round_block
+
+    def choose(rows: slice, target: Tensor, feedback: Tensor) -> None:
+        scale = scales[group_of_row[rows]]
+        codes[rows] = round_block(target, w[rows], scale, feedback, errors[rows], bits)
+
+    with feedback_precision(wt.device):
+        used, feedback = factorise(ordered, damping)
         if feedback is None:
-            codes = _round(w, scales[group_of_row], bits)
+            codes[:] = round_to_codes(w, scales[group_of_row], bits)
             errors = w - codes * scales[group_of_row]
         else:
-            errors = torch.zeros_like(w)
-            codes = _sweep(w, scales, group_of_row, feedback, errors, bits, triangular=True)
+            feedback.div_(feedback.diagonal().clone())
+            sweep(w, feedback, errors, choose, triangular=True)
             del feedback
             if sweeps:
                 descent = _descent(ordered, used or damping)
                 for _ in range(sweeps):
-                    codes = _sweep(w, scales, group_of_row, descent, errors, bits, triangular=False)
+                    sweep(w, descent, errors, choose, triangular=False)
                 del descent
-        error = (ordered @ errors).mul_(errors).sum(0)
-        energy = (ordered @ w).mul_(w).sum(0)
+        error = output_energy(ordered, errors)
+        energy = output_energy(ordered, w)
     stored = torch.empty(wt.shape, dtype=torch.uint8, device=wt.device)
     stored[order] = (codes + 2 ** (bits - 1)).to(torch.uint8)
     return Solution(stored, scales.half(), error, energy, used)
 
 
-def _factorise(hessian: Tensor, damping: float) -> tuple[float | None, Tensor | None]:
-    """(damping used, U) with hessian + damping = U D U^T, U unit upper triangular; Nones if there is none."""
+def factorise(hessian: Tensor, damping: float) -> tuple[float | None, Tensor | None]:
+    """(damping used, U) with hessian + damping = U U^T, U (k, k) upper triangular; Nones if there is none.
+
+    `damping` is a share of the mean diagonal, raised tenfold up to 1 until there is one.
+    """
     mean = hessian.diagonal().mean()
     if not mean > 0:
         return None, None
@@ -82,10 +98,14 @@ def _factorise(hessian: Tensor, damping: float) -> tuple[float | None, Tensor | 
         reversed_.diagonal().add_(damping * mean)
         lower, info = torch.linalg.cholesky_ex(reversed_)
         if not info and bool(lower.diagonal().isfinite().all()):
-            upper = lower.flip(0, 1)
-            return damping, upper.div_(upper.diagonal().clone())
+            return damping, lower.flip(0, 1)
         damping *= 10
     return None, None
+
+
+def output_energy(hessian: Tensor, x: Tensor) -> Tensor:
+    """x^T H x of every column of x (k, n): (n,)."""
+    return (hessian @ x).mul_(x).sum(0)
 
 
 def _descent(hessian: Tensor, damping: float) -> Tensor:
@@ -96,32 +116,25 @@ def _descent(hessian: Tensor, damping: float) -> Tensor:
     return feedback
 
 
-def _sweep(
+def sweep(
     w: Tensor,
-    scales: Tensor,
-    group_of_row: Tensor,
     feedback: Tensor,
     errors: Tensor,
-    bits: int,
+    choose: Callable[[slice, Tensor, Tensor], None],
+    *,
     triangular: bool,
-) -> Tensor:
-    """Round every row of w (k, n) once, in order; updates `errors` (k, n), returns signed codes (k, n) int8.
+) -> None:
+    """Go through w (k, n) once, a block of rows at a time.
 
-    Row i is rounded at w[i] + feedback[:, i]^T errors. Within a block of rows that product goes row by row,
-    between blocks as one matrix product.
+    `choose(rows, target, feedback)` replaces errors[rows]; target (b, n) is w[rows] + feedback[:, rows]^T
+    errors, all of it that is known before the block, feedback (b, b) what is left to it: between blocks the
+    product goes as one of matrices.
     """
-    round_block = _round_block
-    if w.is_cuda:
-        # imported here because Triton exists only where there is a GPU
-        from marlin_convert.solvers.gptq_triton import round_block
-    codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)
     for start in range(0, w.shape[0], BLOCK):
         rows = slice(start, min(start + BLOCK, w.shape[0]))
         known = slice(0, start) if triangular else slice(None)
         target = torch.addmm(w[rows], feedback[known, rows].T, errors[known])
-        scale = scales[group_of_row[rows]]
-        codes[rows] = round_block(target, w[rows], scale, feedback[rows, rows], errors[rows], bits)
-    return codes
+        choose(rows, target, feedback[rows, rows])
 
 
 def _round_block(
@@ -133,19 +146,20 @@ def _round_block(
     for i in range(w.shape[0]):
         if i:
             target[i].addmv_(change[:i].T, feedback[:i, i])
-        codes[i] = _round(target[i], scale[i], bits)
+        codes[i] = round_to_codes(target[i], scale[i], bits)
         error = torch.addcmul(w[i], codes[i], scale[i], value=-1)
         torch.sub(error, errors[i], out=change[i])
         errors[i] = error
     return codes
 
 
-def _round(w: Tensor, scale: Tensor, bits: int) -> Tensor:
+def round_to_codes(w: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """The signed codes nearest to w / scale."""
     low = -(2 ** (bits - 1))
     return torch.round(w / scale).clamp_(low, -low - 1)
 
 
-class _feedback_precision:
+class feedback_precision:
     """Feedback products run on a GPU's tensor cores in TF32: errors of 1e-3 in a correction are harmless."""
 
     def __init__(self, device: torch.device):

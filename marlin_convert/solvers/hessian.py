@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -33,13 +32,17 @@ class Hessian:
             for start in range(0, self.sum.shape[0], self._width):
                 columns = slice(start, start + self._width)
                 rows = slice(0, columns.stop)
-                product = partial(torch.mm, out_dtype=torch.float32) if x.dtype.itemsize == 2 else torch.mm
                 self.sum[rows, columns] += product(x[:, rows].T, x[:, columns])
 
     def mean(self) -> Tensor:
         """The mean over all tokens, (k, k) float32; the sum is given up."""
         upper = self.sum.triu_().div_(max(self.tokens, 1))
         return upper.add_(upper.triu(1).T)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in float32; 16-bit tensors must be on a GPU."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.dtype.itemsize == 2 else torch.mm(a, b)
 
 
 @contextmanager

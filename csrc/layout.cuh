@@ -1,0 +1,19 @@
+// What lies where in a chunk, 128 rows of k: of the MARLIN layout or, with SPARSE, of the Sparse-MARLIN layout, which
+// holds two of every four rows and which two they are. Both are in columns of 64 features; a lane has 16 bytes of each
+// column, a word of four for every fragment of 16 features.
+constexpr int STEPS = SPARSE ? 4 : 8;                   // a step is 16 rows that are held, of 32 or of 16
+constexpr int CODES = STEPS * 2048;                     // bytes of 256 features
+constexpr int METADATA = SPARSE ? 4096 : 0;             // bytes: a word for every lane and two fragments
+constexpr int GROUPS = GROUP ? 128 / GROUP : 1;         // of scales, per chunk
+constexpr int GROUP_STEPS = STEPS / GROUPS;
+constexpr int SCALES = GROUP ? 512 * GROUPS : 0;        // bytes of 256 features
+
+// Which of 64 features is row `half` * 8 + lane / 4 of a fragment.
+__device__ __forceinline__ int feature_in_column(int fragment, int half, int lane) {
+  return SPARSE ? 8 * (lane / 4) + 4 * half + fragment : 16 * fragment + 8 * half + lane / 4;
+}
+// Where the scale of a feature is if there is one for all of k: inside 32 features, 8 i + 2 m + e holds 2 i + e + 8 m.
+__device__ __forceinline__ int place_of_scale(int feature) {
+  const int r = feature % 32;
+  return SPARSE ? feature : (feature & ~31) + 8 * (r % 8 / 2) + 2 * (r / 8) + r % 2;
+}
