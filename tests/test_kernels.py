@@ -4,6 +4,7 @@ import itertools
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -40,8 +41,14 @@ def configurations(capability: tuple[int, int]) -> list[Configuration]:
 @pytest.mark.parametrize("capability", compiling.ARCHITECTURES, ids=lambda c: compiling.ARCHITECTURES[c])
 def test_every_configuration_compiles(capability: tuple[int, int]) -> None:
     arch = compiling.architecture(capability)
-    for configuration in configurations(capability):
-        code, said = compiling.compile(compiling.source(configuration), arch)
+
+    def compiled(configuration: Configuration) -> tuple[bytes, str]:
+        return compiling.compile(compiling.source(configuration), arch)
+
+    found = configurations(capability)
+    with ThreadPoolExecutor(2) as pool:  # half the time on two processors
+        programs = list(pool.map(compiled, found))
+    for configuration, (code, said) in zip(found, programs, strict=True):
         registers = [int(count) for count in re.findall(r"Used (\d+) registers", said)]
         spilled = [int(count) for count in re.findall(r"(\d+) bytes spill stores", said)]
         assert registers and max(registers) * configuration.threads <= 65536
