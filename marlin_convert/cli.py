@@ -401,7 +401,7 @@ def sparsify(
         click.echo(reports.summary_text(done, job))
 
 
-CHECKS = ("files", "layout", "sparsity", "numbers", "kernel")
+CHECKS = ("files", "layout", "sparsity", "numbers", "kernel", "generate")
 
 
 def parse_checks(context: click.Context, parameter: click.Parameter, value: str) -> frozenset[str]:
@@ -417,7 +417,7 @@ def parse_checks(context: click.Context, parameter: click.Parameter, value: str)
 @click.option("--source", metavar="MODEL", help="Also compare with the model it was made from.")
 @click.option(
     "--checks",
-    default=",".join(CHECKS),
+    default=",".join(name for name in CHECKS if name != "generate"),
     show_default=True,
     callback=parse_checks,
     metavar="NAME[,NAME]",

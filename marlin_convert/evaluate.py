@@ -61,6 +61,20 @@ def compare(
     return Comparison(tokens, perplexity[0], perplexity[1], mean[2].item(), mean[3].item(), margin)
 
 
+def log_probabilities(model: BlockModel, ids: Tensor) -> Tensor:
+    """Of every next token after ids (samples, length): (samples, length, vocabulary) float32 on the CPU."""
+    hidden = HiddenStates(model, ids)
+    for number in range(len(model)):
+        hidden.advance(model.load(number), number)
+        model.unload(number)
+    rows = [
+        model.logits(batch[row : row + 1], hidden.state(i)[row : row + 1])[0]
+        for i, batch in enumerate(hidden.batches)
+        for row in range(len(batch))
+    ]
+    return torch.stack(rows).float().log_softmax(-1).cpu()
+
+
 def _sums(source: Tensor, model: Tensor, targets: Tensor) -> tuple[Tensor, float]:
     """Of logits (positions, vocabulary): (4,) float64 of both losses, divergence, agreements; the margin."""
     sums, margin = torch.zeros(4, dtype=torch.float64), 0.0
