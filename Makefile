@@ -29,7 +29,7 @@ demo: $(READY)  ## quantize examples/tinypy-4m and verify the result
 	@echo "Next, with a model of yours: $(BIN)/marlin-convert quantize Qwen/Qwen3-0.6B -o qwen3-marlin"
 
 test: lint  ## lint and the tests that need no GPU, no peer and no patience
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check
