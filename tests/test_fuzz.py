@@ -373,7 +373,7 @@ def test_a_damaged_checkpoint(runs, sources, text, home, cli):
                 if done == 0:
                     check_manifest(model)
 
-    runs(check, short=400, many=20_000)
+    runs(check, short=250, many=20_000)
 
 
 def test_a_damaged_recipe(runs, sources, home, cli):
@@ -402,4 +402,4 @@ def test_a_damaged_recipe(runs, sources, home, cli):
             path.write_text(recipe.dump())
             assert load(str(path)) == recipe
 
-    runs(check, short=300, many=5_000)
+    runs(check, short=150, many=5_000)

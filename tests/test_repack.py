@@ -277,10 +277,11 @@ def test_a_model_that_was_never_pruned_is_refused(make, refuse, source):
     assert "--format marlin holds it" in said and "--unpruned '*.down_proj'" in said
 
 
-def test_quantize_does_not_prune_yet(tinypy, make, refuse):
+def test_quantize_prunes_only_when_asked(tinypy, make, refuse):
     for words in ((tinypy,), (make("gptq-sparse")[0], "--requantize")):
         said = refuse(*words, format="marlin-24")
-        assert "Error: marlin-24 holds codes that are 2:4, and quantize does not prune" in said
+        assert "Error: marlin-24 holds codes that are 2:4, and the source is not known to be" in said
+        assert "--sparsity 2:4" in said
 
 
 @pytest.mark.parametrize("pattern", ["*", "*.mlp.*", "*.nothing"])
