@@ -42,14 +42,7 @@ TAGS = {
     "dense": ("sparse-24",),
 }
 
-_STOCK = """\
-```
-pip install vllm
-vllm serve {repository}{revision}
-```
-
-```python
-# pip install transformers %s
+_PYTHON = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{repository}"{keyword})
@@ -58,7 +51,20 @@ tokens = tokenizer("Hello", return_tensors="pt")
 print(tokenizer.decode(model.generate(**tokens, max_new_tokens=32)[0]))
 ```
 """
-_OURS = """\
+_STOCK = (
+    """\
+```
+pip install vllm
+vllm serve {repository}{revision}
+```
+
+```python
+# pip install transformers %s
+"""
+    + _PYTHON
+)
+_OURS = (
+    """\
 vLLM and transformers load this layout where marlin-convert is installed beside them.{also}
 
 ```
@@ -67,13 +73,9 @@ vllm serve {repository}{revision}
 
 ```python
 import marlin_convert
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{repository}"{keyword})
-tokenizer = AutoTokenizer.from_pretrained("{repository}"{keyword})
-tokens = tokenizer("Hello", return_tensors="pt")
-print(tokenizer.decode(model.generate(**tokens, max_new_tokens=32)[0]))
-```
+"""
+    + _PYTHON
+    + """\
 
 > **Not without `import marlin_convert`.** transformers alone does not know the layout, prints a warning, and
 > goes on with random weights. vLLM alone refuses it with an error.
@@ -84,11 +86,11 @@ Its codes can be written in a layout that both load alone, exactly:
 marlin-convert quantize {repository}{revision} -o DIR --format gptq
 ```
 """
+)
 _NO_KERNEL = """
 There is no kernel for this layout yet: its linears are dequantized when they are loaded. It saves disk, not
 memory or time.
 """
-# Only what tests/engines has seen load and answer right.
 _DENSE = """\
 It loads as the original does. To quantize it, keeping its zeros:
 
@@ -97,6 +99,7 @@ marlin-convert quantize {repository}{revision} -o DIR --format marlin-24
 ```
 """
 
+# Of packed layouts, only what tests/engines has seen load and answer right.
 SERVING = {
     "dense": _DENSE,
     "marlin": _OURS % "",

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from marlin_convert.bench.stream import Server
+    from marlin_convert.quantize import Job
 
 log = logging.getLogger("marlin_convert")
 
@@ -250,6 +251,23 @@ def conversion_options(command: Callable) -> Callable:
     return command
 
 
+def convert(
+    job: "Job", plan_job: Callable, story: Callable, dry_run: bool, as_json: bool, quiet: bool
+) -> None:
+    """Print the plan of a conversion, or do it and print what was done."""
+    from marlin_convert import report as reports
+
+    if dry_run:
+        _, plan = plan_job(job)
+        click.echo(json.dumps(reports.plan_json(plan), indent=2) if as_json else reports.plan_text(plan, job))
+        return
+    done = story(job, block_progress(quiet))
+    if as_json:
+        click.echo(json.dumps(reports.summary(done), indent=2))
+    elif not quiet:
+        click.echo(reports.summary_text(done, job))
+
+
 @main.command(context_settings=CONTEXT)
 @click.argument("model")
 @click.option(
@@ -302,15 +320,15 @@ def quantize(
     with imports():
         from marlin_convert import quantize as story
         from marlin_convert import recipe as recipes
-        from marlin_convert import report as reports
         from marlin_convert.hub import resolve
 
     check_report(report)
     settings["group_size"] = int(settings["group_size"]) if settings["group_size"] else None
     settings |= {name: settings[name] or None for name in ("skip", "unpruned")}
-    if settings["sparsity"] and not settings["format"] and recipes.load(recipe).format == "marlin":
+    start = recipes.load(recipe)
+    if settings["sparsity"] and not settings["format"] and start.format == "marlin":
         settings["format"] = "marlin-24"
-    chosen, where = recipes.load(recipe).changed(settings), pick_device(device)
+    chosen, where = start.changed(settings), pick_device(device)
     if chosen.format == "dense":
         raise ConvertError(
             f"{recipe!r} is a recipe of sparsify.", "name a layout with --format, or sparsify."
@@ -328,15 +346,7 @@ def quantize(
         trust_remote_code=trust_remote_code,
         report=report,
     )
-    if dry_run:
-        _, plan = story.plan_job(job)
-        click.echo(json.dumps(reports.plan_json(plan), indent=2) if as_json else reports.plan_text(plan, job))
-        return
-    done = story.quantize(job, block_progress(quiet))
-    if as_json:
-        click.echo(json.dumps(reports.summary(done), indent=2))
-    elif not quiet:
-        click.echo(reports.summary_text(done, job))
+    convert(job, story.plan_job, story.quantize, dry_run, as_json, quiet)
 
 
 @main.command(context_settings=CONTEXT)
@@ -372,7 +382,6 @@ def sparsify(
     set_up_logging(quiet, verbose)
     with imports():
         from marlin_convert import recipe as recipes
-        from marlin_convert import report as reports
         from marlin_convert import sparsify as story
         from marlin_convert.hub import resolve
 
@@ -390,15 +399,7 @@ def sparsify(
         trust_remote_code=trust_remote_code,
         report=report,
     )
-    if dry_run:
-        _, plan = story.plan_job(job)
-        click.echo(json.dumps(reports.plan_json(plan), indent=2) if as_json else reports.plan_text(plan, job))
-        return
-    done = story.sparsify(job, block_progress(quiet))
-    if as_json:
-        click.echo(json.dumps(reports.summary(done), indent=2))
-    elif not quiet:
-        click.echo(reports.summary_text(done, job))
+    convert(job, story.plan_job, story.sparsify, dry_run, as_json, quiet)
 
 
 CHECKS = ("files", "layout", "sparsity", "numbers", "kernel", "generate")

@@ -25,7 +25,7 @@ from marlin_convert.models.blocks import BlockModel
 from marlin_convert.models.hidden import HiddenStates, memory_for_activations
 from marlin_convert.models.stages import BlockWalk
 from marlin_convert.plan import Fate, Plan
-from marlin_convert.quantized import QuantizedLinear, crowded_quads, same_codes
+from marlin_convert.quantized import QuantizedLinear, first_crowded, quad_nonzeros, same_codes
 from marlin_convert.solvers import gptq, sparsity
 from marlin_convert.solvers.drift import Drift, compensated
 from marlin_convert.solvers.gptq import Solution
@@ -257,15 +257,15 @@ class Solve:
 
     def _mask(self, fates: list[Fate], weights: list[Tensor]) -> Tensor | None:
         """What weights that are 2:4 keep, None if they are not; SourceError if they are said to be."""
-        quads = [crowded_quads(weight) for weight in weights]
-        if not any(len(found) for found in quads):
+        quads = [quad_nonzeros(weight) for weight in weights]
+        crowded = [int((held > 2).sum()) for held in quads]
+        if not any(crowded):
             return sparsity.complete_mask(torch.cat(weights))
-        for fate, found in zip(fates, quads, strict=True):
-            if len(found) and fate.linear in self._claimed:
-                n, quad = found[0].tolist()
+        for fate, held, count in zip(fates, quads, crowded, strict=True):
+            if count and fate.linear in self._claimed:
                 raise SourceError(
-                    f"{fate.linear} is said to be 2:4 and is not: {len(found)} quads have more than two "
-                    f"non-zeros; the first, inputs {4 * quad} to {4 * quad + 3} of output {n}.",
+                    f"{fate.linear} is said to be 2:4 and is not: {count} quads have more than two "
+                    f"non-zeros; {first_crowded(held)}.",
                     "prune it again: --sparsity 2:4 with the original, or sparsify.",
                 )
         return None
@@ -284,27 +284,28 @@ class Solve:
         for fate, old, new in zip(fates, weights, pruned.split([len(one) for one in weights]), strict=True):
             written = new.to(self._plan.dtypes[f"{fate.linear}.weight"]).contiguous()
             self._model.replace(fate.linear, written.to(self._model.dtype))
-            error = _output_error(old.float() - written.float(), old.float(), hessian)
+            squares = (
+                gptq.output_energy(hessian, one.T) for one in (old.float() - written.float(), old.float())
+            )
+            error = _relative(*(one.sum().item() for one in squares))
             row = {"name": fate.linear, "k": fate.k, "n": fate.n, "error": error}
             log.debug("%s: relative output error %.4f", fate.linear, error)
             yield {f"{fate.linear}.weight": written.cpu()}, row
 
 
-def _output_error(error: Tensor, weight: Tensor, hessian: Tensor) -> float:
-    """||x E|| / ||x W|| of an error and a weight (n, k) on inputs of a Hessian, to six digits."""
-    found, energy = (((one @ hessian) * one).sum().item() for one in (error, weight))
-    return float(f"{(max(found, 0.0) / energy) ** 0.5:.6g}") if energy > 0 else 0.0
+def _relative(error: float, energy: float) -> float:
+    """||x E|| / ||x W|| from their squares, to six digits."""
+    return float(f"{(max(error, 0.0) / energy) ** 0.5:.6g}") if energy > 0 else 0.0
 
 
 def _row(linear: str, k: int, n: int, found: Solution, columns: slice, asked: float) -> dict[str, Any]:
     """What the manifest says of a solved linear; `error` is ||x(W - W_q)|| / ||xW|| on the calibration."""
-    energy = found.energy[columns].sum().item()
-    error = (max(found.error[columns].sum().item(), 0.0) / energy) ** 0.5 if energy > 0 else 0.0
+    error, energy = (one[columns].sum().item() for one in (found.error, found.energy))
     row = {
         "name": linear,
         "k": k,
         "n": n,
-        "error": float(f"{error:.6g}"),
+        "error": _relative(error, energy),
         "damping": found.damping,
     }
     if found.damping is not None and found.damping > asked:

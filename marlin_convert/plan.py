@@ -197,13 +197,14 @@ def make_plan(
         bits = weights.scheme.bits
     else:
         recipe = _within_positions(recipe, model)
-    _check_sparsity(weights, recipe, repack=repack)
+    claimed = set(weights.sparse_linears(manifests.load(checkpoint.directory)))
+    _check_sparsity(weights, recipe, claimed, repack=repack)
 
     left_out = check_names(weights, model)
     linears = block_linears(model, architecture)
     if not linears:
         raise SourceError("config.json means a model without blocks.", _OTHER_MODEL)
-    fates = tuple(_fates(linears, architecture, recipe, weights, repack=repack))
+    fates = tuple(_fates(linears, architecture, recipe, weights, claimed, repack=repack))
     _check_patterns(recipe, linears)
     _check_stages(fates, architecture)
     symmetric, act_order = True, False
@@ -249,9 +250,8 @@ def make_plan(
     )
 
 
-def _check_sparsity(weights: Weights, recipe: Recipe, *, repack: bool) -> None:
+def _check_sparsity(weights: Weights, recipe: Recipe, claimed: set[str], *, repack: bool) -> None:
     """Raise ConvertError when what is asked of sparsity is not what a repack, or quantizing, does."""
-    claimed = weights.sparse_linears(manifests.load(weights.checkpoint.directory))
     if recipe.format == "dense" and weights.scheme is not None:
         raise ConvertError(
             f"{weights.checkpoint.directory.name} is quantized already ({weights.scheme.format}).",
@@ -362,10 +362,11 @@ def _fates(
     architecture: Architecture,
     recipe: Recipe,
     weights: Weights,
+    claimed: set[str],
     *,
     repack: bool,
 ) -> list[Fate]:
-    sparse = _sparse(linears, recipe, weights, repack=repack)
+    sparse = _sparse(linears, recipe, weights, claimed, repack=repack)
     fates = []
     for name, linear in linears.items():
         path = name.removeprefix(architecture.blocks + ".").partition(".")[2]
@@ -395,10 +396,15 @@ def _fates(
 
 
 def _sparse(
-    linears: Mapping[str, torch.nn.Linear], recipe: Recipe, weights: Weights, *, repack: bool
+    linears: Mapping[str, torch.nn.Linear],
+    recipe: Recipe,
+    weights: Weights,
+    claimed: set[str],
+    *,
+    repack: bool,
 ) -> set[str]:
     """The linears that are 2:4: those of which the source says so or, if it is asked for, all."""
-    found = set(weights.sparse_linears(manifests.load(weights.checkpoint.directory)))
+    found = claimed
     if repack and recipe.format == "marlin-24":
         found = found or set(weights.packed_linears())
     elif not repack and recipe.sparsity != "none":

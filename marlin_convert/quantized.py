@@ -137,6 +137,12 @@ def same_codes(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b)
 
 
-def crowded_quads(weight: Tensor) -> Tensor:
-    """Where a weight (n, k) is not 2:4: (found, 2) int64, output and quad of more than two non-zeros."""
-    return ((weight.view(len(weight), -1, 4) != 0).sum(-1) > 2).nonzero()
+def quad_nonzeros(weight: Tensor) -> Tensor:
+    """How many non-zeros every quad of a weight (n, k) has: (n, k / 4) int64; more than two are not 2:4."""
+    return (weight.view(len(weight), -1, 4) != 0).sum(-1)
+
+
+def first_crowded(held: Tensor) -> str:
+    """Where the first quad with more than two non-zeros is, in words; there must be one."""
+    n, quad = (held > 2).nonzero()[0].tolist()
+    return f"the first, inputs {4 * quad} to {4 * quad + 3} of output {n}"

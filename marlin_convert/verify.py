@@ -27,7 +27,7 @@ from marlin_convert.hub import Source
 from marlin_convert.models.architectures import architecture_of
 from marlin_convert.models.blocks import BlockModel, block_linears, module_tree
 from marlin_convert.plan import check_names
-from marlin_convert.quantized import QuantizedLinear, contiguous_groups, crowded_quads
+from marlin_convert.quantized import QuantizedLinear, contiguous_groups, first_crowded, quad_nonzeros
 
 log = logging.getLogger("marlin_convert")
 
@@ -403,14 +403,12 @@ def _quads(weights: Weights, linear: str) -> tuple[Tensor, str | None]:
         weight = weights.read(f"{linear}.weight")
         if weight.shape[1] % 4:
             raise SourceError(f"{linear} has {weight.shape[1]} inputs, which are no quads.")
-        found = crowded_quads(weight)
-        held = (weight.view(len(weight), -1, 4) != 0).sum(-1)
-        if not len(found):
+        held = quad_nonzeros(weight)
+        crowded = int((held > 2).sum())
+        if not crowded:
             return held, None
-        n, quad = found[0].tolist()
         return held, (
-            f"{len(found)} of {held.numel()} quads have more than two non-zeros; the first, inputs "
-            f"{4 * quad} to {4 * quad + 3} of output {n}"
+            f"{crowded} of {held.numel()} quads have more than two non-zeros; {first_crowded(held)}"
         )
     layer = weights.quantized(linear)
     try:
@@ -709,11 +707,10 @@ def _check_generate(job: Job, subject: _Subject) -> Check:
             directory, dtype="auto", trust_remote_code=job.trust_remote_code
         )
     except ImportError as error:
-        needs = (str(error).strip().splitlines() or [""])[0]
-        return Check("skipped", f"transformers needs more for this layout: {needs}")
+        return Check("skipped", f"transformers needs more for this layout: {_first_line(error)}")
     except Exception as error:  # whatever transformers does with a directory it does not like
-        reason = (str(error).strip().splitlines() or [""])[0]
-        return _verdict([f"transformers cannot load it: {type(error).__name__}: {reason}"], "")
+        said = f"{type(error).__name__}: {_first_line(error)}"
+        return _verdict([f"transformers cannot load it: {said}"], "")
     loaded = loaded.to(job.device).eval()
     ids = prompts.to(job.device)
     with torch.inference_mode():
@@ -746,6 +743,10 @@ def _check_generate(job: Job, subject: _Subject) -> Check:
         )
     summary = f"{tokens.numel()} greedy tokens by transformers, within {max(difference, margin):.1e} nats"
     return _verdict(problems, summary, difference=_json_number(difference), margin=_json_number(margin))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0]
 
 
 def _verdict(problems: list[str], summary: str, **details: Any) -> Check:

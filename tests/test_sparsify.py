@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.manifest import MANIFEST, sha256_file
 from marlin_convert.checkpoint.reader import Checkpoint
-from marlin_convert.quantized import crowded_quads
 
 SHORT = ("--samples", 4, "--sequence-length", 128, "-q")
 
@@ -39,6 +38,11 @@ def linears(directory):
     names = [f"model.layers.{i}.mlp.{part}_proj" for i in range(2) for part in ("gate", "up", "down")]
     names += [f"model.layers.{i}.self_attn.{part}_proj" for i in range(2) for part in "qkvo"]
     return {name: weights.read(f"{name}.weight") for name in names}
+
+
+def crowded_quads(weight):
+    """The quads of a weight (n, k) with more than two non-zeros."""
+    return [quad for quad in weight.reshape(-1, 4).tolist() if sum(one != 0 for one in quad) > 2]
 
 
 def report(directory):

@@ -1,6 +1,7 @@
 """`verify --checks generate`: what transformers makes of a checkpoint."""
 
 import json
+import shutil
 
 import pytest
 
@@ -20,7 +21,9 @@ def test_transformers_finds_the_same_tokens(format, tinypy, tmp_path, cli):
     assert "generate" not in cli("verify", tmp_path / "out").output
 
 
-def test_a_stock_layout_runs_or_says_what_it_needs(quantized, cli):
-    result = cli("verify", quantized("compressed-tensors"), *CHECKS)
+def test_a_stock_layout_runs_or_says_what_it_needs(quantized, tmp_path, cli):
+    # a copy: verify writes its report into the directory, which other tests share
+    directory = shutil.copytree(quantized("compressed-tensors"), tmp_path / "copy")
+    result = cli("verify", directory, *CHECKS)
     assert result.exit_code == 0 and "generate " in result.output
     assert "generate skipped  transformers needs more" in result.output or "generate pass" in result.output

@@ -67,9 +67,8 @@ def run(job: Job, output: Path | None = None, overwrite: bool = False) -> Latenc
 
 
 def _run(job: Job) -> Latencies:
-    for directory in (job.checkpoint, job.baseline):
-        if directory is not None:
-            _vocabulary(directory, job)
+    directories = (job.checkpoint, job.baseline)
+    vocabularies = {one: _vocabulary(one, job) for one in directories if one is not None}
     engine, load = (
         ("vllm", _vllm)
         if find_spec("vllm") and job.device.type == "cuda"
@@ -77,13 +76,12 @@ def _run(job: Job) -> Latencies:
     )
     device = "cpu" if job.device.type == "cpu" else torch.cuda.get_device_name(job.device)
     found = Latencies(f"{engine} {_version(engine)}", device, job.input_len, job.output_len)
-    for directory, rows in ((job.checkpoint, found.checkpoint), (job.baseline, found.baseline)):
+    for directory, rows in zip(directories, (found.checkpoint, found.baseline), strict=True):
         if directory is None:
             continue
-        vocabulary = _vocabulary(directory, job)
         log.info("%s in %s", directory.name, found.engine)
         try:
-            rows += measure(load(directory, job), job, vocabulary)
+            rows += measure(load(directory, job), job, vocabularies[directory])
         except (ConvertError, KeyboardInterrupt):
             raise
         except Exception as error:  # whatever an engine does with a model it does not like
