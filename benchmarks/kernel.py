@@ -15,7 +15,7 @@ import torch
 
 from marlin_convert.bench.kernel import BATCHES
 from marlin_convert.bench.measurements import cell_line, means
-from marlin_convert.bench.multipliers import OURS, peers
+from marlin_convert.bench.multipliers import ours, peers
 from marlin_convert.bench.shapes import LAYERS, find
 from marlin_convert.bench.timing import Cell, measure
 
@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--batches", default=",".join(map(str, BATCHES)))
     chosen = parser.parse_args()
     library = os.environ.get("VLLM_C")
+    mine, _ = ours(GROUP)
     others, missing = peers(Path(library) if library else None)
     for name, why in missing.items():
         print(f"without {name}: {why}")
@@ -37,14 +38,14 @@ def main() -> None:
     us: dict[str, dict[int, dict[str, float]]] = {}
     for name in chosen.shapes.split(","):
         batches = [int(word) for word in chosen.batches.split(",")]
-        for cell in measure(find(name), batches, (*OURS, *others), GROUP, torch.device("cuda:0")):
+        for cell in measure(find(name), batches, (*mine, *others), GROUP, torch.device("cuda:0")):
             cells.append(cell)
             us.setdefault(name, {})[cell.batch] = cell.us
             print(cell_line(cell), flush=True)
         device = torch.cuda.get_device_name()
         chosen.out.write_text(json.dumps({"device": device, "torch": torch.__version__, "us": us}, indent=1))
     print("geometric mean of the speed-ups over cuBLAS float16 (least-most)")
-    print("\n".join(means(cells, [one.name for one in (*OURS, *others)])))
+    print("\n".join(means(cells, [one.name for one in (*mine, *others)])))
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ marlin_wgmma(const __grid_constant__ Problem p, const __grid_constant__ TensorMa
   // fragments 2 half and 2 half + 1 of 64 features; the warps of a column of Sparse-MARLIN are of one warpgroup
   const int column = SPARSE ? warp / 4 * 2 + warp % 2 : warp % 4, half = SPARSE ? warp / 2 % 2 : warp / 4;
   Sums acc;
+  u32 which[STEPS] = {};  // rows of four the codes of a step are
   wait_for_previous_kernel();
   int s = 0, phase = 0;
   for (int i = 0; i < count;) {
@@ -69,12 +70,13 @@ marlin_wgmma(const __grid_constant__ Problem p, const __grid_constant__ TensorMa
       const u32 scale = stage + WEIGHTS + TOKENS * 256 + column * 128 + lane / 4 * 16 + half * 8;
       const u32 tokens = uniform(matrix(stage + WEIGHTS));
       flag_wait(full + s * 8, phase);
-      u32 words[STEPS][2], which[STEPS], pairs[2], a[2][2][4];
+      const auto metadata = [&](int step) { return load_shared_word(stage + CODES + step * 1024 + column * 256 + half * 128 + lane * 4); };
+      u32 words[STEPS][2], pairs[2], a[2][2][4];
       Factor factor[2][2];
 #pragma unroll
       for (int r = 0; r < STEPS; r++) {
         load_shared(words[r], codes + r * 2048);
-        which[r] = SPARSE ? load_shared_word(stage + CODES + r * 1024 + column * 256 + half * 128 + lane * 4) : 0;
+        if (SPARSE && r < STEPS - 1) which[r] = metadata(r);
       }
 #pragma unroll
       for (int r = 0; r < STEPS; r++) {
@@ -92,6 +94,11 @@ marlin_wgmma(const __grid_constant__ Problem p, const __grid_constant__ TensorMa
         wgmma<1>(acc[1], a[r % 2][1], which[r], rows);
         wgmma_commit();
         wgmma_wait<1>();
+        if (SPARSE) {
+          // the step before has been multiplied, and only now its metadata may go; the last one's is needed longest
+          keep_until_here(which[(r + STEPS - 1) % STEPS]);
+          if (r == 0) which[STEPS - 1] = metadata(STEPS - 1);
+        }
         if (r == 0 && done && lane == 0) flag_arrive(done);
       }
       done = empty + s * 8;

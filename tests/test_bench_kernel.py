@@ -173,15 +173,36 @@ def test_an_operator_that_vllm_has_not_is_named(monkeypatch):
 def test_peers_get_the_same_weights(group_size, monkeypatch):
     monkeypatch.setattr(multipliers, "COLD", 1e6)
     weights = multipliers.Weights(384, 192, group_size, CPU)
-    assert (len(weights.B), len(weights.dense)) == (28, 7)
-    for (packed, scales), dense in zip(weights.gptq, weights.dense, strict=False):
+    assert (len(weights.B), len(weights.plain)) == (28, 7)
+    for (packed, scales), dense in zip(weights.gptq, weights.plain, strict=False):
         codes = words.unpack_rows(packed, 4, 384).float() - 8
         expanded = scales.float().repeat_interleave(384 // len(scales), 0)
         assert torch.equal((codes * expanded).half().t(), dense)
 
 
-def fake(name: str, scale: float = 1, fails: Exception | None = None) -> multipliers.Multiplier:
-    """Multiplies on the CPU, `scale` times too much, or raises."""
+@pytest.mark.parametrize("group_size", [128, -1])
+def test_weights_that_are_2_4(group_size, monkeypatch):
+    monkeypatch.setattr(multipliers, "COLD", 1e6)
+    weights = multipliers.Weights(384, 192, group_size, CPU)
+    assert len(weights.sparse) == 37
+    assert [tensor.shape for tensor in weights.sparse[0].values()][:2] == [(12, 384), (12, 384)]
+    assert not torch.equal(weights.sparse[0]["B_meta"], weights.sparse[1]["B_meta"])
+    left = (weights.pruned.view(192, 96, 4) != 0).sum(2)
+    assert left.max() == 2 and left.float().mean() > 1.8, "a code in sixteen is that of zero"
+
+
+def test_groups_that_sparse_marlin_has_not_are_named():
+    both, missing = multipliers.ours(-1)
+    assert [one.name for one in both] == ["marlin-convert", "marlin-convert 2:4"] and not missing
+    one, missing = multipliers.ours(64)
+    assert [one.name for one in one] == ["marlin-convert"]
+    assert missing == {"marlin-convert 2:4": "needs groups of 128 rows or one for all 128, has 64"}
+
+
+def fake(
+    name: str, scale: float = 1, fails: Exception | None = None, sparse: bool = False
+) -> multipliers.Multiplier:
+    """Multiplies on the CPU, `scale` times too much, or raises; by the weights that are 2:4 if `sparse`."""
 
     def multiply(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         if fails and len(x) > 1:
@@ -189,10 +210,10 @@ def fake(name: str, scale: float = 1, fails: Exception | None = None) -> multipl
         return multiplied(x) * scale
 
     def prepare(weights: multipliers.Weights) -> list[multipliers.Multiply]:
-        multiplied.weight = weights.dense[0]
+        multiplied.weight = weights.pruned if sparse else weights.plain[0]
         return [multiply]
 
-    return multipliers.Multiplier(name, "", prepare, Exception)
+    return multipliers.Multiplier(name, "", prepare, Exception, sparse=sparse)
 
 
 class Multiplied:
@@ -220,6 +241,13 @@ def test_a_peer_that_fails_leaves_its_cell_empty(untimed):
     assert one.failed["wrong"].startswith("KernelError: the product of wrong for 1 tokens")
     assert list(two.us) == ["cublas", "right"]
     assert two.failed["small"] == "RuntimeError: one token only"
+
+
+def test_what_is_sparse_is_compared_with_weights_that_are_2_4(untimed):
+    (found,) = timing.measure(SMALL, (1,), [fake("2:4", sparse=True)], 128, CPU)
+    assert found.errors["2:4"] < timing.LARGEST_ERROR
+    (found,) = timing.measure(SMALL, (1,), [replace(fake("dense"), sparse=True)], 128, CPU)
+    assert "the product of dense" in found.failed["dense"]
 
 
 def test_a_wrong_product_of_ours_stops_the_run(untimed):
@@ -495,8 +523,18 @@ def test_peak():
     lines = drawn(figure.axes[0])
     assert lines["marlin-convert"] == ([1, 16], [4, 2.5])
     assert lines["vllm-marlin"][1][0] == 2 and math.isnan(lines["vllm-marlin"][1][1])
-    assert lines["at most"][1] == pytest.approx([3.878, 3.873], abs=1e-3)
+    assert lines["marlin-convert at most"][1] == pytest.approx([3.878, 3.873], abs=1e-3)
     assert figure.axes[0].get_title() == "GPU: 135168 x 33792, groups of 128"
+
+
+def test_peak_of_both_kernels():
+    times = {"cublas": 10.0, "marlin-convert": 2.5, "marlin-convert 2:4": 2.0}
+    cells = [Cell(shapes.ideal(132), 128, batch, times, {}, {}) for batch in (1, 4096)]
+    lines = drawn(figures.peak(cells, list(times)[1:], CEILINGS, "GPU").axes[0])
+    assert lines["marlin-convert 2:4"] == ([1, 4096], [5, 5])
+    # 3.125 bits a weight, and twice the operations a second
+    assert lines["marlin-convert 2:4 at most"][1] == pytest.approx([5.12, 2], abs=1e-2)
+    assert lines["marlin-convert at most"][1] == pytest.approx([3.878, 1], abs=1e-3)
 
 
 def test_models():
@@ -522,7 +560,7 @@ def test_roofline():
 
 def test_sustained():
     slices = measured().slices
-    by_batch, by_time, clocks, power = figures.sustained(slices, ["marlin-convert"], "GPU").axes
+    by_batch, by_time, clocks, power = figures.sustained(slices, "GPU").axes
     assert drawn(by_batch)["marlin-convert"] == ([1, 16], [2.5, 2.5])
     minutes, speedups = drawn(by_time)["marlin-convert, batch 16"]
     assert minutes == pytest.approx([1 / 6, 1 / 3, 1 / 2])

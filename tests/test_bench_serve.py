@@ -103,7 +103,7 @@ def test_times_are_the_servers_own(how, options, stub, cli, tmp_path):
     """In the middle, and in one of five runs: the machine may be busy with other work for a moment."""
     number = 8 if options[1] == 1 else 32
     command = words(stub.url(how), "--num-prompts", number, "--output-len", 10, "-o", tmp_path / "out")
-    off: dict[str, float] = {}
+    least = math.inf
     for _ in range(5):
         done = cli(*command, "--overwrite", *options)
         assert done.exit_code == 0, done.stderr
@@ -115,10 +115,11 @@ def test_times_are_the_servers_own(how, options, stub, cli, tmp_path):
         own = servers_own(stub)
         off = {name: abs(result[f"median_{name}_ms"] - own[name]) for name in own}
         print(how, *options, *(f"{name} {one:.2f} ms off" for name, one in off.items()))
-        if max(off.values()) < 2:
+        least = min(least, max(off.values()))
+        if least < 2:
             break
     # 2 ms on a machine of its own; here other tests run beside it
-    assert max(off.values()) < 5
+    assert least < 5
 
 
 def test_requests_arrive_as_a_poisson_process():

@@ -60,20 +60,45 @@ def test_every_configuration_compiles(capability: tuple[int, int]) -> None:
         assert len(code) > 1000
 
 
-@pytest.mark.parametrize("sparse", [False, True])
-@pytest.mark.parametrize("m, expected", [(1, "HMMA"), (32, "HGMMA"), (64, "HGMMA"), (4096, "HGMMA")])
-def test_hopper_uses_its_tensor_cores(m: int, expected: str, sparse: bool, tmp_path: Path) -> None:
+def disassembled(configuration: Configuration, directory: Path) -> str:
+    """The SASS of sm_90a."""
     import nvidia
 
     places = [Path(place) / "cu13" / "bin" for place in nvidia.__path__]
     disassembler = shutil.which("nvdisasm", path=":".join(map(str, places)))
     assert disassembler
-    cubin = tmp_path / "kernel.cubin"
-    configuration = choose(m, 8192, 28672, 128, False, (9, 0), sparse)
+    cubin = directory / "kernel.cubin"
     cubin.write_bytes(compiling.compile(compiling.source(configuration), "sm_90a")[0])
-    code = subprocess.check_output([disassembler, "-c", str(cubin)], text=True)
+    return subprocess.check_output([disassembler, "-c", str(cubin)], text=True)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("m, expected", [(1, "HMMA"), (32, "HGMMA"), (64, "HGMMA"), (4096, "HGMMA")])
+def test_hopper_uses_its_tensor_cores(m: int, expected: str, sparse: bool, tmp_path: Path) -> None:
+    code = disassembled(choose(m, 8192, 28672, 128, False, (9, 0), sparse), tmp_path)
     assert expected in code and "UTMALDG" in code
     assert (f"{expected}.SP" in code) == sparse
+
+
+@pytest.mark.parametrize("tokens", [16, 32, 64, 128])
+def test_metadata_stays_as_long_as_it_is_read(tokens: int, tmp_path: Path) -> None:
+    """No register of metadata is written between its product and the wait that says it is done."""
+    lines = disassembled(Configuration("wgmma", tokens, 2, 128, False, sparse=True), tmp_path).splitlines()
+    products = [number for number, line in enumerate(lines) if "HGMMA.SP" in line]
+    waits = [number for number, line in enumerate(lines) if "WARPGROUP.DEPBAR" in line]
+    assert len(products) == 8 and len(waits) == 5, "two a step, and a wait; one more at the end"
+    loop = max(n for n, line in enumerate(lines[: products[0]]) if "PHASECHK" in line)
+    for number in products:
+        metadata = re.findall(r"R(\d+)", lines[number])[-1]
+        first, *after = (wait for wait in waits if wait > number)
+        # a wait leaves the newest step; the last one's is that of the loop's next round
+        again = lines[loop : waits[0]] if first == waits[3] else []
+        for line in lines[number + 1 : after[0]] + again:
+            written = re.search(r"\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]*) +R(\d+)", line)
+            if written and not written[1].startswith(("HGMMA", "ST", "BAR", "SYNCS", "R2UR")):
+                wide = 4 if ".128" in written[1] else 2 if re.search(r"\.(64|WIDE)", written[1]) else 1
+                registers = range(int(written[2]), int(written[2]) + wide)
+                assert int(metadata) not in registers, line
 
 
 def test_the_cache_keeps_whole_entries_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

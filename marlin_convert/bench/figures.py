@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from marlin_convert.bench.batches import Latencies
 from marlin_convert.bench.latencies import TIMES, Served
-from marlin_convert.bench.multipliers import CUBLAS
+from marlin_convert.bench.multipliers import CUBLAS, DENSE, SPARSE
 from marlin_convert.bench.sustained import Slice
 from marlin_convert.bench.timing import Ceilings, Cell
 
@@ -19,8 +19,10 @@ def peak(cells: Sequence[Cell], names: Sequence[str], ceilings: Ceilings, device
     """Speed-up over the batch size on the ideal matrix, and what the measured ceilings allow at most."""
     figure, axes = _axes()
     batches = [cell.batch for cell in cells]
-    best = [possible(cell, names[0], ceilings) for cell in cells]
-    axes.plot(batches, best, "--", color="black", label="at most")
+    for name, style in ((DENSE.name, "--"), (SPARSE.name, ":")):
+        if name in names:
+            best = [possible(cell, name, ceilings) for cell in cells]
+            axes.plot(batches, best, style, color="black", label=f"{name} at most")
     for name in names:
         _line(axes, batches, [cell.speedup(name) for cell in cells], name)
     shape, group = cells[0].shape, cells[0].group_size
@@ -30,12 +32,13 @@ def peak(cells: Sequence[Cell], names: Sequence[str], ceilings: Ceilings, device
 
 
 def possible(cell: Cell, name: str, ceilings: Ceilings) -> float:
-    """The speed-up of a multiplier over cuBLAS if both ran at the ceilings."""
-    times = [
-        max(cell.nbytes(one) / ceilings.bandwidth, cell.operations / ceilings.compute)
-        for one in (CUBLAS.name, name)
-    ]
-    return times[0] / times[1]
+    """The speed-up of a multiplier over cuBLAS if both ran at the ceilings; 2:4 has twice the operations."""
+
+    def least(name: str) -> float:
+        rate = 2 if name == SPARSE.name else 1
+        return max(cell.nbytes(name) / ceilings.bandwidth, cell.operations / (rate * ceilings.compute))
+
+    return least(CUBLAS.name) / least(name)
 
 
 def models(
@@ -88,13 +91,13 @@ def roofline(cells: Sequence[Cell], name: str, ceilings: Ceilings, device: str) 
     return figure
 
 
-def sustained(slices: Sequence[Slice], names: Sequence[str], device: str) -> Figure:
+def sustained(slices: Sequence[Slice], device: str) -> Figure:
     """Speed-up by batch size under load, speed-up over the minutes, and the clocks of these minutes."""
     figure = Figure(figsize=(9, 12), layout="constrained")
     by_batch, by_time, clocks = figure.subplots(3)
     batches = list(slices[0].us)
     minutes = [one.second / 60 for one in slices]
-    for name in names:
+    for name in slices[0].names:
         settled = [
             statistics.median(one.speedup(batch, name) for one in slices[len(slices) // 2 :])
             for batch in batches

@@ -26,7 +26,7 @@ from marlin_convert.bench.measurements import (
     cell_rows,
     slice_rows,
 )
-from marlin_convert.bench.multipliers import CUBLAS, OURS, Multiplier, peers
+from marlin_convert.bench.multipliers import CUBLAS, DENSE, Multiplier, ours, peers
 from marlin_convert.bench.shapes import MODELS, SQUARES, Shape, ideal
 from marlin_convert.bench.sustained import Slice, read, sustain, uuid
 from marlin_convert.bench.timing import Cell, ceilings, measure
@@ -69,12 +69,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Layers at batch sizes: those asked for, or those of a figure. With `peers` they are measured too."""
+    """Layers at batch sizes: those asked for, or those of a figure; of all or only our dense kernel."""
 
     name: str
     shapes: tuple[Shape, ...]
     batches: tuple[int, ...]
-    peers: bool = True
+    all: bool = True
 
 
 def run(job: Job) -> Measurements:
@@ -88,23 +88,25 @@ def run(job: Job) -> Measurements:
     if "sustained" in job.figures:
         read(uuid(job.device))  # better now than after the sweeps
     with results(job.output, job.overwrite) as directory, torch.cuda.device(job.device):
-        others, missing = peers()
+        mine, missing = ours(job.group_size)
+        others, absent = peers()
+        missing |= absent
         for name, why in missing.items():
             log.info("%s is left out: %s", name, why)
         done = Measurements(
             device=torch.cuda.get_device_name(job.device),
             group_size=job.group_size,
-            multipliers={one.name: one.source for one in (CUBLAS, *OURS, *others)},
+            multipliers={one.name: one.source for one in (CUBLAS, *mine, *others)},
             missing=missing,
             ceilings=ceilings(),
         )
         for sweep in asked:
             found = done.cells[sweep.name] = []
-            for cell in _measure(sweep, (*OURS, *others) if sweep.peers else OURS, job):
+            for cell in _measure(sweep, (*mine, *others) if sweep.all else (DENSE,), job):
                 _append(directory / CELLS, CELL_COLUMNS, cell_rows(sweep.name, cell))
                 found.append(cell)
         if "sustained" in job.figures:
-            for one in _sustain(job):
+            for one in _sustain(mine, job):
                 _append(directory / SUSTAINED, SLICE_COLUMNS, slice_rows(one))
                 done.slices.append(one)
         _draw(done, job.figures, directory)
@@ -121,7 +123,7 @@ def sweeps(job: Job, processors: int) -> list[Sweep]:
         "models": Sweep(
             "models", tuple(shape for shapes in MODELS.values() for shape in shapes), (MODELS_BATCH,)
         ),
-        "roofline": Sweep("roofline", SQUARES, own or ROOFLINE_BATCHES, peers=False),
+        "roofline": Sweep("roofline", SQUARES, own or ROOFLINE_BATCHES, all=False),
     }
     return [found[name] for name in ("layers", *job.figures) if name in found and found[name].shapes]
 
@@ -181,11 +183,11 @@ def _measure(sweep: Sweep, multipliers: Sequence[Multiplier], job: Job) -> Itera
             yield cell
 
 
-def _sustain(job: Job) -> Iterator[Slice]:
+def _sustain(multipliers: Sequence[Multiplier], job: Job) -> Iterator[Slice]:
     shape = ideal(torch.cuda.get_device_properties(job.device).multi_processor_count)
     batches = job.batch_sizes or PEAK_BATCHES
     log.info("sustained: %g minutes of load with %d x %d", job.minutes, shape.k, shape.n)
-    for found in sustain(shape, batches, OURS, job.group_size, job.minutes, job.device):
+    for found in sustain(shape, batches, multipliers, job.group_size, job.minutes, job.device):
         clocks = found.clocks()
         log.info(
             "%4.0f s: SM clock %s MHz, %s W", found.second, clocks["sm_mhz_median"], clocks["watts_median"]
@@ -206,10 +208,8 @@ def _draw(done: Measurements, wanted: Sequence[str], directory: Path) -> None:
     draw = {
         "peak": lambda: figures.peak(done.cells["peak"], done.names, done.ceilings, done.device),
         "models": lambda: figures.models(done.of_models(), done.names, MODELS_BATCH, done.device),
-        "roofline": lambda: figures.roofline(
-            done.cells["roofline"], OURS[0].name, done.ceilings, done.device
-        ),
-        "sustained": lambda: figures.sustained(done.slices, [one.name for one in OURS], done.device),
+        "roofline": lambda: figures.roofline(done.cells["roofline"], DENSE.name, done.ceilings, done.device),
+        "sustained": lambda: figures.sustained(done.slices, done.device),
     }
     for name in wanted:
         draw[name]().savefig(directory / f"{name}.png", dpi=150)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from marlin_convert.bench.multipliers import CUBLAS, OURS
+from marlin_convert.bench.multipliers import CUBLAS, DENSE
 from marlin_convert.bench.shapes import MODELS
 from marlin_convert.bench.sustained import Slice
 from marlin_convert.bench.timing import Ceilings, Cell
@@ -158,7 +158,7 @@ def text(done: Measurements) -> str:
             ],
         )
     if "roofline" in done.cells:
-        lines += ["", "roofline: TFLOP/s of our kernel", *_roofline(done.cells["roofline"])]
+        lines += ["", "roofline: TFLOP/s of our dense kernel", *_roofline(done.cells["roofline"])]
     if done.slices:
         lines += ["", "sustained: speed-up over cuBLAS float16, and the clocks", *_slices(done.slices)]
     if failures := done.failures():
@@ -204,7 +204,7 @@ def means(cells: Sequence[Cell], names: Sequence[str]) -> list[str]:
 
 
 def _roofline(cells: Sequence[Cell]) -> list[str]:
-    name = OURS[0].name
+    name = DENSE.name
     shapes = list(dict.fromkeys(cell.shape for cell in cells))
     found = {
         (cell.shape, cell.batch): cell.operations / cell.us[name] / 1e6 for cell in cells if name in cell.us
@@ -220,7 +220,7 @@ def _roofline(cells: Sequence[Cell]) -> list[str]:
 
 
 def _slices(slices: Sequence[Slice]) -> list[str]:
-    names = [one.name for one in OURS]
+    names = slices[0].names
     pairs = [(batch, name) for batch in slices[0].us for name in names]
     rows = []
     for one in slices:

@@ -1,4 +1,4 @@
-"""What is measured: cuBLAS, our kernels, and those of vLLM and Humming where they can be imported."""
+"""What is measured: cuBLAS, our two kernels, and those of vLLM and Humming where they can be imported."""
 
 import math
 from collections.abc import Callable
@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from itertools import product
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from marlin_convert import __version__
-from marlin_convert.formats import marlin, words
+from marlin_convert.formats import marlin, marlin_24, words
 from marlin_convert.formats.scheme import Scheme
 from marlin_convert.kernels.matmul import matmul
 from marlin_convert.quantized import QuantizedLinear
@@ -26,10 +27,10 @@ Multiply = Callable[[Tensor, Tensor], Tensor]
 
 
 class Weights:
-    """Random weights of a layer in copies that no L2 holds, packed and, in fewer copies, dense.
+    """Random weights of a layer in copies that no L2 holds, packed and, in fewer copies, as float16.
 
     B, s       (k / 16, 2n) int32 and (groups, n) float16 of every copy, as in MARLIN files
-    dense      (n, k) float16: the first copies, dequantized
+    plain      (n, k) float16: the first copies, dequantized
     """
 
     def __init__(self, k: int, n: int, group_size: int, device: torch.device):
@@ -42,11 +43,33 @@ class Weights:
             for _ in range(_copies(k * n / 2))
         ]
         self.s = [torch.rand(groups, n, dtype=torch.half, device=device) * 0.01 + 0.002 for _ in self.B]
-        self.dense = [self._layer(copy).dequantize(torch.float16) for copy in range(_copies(2 * k * n))]
+        self.plain = [self._layer(copy).dequantize(torch.float16) for copy in range(_copies(2 * k * n))]
 
     def _layer(self, copy: int) -> QuantizedLinear:
         tensors = {"B": self.B[copy], "s": self.s[copy]}
         return marlin.unpack(tensors, Scheme("marlin", 4, self.group_size))
+
+    @cached_property
+    def sparse(self) -> list[dict[str, Tensor]]:
+        """Other weights, 2:4: B_24, B_meta and s of every copy, as in Sparse-MARLIN files."""
+        shape, device = (self.k // 32, 2 * self.n), self.B[0].device
+        quads = product((4, 8, 9, 12, 13, 14), repeat=4)  # all there are: lo + 4 hi, lo < hi
+        metadata = torch.tensor([a | b << 4 | c << 8 | d << 12 for a, b, c, d in quads], device=device)
+        metadata = metadata.to(torch.int16)
+        return [
+            {
+                "B_24": torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device=device),
+                "B_meta": metadata[torch.randint(len(metadata), shape, device=device)],
+                "s": self.s[copy % len(self.s)].clone(),
+            }
+            for copy in range(_copies(3 * self.k * self.n / 8))
+        ]
+
+    @cached_property
+    def pruned(self) -> Tensor:
+        """(n, k) float16: the first copy that is 2:4, dequantized."""
+        layer = marlin_24.unpack(self.sparse[0], Scheme("marlin-24", 4, self.group_size))
+        return layer.dequantize(torch.float16)
 
     @cached_property
     def gptq(self) -> list[tuple[Tensor, Tensor]]:
@@ -63,20 +86,23 @@ def _copies(nbytes: float) -> int:
 class Multiplier:
     """Something that multiplies: `prepare` makes it ready for weights and returns one callable per copy.
 
-    `may_fail` are the exceptions by which it leaves a cell empty; others end the run.
+    `may_fail` are the exceptions by which it leaves a cell empty; others end the run. `bits` are those of a
+    weight, without its share of a scale; it multiplies by the weights that are 2:4 if it is `sparse`.
     """
 
     name: str
     source: str
     prepare: Callable[[Weights], list[Multiply]]
     may_fail: type[Exception] = torch.cuda.OutOfMemoryError
+    bits: int = 4
+    sparse: bool = False
 
 
 def _cublas(weights: Weights) -> list[Multiply]:
     def multiply(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
         return torch.matmul(x, weight.t(), out=y)
 
-    return [partial(multiply, weight=weight) for weight in weights.dense]
+    return [partial(multiply, weight=weight) for weight in weights.plain]
 
 
 def _dense(weights: Weights) -> list[Multiply]:
@@ -86,10 +112,25 @@ def _dense(weights: Weights) -> list[Multiply]:
     return [partial(multiply, B=B, s=s) for B, s in zip(weights.B, weights.s, strict=True)]
 
 
-# What every speed-up is over, and what every product is compared with.
-CUBLAS = Multiplier("cublas", f"torch {torch.__version__}", _cublas)
+def _sparse(weights: Weights) -> list[Multiply]:
+    def multiply(x: Tensor, y: Tensor, B_24: Tensor, B_meta: Tensor, s: Tensor) -> Tensor:
+        return matmul(x, B_24, s, None, B_meta)
 
-OURS = (Multiplier("marlin-convert", __version__, _dense),)
+    return [partial(multiply, **copy) for copy in weights.sparse]
+
+
+# What every speed-up is over, and what every product is compared with.
+CUBLAS = Multiplier("cublas", f"torch {torch.__version__}", _cublas, bits=16)
+
+DENSE = Multiplier("marlin-convert", __version__, _dense)
+SPARSE = Multiplier("marlin-convert 2:4", __version__, _sparse, bits=3, sparse=True)
+
+
+def ours(group_size: int) -> tuple[tuple[Multiplier, ...], dict[str, str]]:
+    """Our kernels for groups of so many rows, and by name why one is missing."""
+    # a layer as small as the format allows: only its groups can be refused
+    reason = marlin_24.refusal(128, 64, bits=4, group_size=group_size)
+    return ((DENSE,), {SPARSE.name: reason}) if reason else ((DENSE, SPARSE), {})
 
 
 def peers(vllm_library: Path | None = None) -> tuple[list[Multiplier], dict[str, str]]:

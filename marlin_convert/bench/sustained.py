@@ -12,7 +12,7 @@ import torch
 
 from marlin_convert.bench.multipliers import CUBLAS, Multiplier, Weights
 from marlin_convert.bench.shapes import Shape
-from marlin_convert.bench.timing import activations, bind, capture, checked, replay
+from marlin_convert.bench.timing import activations, bind, capture, checked, products, replay
 from marlin_convert.errors import ConvertError
 
 # Seconds of a slice, in which every batch size has its turn with every multiplier.
@@ -55,6 +55,11 @@ class Slice:
     def slowed_by(self) -> str:
         """All that slowed the GPU, in words."""
         return ", ".join(sorted(frozenset().union(*(one.reasons for one in self.readings))))
+
+    @property
+    def names(self) -> list[str]:
+        """The multipliers, cuBLAS left out."""
+        return [name for name in next(iter(self.us.values())) if name != CUBLAS.name]
 
     def clocks(self) -> dict[str, float | None]:
         """SM clock (least, median), power (median) and temperature (highest); None where nothing was read."""
@@ -179,17 +184,17 @@ def _graphs(
 ) -> tuple[dict[tuple[int, str], torch.cuda.CUDAGraph], dict[str, int], list[object]]:
     """Graphs by batch size and multiplier, copies of the weights in each, and what must live as long."""
     weights = Weights(shape.k, shape.n, group_size, device)
-    ready = {multiplier.name: multiplier.prepare(weights) for multiplier in multipliers}
+    ready = {multiplier: multiplier.prepare(weights) for multiplier in multipliers}
     graphs: dict[tuple[int, str], torch.cuda.CUDAGraph] = {}
     kept: list[object] = [weights, ready]
     for batch in batches:
         x, y = activations(weights, batch)
         kept.append((x, y))
-        expected = x @ weights.dense[0].t()
-        for name, copies in ready.items():
-            checked(name, copies[0](x, y), expected)
-            graphs[batch, name] = capture(bind(copies, x, y))
-    return graphs, {name: len(copies) for name, copies in ready.items()}, kept
+        expected = products(x, weights, ready)
+        for one, copies in ready.items():
+            checked(one.name, copies[0](x, y), expected[one.sparse])
+            graphs[batch, one.name] = capture(bind(copies, x, y))
+    return graphs, {one.name: len(copies) for one, copies in ready.items()}, kept
 
 
 def _replayed(graph: torch.cuda.CUDAGraph, seconds: float) -> float:

@@ -1,19 +1,22 @@
 """How long a product takes: CUDA graphs over cold weights, medians, and what the GPU can do at best."""
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from marlin_convert.bench.multipliers import CUBLAS, Multiplier, Multiply, Weights, said
+from marlin_convert.bench.multipliers import CUBLAS, DENSE, SPARSE, Multiplier, Multiply, Weights, said
 from marlin_convert.bench.shapes import Shape
 from marlin_convert.errors import KernelError
 
 # Largest relative error of a product, in the 2-norm, from that of the dequantized weights in float16.
 LARGEST_ERROR = 1e-3
+
+# Of a weight, by multiplier; every peer has as many as our dense kernel.
+BITS = {one.name: one.bits for one in (CUBLAS, SPARSE)}
 
 # Milliseconds that a cell is measured for, in 3 to 25 replays.
 MEASURED = 12
@@ -41,11 +44,11 @@ class Cell:
         return 2 * self.batch * self.shape.k * self.shape.n
 
     def nbytes(self, name: str) -> float:
-        """Bytes that must be moved at least: activations, output and weights, packed unless it is cuBLAS."""
+        """Bytes that a multiplier must move at least: activations, output, weights, and scales but cuBLAS."""
         k, n = self.shape.k, self.shape.n
         groups = 1 if self.group_size == -1 else k // self.group_size
-        weights = 2 * k * n if name == CUBLAS.name else k * n / 2 + 2 * groups * n
-        return weights + 2 * self.batch * (k + n)
+        bits = BITS.get(name, DENSE.bits)
+        return bits * k * n / 8 + (2 * groups * n if bits < 16 else 0) + 2 * self.batch * (k + n)
 
 
 @dataclass(frozen=True)
@@ -123,14 +126,16 @@ def measure(
         cell = Cell(shape, group_size, batch, {}, {}, dict(unready))
         try:
             x, y = activations(weights, batch)
-            expected = x @ weights.dense[0].t()
+            expected = products(x, weights, ready)
         except torch.cuda.OutOfMemoryError as error:
             cell.failed.update({one.name: said(error) for one in ready})
             yield cell
             continue
         for multiplier, copies in ready.items():
             try:
-                cell.errors[multiplier.name] = checked(multiplier.name, copies[0](x, y), expected)
+                cell.errors[multiplier.name] = checked(
+                    multiplier.name, copies[0](x, y), expected[multiplier.sparse]
+                )
                 cell.us[multiplier.name] = timed(bind(copies, x, y))
             except multiplier.may_fail as error:
                 cell.failed[multiplier.name] = said(error)
@@ -142,6 +147,14 @@ def activations(weights: Weights, batch: int) -> tuple[Tensor, Tensor]:
     device = weights.B[0].device
     x = torch.randn(batch, weights.k, dtype=torch.half, device=device)
     return x, torch.empty(batch, weights.n, dtype=torch.half, device=device)
+
+
+def products(x: Tensor, weights: Weights, multipliers: Iterable[Multiplier]) -> dict[bool, Tensor]:
+    """What is right: x times the first copy of the weights, and of those that are 2:4 if one is sparse."""
+    return {
+        sparse: x @ (weights.pruned if sparse else weights.plain[0]).t()
+        for sparse in {one.sparse for one in multipliers}
+    }
 
 
 def checked(name: str, product: Tensor, expected: Tensor) -> float:

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import tempfile
+import threading
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,6 +23,9 @@ ARCHITECTURES = {
     (10, 0): "sm_100",
     (12, 0): "sm_120",
 }
+
+# Two threads that import cuda.core 1.2 at once for the first time find it half made.
+_importing = threading.Lock()
 
 
 def architecture(capability: tuple[int, int]) -> str:
@@ -65,7 +69,8 @@ def cubin(configuration: Configuration, arch: str) -> bytes:
 def compile(program: str, arch: str) -> tuple[bytes, str]:
     """The cubin of a program and what the compiler says of registers; KernelError if there is no compiler."""
     compiler()
-    from cuda.core import Program, ProgramOptions
+    with _importing:
+        from cuda.core import Program, ProgramOptions
 
     said: list[str] = []
 

@@ -104,8 +104,8 @@ def choose(
 
     From a sweep on an H200 (benchmarks/RESULTS.md). wgmma has less to do per code than mma.sync, but only two
     warpgroups that wait for one another: it wins where summing up shared tiles takes as long as reading them,
-    and from 17 tokens on. Narrow tiles are quickly summed up, but need the codes once for every tile.
-    Microseconds:
+    and from 17 tokens on; of Sparse-MARLIN's half as many codes, from 9 on. Narrow tiles are quickly summed
+    up, but need the codes once for every tile. Microseconds:
 
     ======  =================================  ==================================
     tokens  few chunks                         many
@@ -114,6 +114,12 @@ def choose(
     64      8B o: 32 a tile 11.0, 64 12.1      8B qkv: 32 15.1, 64 13.3
     128     8B qkv: 64 18.5, 128 19.2          70B o: 64 35.0, 128 32.5
     256     8B o: 64 19.8, 128 21.6            8B down: 64 53.2, 128 49.4
+    2:4
+    1       8B qkv: 2 teams 5.9, 3 6.1         70B gate_up: 2 teams 50.9, 3 51.6
+    16      8B o: wgmma 6.6, stream 9.1        70B down: wgmma 29.8, stream 31.1
+    64      8B o: 32 a tile 9.0, 64 10.0       8B qkv: 32 11.7, 64 10.4
+    128     8B qkv: 64 14.5, 128 16.4          70B o: 64 24.0, 128 23.3
+    256     8B o: 64 15.1, 128 16.9            8B down: 64 37.4, 128 33.6
     ======  =================================  ==================================
     """
     if capability != (9, 0):
@@ -121,8 +127,8 @@ def choose(
         return Configuration("mma", tokens, 2, group, bfloat16, sparse)
     columns = -(-n // FEATURES)
     chunks = columns * (k // 128)
-    if m <= 8 or (m <= 16 and chunks > 3000):
-        return Configuration("stream", 8 if m <= 8 else 16, 3, group, bfloat16, sparse)
+    if m <= 8 or (m <= 16 and chunks > 3000 and not sparse):
+        return Configuration("stream", 8 if m <= 8 else 16, 2 if sparse else 3, group, bfloat16, sparse)
     if m <= 32:
         tokens = 16 if m <= 16 else 32
     elif m <= 64:
