@@ -61,6 +61,26 @@ __device__ __forceinline__ void flag_arrive(u32 flag) { asm volatile("mbarrier.a
 __device__ __forceinline__ void flag_wait(u32 flag, u32 phase) {
   asm volatile("{ .reg .pred done;\nAGAIN: mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n@!done bra AGAIN;\n}" ::"r"(flag), "r"(phase) : "memory");
 }
+// The blocks of a cluster read each other's shared memory. All threads come to arrive and to wait.
+__device__ __forceinline__ int cluster_size() {
+  int n;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(n));
+  return n;
+}
+__device__ __forceinline__ int cluster_rank() {
+  int rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+__device__ __forceinline__ void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
+}
+__device__ __forceinline__ float4 load_of_block(u32 address, int rank) {
+  float4 v;
+  asm volatile("{ .reg .u32 there;\nmapa.shared::cluster.u32 there, %4, %5;\nld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n}"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address), "r"(rank) : "memory");
+  return v;
+}
 // A rectangle of a matrix, by the copy engine; what lies outside the matrix arrives as zeros.
 struct __align__(64) TensorMap { u64 opaque[16]; };
 __device__ __forceinline__ void copy_tile(u32 to, const TensorMap* map, int column, int row, u32 flag) {
@@ -89,6 +109,9 @@ __device__ __forceinline__ uint2 load_metadata(u32 from) {
   return v;
 }
 __device__ __forceinline__ void store_shared(u32 to, u32 v) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(v) : "memory"); }
+__device__ __forceinline__ void store_shared(u32 to, float4 v) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+}
 // Four 8 x 8 matrices, each transposed: lane l gives where row l % 8 of matrix l / 8 goes.
 __device__ __forceinline__ void store_matrices(u32 to, const u32 (&r)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"

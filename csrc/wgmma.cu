@@ -12,6 +12,7 @@ static_assert(PARTS * 8 <= TICKETS);
 
 typedef float Sums[2][SUMS];
 __device__ __forceinline__ void output_registers(const Problem& p, const Tile& tile, Sums& acc, u32 staging, int column, int half);
+__device__ __forceinline__ void output_in_cluster(const Problem& p, const Tile& tile, const Sums& acc, u32 memory, u32 staging, int column, int half);
 
 extern "C" __global__ void __launch_bounds__(384, 1)
 marlin_wgmma(const __grid_constant__ Problem p, const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap metadata, const __grid_constant__ TensorMap scales, const __grid_constant__ TensorMap x) {
@@ -106,7 +107,9 @@ marlin_wgmma(const __grid_constant__ Problem p, const __grid_constant__ TensorMa
     }
     wgmma_wait<0>();
     if (lane == 0) flag_arrive(done);
-    output_registers(p, here.tile, acc, empty + 8 * STAGES + column * 1024, column, half);
+    const u32 staging = empty + 8 * STAGES + column * 1024;
+    if (cluster_size() > 1) output_in_cluster(p, here.tile, acc, stages, staging, column, half);
+    else output_registers(p, here.tile, acc, staging, column, half);
   }
 }
 
@@ -116,43 +119,86 @@ __device__ __forceinline__ void meet(int column) {
   if (SPARSE) barrier(2 + column, 64); else __syncwarp();
 }
 
-// Eight tokens at a time through shared memory: a lane then has eight neighbouring features of one token.
-__device__ __forceinline__ void store_part(const Problem& p, int token, int feature, const Sums& acc, int part, u32 staging, int column, int half) {
+// What is left to do to the sums of a thread: of two fragments, features l / 4 and + 8.
+struct Finish {
+  float factor[2][2], bias[2][2];
+  __device__ __forceinline__ Finish(const Problem& p, int feature, int half) {
+#pragma unroll
+    for (int j = 0; j < 2; j++)
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const int f = feature + feature_in_column(2 * half + j, h, threadIdx.x % 32);
+        factor[j][h] = GROUP ? 1.f : single_scale(p, f);
+        bias[j][h] = p.bias ? number(p.bias[f]) : 0.f;
+      }
+  }
+};
+
+// Eight tokens through shared memory: a lane then has eight neighbouring features of one token. Sums are those of two
+// fragments.
+__device__ __forceinline__ void store_row(const Problem& p, const Finish& left, int token, int feature, const float (&sums)[8], u32 staging, int column, int half) {
   const int lane = threadIdx.x % 32, row = lane % 8, back = SPARSE ? 4 * half + lane / 8 : lane / 4;
   const u32 to = staging + half * 512 + row * 64 + ((lane / 8 ^ row / 2) & 3) * 16;
   const u32 from = SPARSE ? staging + back * 128 + ((lane ^ back) & 7) * 16
                           : staging + half * 512 + back * 64 + ((lane ^ back / 2) & 3) * 16;
-  float factor[2][2], bias[2][2];
+  float v[2][2][2];  // of two fragments, features l / 4 and + 8, tokens 2 (l % 4) and + 1
 #pragma unroll
-  for (int j = 0; j < 2; j++)
+  for (int i = 0; i < 8; i++) v[i / 4][i / 2 % 2][i % 2] = sums[i] * left.factor[i / 4][i / 2 % 2] + left.bias[i / 4][i / 2 % 2];
+  meet(column);
+  if (SPARSE) {
 #pragma unroll
-    for (int h = 0; h < 2; h++) {
-      const int f = feature + feature_in_column(2 * half + j, h, lane);
-      factor[j][h] = GROUP ? 1.f : single_scale(p, f);
-      bias[j][h] = p.bias ? number(p.bias[f]) : 0.f;
-    }
+    for (int h = 0; h < 2; h++)
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        const int t = 2 * (lane % 4) + e;
+        store_shared(staging + t * 128 + ((lane / 4 ^ t) & 7) * 16 + 8 * h + 4 * half, pair(v[0][h][e], v[1][h][e]));
+      }
+  } else {
+    const u32 pairs[4] = {pair(v[0][0][0], v[0][0][1]), pair(v[0][1][0], v[0][1][1]), pair(v[1][0][0], v[1][0][1]), pair(v[1][1][0], v[1][1][1])};
+    store_matrices(to, pairs);
+  }
+  meet(column);
+  const int t = token + back, f = feature + (SPARSE ? lane % 8 * 8 : 32 * half + lane % 4 * 8);
+  if (t < p.m) *(uint4*)(p.y + (u64)t * p.n + f) = load_shared(from);
+}
+__device__ __forceinline__ void store_part(const Problem& p, int token, int feature, const Sums& acc, int part, u32 staging, int column, int half) {
+  const Finish left(p, feature, half);
 #pragma unroll
   for (int r = part * ROWS; r < (part + 1) * ROWS; r++) {
-    float v[2][2][2];  // of two fragments, features l / 4 and + 8, tokens 2 (l % 4) and + 1
+    float sums[8];
 #pragma unroll
-    for (int i = 0; i < 8; i++) v[i / 4][i / 2 % 2][i % 2] = acc[i / 4][4 * r + i % 4] * factor[i / 4][i / 2 % 2] + bias[i / 4][i / 2 % 2];
-    meet(column);
-    if (SPARSE) {
-#pragma unroll
-      for (int h = 0; h < 2; h++)
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-          const int t = 2 * (lane % 4) + e;
-          store_shared(staging + t * 128 + ((lane / 4 ^ t) & 7) * 16 + 8 * h + 4 * half, pair(v[0][h][e], v[1][h][e]));
-        }
-    } else {
-      const u32 pairs[4] = {pair(v[0][0][0], v[0][0][1]), pair(v[0][1][0], v[0][1][1]), pair(v[1][0][0], v[1][0][1]), pair(v[1][1][0], v[1][1][1])};
-      store_matrices(to, pairs);
-    }
-    meet(column);
-    const int t = token + 8 * r + back, f = feature + (SPARSE ? lane % 8 * 8 : 32 * half + lane % 4 * 8);
-    if (t < p.m) *(uint4*)(p.y + (u64)t * p.n + f) = load_shared(from);
+    for (int i = 0; i < 8; i++) sums[i] = acc[i / 4][4 * r + i % 4];
+    store_row(p, left, token + 8 * r, feature, sums, staging, column, half);
   }
+}
+
+// A tile that the blocks of a cluster share: each leaves its sums in shared memory, where the stages were, and then
+// sums up and stores some rows of eight tokens of 64 features, in the order of the chunks.
+__device__ __forceinline__ void output_in_cluster(const Problem& p, const Tile& tile, const Sums& acc, u32 memory, u32 staging, int column, int half) {
+  constexpr int ALL = TOKENS / 8 * 4;
+  const int lane = threadIdx.x % 32, blocks = cluster_size(), me = cluster_rank();
+  auto place = [&](int row, int column, int j) { return memory + (((row * 4 + column) * 2 + half) * 2 + j) * 512 + lane * 16; };
+  barrier(1, 256);
+#pragma unroll
+  for (int r = 0; r < TOKENS / 8; r++)
+#pragma unroll
+    for (int j = 0; j < 2; j++) store_shared(place(r, column, j), make_float4(acc[j][4 * r], acc[j][4 * r + 1], acc[j][4 * r + 2], acc[j][4 * r + 3]));
+  cluster_barrier();
+  for (int i = ALL * me / blocks + column; i < ALL * (me + 1) / blocks; i += 4) {
+    const int feature = tile.feature + i % 4 * 64;
+    if (feature >= p.n) continue;
+    float sums[8] = {};
+#pragma unroll
+    for (int b = 0; b < 8; b++)
+#pragma unroll
+      for (int j = 0; j < 2; j++)
+        if (b < blocks) {
+          const float4 v = load_of_block(place(i / 4, i % 4, j), b);
+          sums[4 * j] += v.x; sums[4 * j + 1] += v.y; sums[4 * j + 2] += v.z; sums[4 * j + 3] += v.w;
+        }
+    store_row(p, Finish(p, feature, half), tile.token + i / 4 * 8, feature, sums, staging, column, half);
+  }
+  cluster_barrier();
 }
 
 // A tile whose sums are in registers. Of a tile that other blocks work on too, those who store together write their

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,10 @@ def test_an_unknown_gpu_is_refused() -> None:
         compiling.architecture((7, 5))
 
 
+MANY = Configuration("wgmma", 64, 2, 128, False)
+FEW = Configuration("stream", 8, 3, 128, False)
+
+
 def test_blocks_of_the_grid() -> None:
     for tiles, blocks in (
         (224, 132),
@@ -140,14 +145,18 @@ def test_blocks_of_the_grid() -> None:
         (132, 132),
         (256, 128),
     ):
-        assert schedule(tiles, 32, 132)[0] == blocks
+        assert schedule(FEW, tiles, 32, 132)[0] == blocks
+    assert schedule(MANY, 4, 32, 132) == (32, 0, 32, 8, 4, 0), "no more than a cluster"
+    assert schedule(MANY, 48, 32, 132)[0] == 132
+    assert schedule(replace(MANY, sparse=True), 48, 32, 132) == (96, 0, 32, 2, 16, 0)
 
 
 @pytest.mark.parametrize("tiles", [1, 3, 40, 112, 131, 132, 133, 264, 300, 1792])
 @pytest.mark.parametrize("chunks", [1, 32, 224])
-def test_every_chunk_belongs_to_one_block(tiles: int, chunks: int) -> None:
+@pytest.mark.parametrize("configuration", [FEW, MANY], ids=lambda one: one.kernel)
+def test_every_chunk_belongs_to_one_block(configuration: Configuration, tiles: int, chunks: int) -> None:
     """What csrc/tiles.cuh reads from the schedule, in Python."""
-    blocks, whole, run, share, each, more = schedule(tiles, chunks, 132)
+    blocks, whole, run, share, each, more = schedule(configuration, tiles, chunks, 132)
     done = [tile * chunks + k for tile in range(whole * blocks) for k in range(chunks)]
 
     def first(block: int) -> int:

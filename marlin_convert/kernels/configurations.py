@@ -11,6 +11,9 @@ FEATURES = 256  # of a tile
 # Shared memory that a block may have with compute capability 9.0.
 HOPPER_MEMORY = 227 * 1024
 
+# Blocks that every GPU with clusters can run as one.
+LARGEST_CLUSTER = 8
+
 # Registers a thread of the loading warps keeps on Hopper; the multiplying ones get the rest.
 GIVEN = 40
 
@@ -138,18 +141,24 @@ def choose(
     return Configuration("wgmma", tokens, 2, group, bfloat16, sparse)
 
 
-def schedule(tiles: int, chunks: int, processors: int) -> tuple[int, ...]:
+def schedule(configuration: Configuration, tiles: int, chunks: int, processors: int) -> tuple[int, ...]:
     """How many blocks work on so many tiles of so many chunks each, and on which: Schedule in csrc/tiles.cuh.
 
     As many blocks as leave no tile to be shared, or each by the same number, where that keeps most
     multiprocessors busy: 8B gate_up takes 112 blocks (24.3 us for 32 tokens, 29.0 with 132), 70B qkv 120
-    (20.1 us, 24.3). Else one for each. Returns blocks, whole, run, share, each and more.
+    (20.1 us, 24.3), 2:4 and 512 tokens of 8B qkv 96 (28.1 us, 30.4). Else one for each. What wgmma multiplies
+    fast takes long to sum up: no more than a cluster share a tile then (16 tokens of 3072 x 3072: 5.7 us,
+    6.7 with 11 to a tile).
+    Returns blocks, whole, run, share, each and more.
     """
+    busy = (0.7 if configuration.sparse else 0.8) * processors
     whole = -(-tiles // processors)
-    if tiles % whole == 0 and tiles // whole >= (0.8 if whole == 1 else 0.95) * processors:
+    if tiles % whole == 0 and tiles // whole >= (busy if whole == 1 else 0.95 * processors):
         return tiles // whole, whole, 0, 1, 0, 0
     share = processors // tiles
-    if share * tiles >= 0.8 * processors:
+    if share * tiles >= busy:
+        if configuration.kernel == "wgmma":
+            share = min(share, LARGEST_CLUSTER)
         return share * tiles, 0, chunks, share, chunks // share, chunks % share
     whole = max(0, tiles // processors - 1)
     run = (tiles - whole * processors) * chunks

@@ -6,6 +6,7 @@ weights while the one before still runs (programmatic dependent launch), which c
 
 import ctypes
 import struct
+from collections.abc import Sequence
 from ctypes import addressof, c_char, c_int, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import cache
@@ -15,11 +16,11 @@ from torch import Tensor
 
 from marlin_convert.errors import KernelError
 from marlin_convert.kernels.compile import architecture, cubin
-from marlin_convert.kernels.configurations import FEATURES, Configuration, schedule
+from marlin_convert.kernels.configurations import FEATURES, LARGEST_CLUSTER, Configuration, schedule
 
 # of cuda.h
 MAX_DYNAMIC_SHARED_MEMORY = 8
-PROGRAMMATIC_STREAM_SERIALIZATION = 6
+CLUSTER_DIMENSION, PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6
 UINT32, UINT64, FLOAT16, BFLOAT16 = 2, 5, 6, 9
 BYTES = {UINT32: 4, UINT64: 8, FLOAT16: 2, BFLOAT16: 2}
 NO_SWIZZLE, SWIZZLE_128 = 0, 3
@@ -31,7 +32,7 @@ KEPT = 4096
 TICKETS = 32  # of a block of the grid, as in csrc/tiles.cuh
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Loaded:
     """A kernel in memory: its handle, and what each launch of it needs."""
 
@@ -135,6 +136,44 @@ def _workspace(device: torch.device, stream: int, loaded: _Loaded) -> tuple[Tens
     return found
 
 
+def _launch(
+    loaded: _Loaded, blocks: int, stream: int, cluster: int
+) -> tuple[ctypes.Array[c_char], ctypes.Array[c_int]]:
+    """A CUlaunchConfig, and its attributes, which must live as long."""
+    attributes = (c_int * 36)(PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)
+    attributes[18:23] = [CLUSTER_DIMENSION, 0, cluster, 1, 1]
+    configuration = loaded.configuration
+    count = 0 if not loaded.early else 1 if cluster == 1 else 2
+    launch = ctypes.create_string_buffer(
+        struct.pack(
+            "7I4xQQI4x", blocks, 1, 1, configuration.threads, 1, 1,
+            configuration.shared_memory, stream, addressof(attributes), count,
+        ),
+        56,
+    )  # fmt: skip
+    return launch, attributes
+
+
+def _cluster(loaded: _Loaded, blocks: int, chunks: int, plan: Sequence[int]) -> int:
+    """Blocks that sum up through each other's shared memory: those that share a tile, if all run at once."""
+    _, run, share, each, _ = plan
+    if loaded.configuration.kernel == "mma" or run != chunks or not 2 <= share <= LARGEST_CLUSTER or not each:
+        return 1
+    return share if _clusters(loaded, share) * share >= blocks else 1
+
+
+@cache
+def _clusters(loaded: _Loaded, size: int) -> int:
+    """How many clusters of so many blocks run at once."""
+    launch, _attributes = _launch(loaded, size, 0, size)
+    count = c_int()
+    _check(
+        _driver().cuOccupancyMaxActiveClusters(ctypes.byref(count), loaded.handle, launch),
+        "counting clusters",
+    )
+    return count.value
+
+
 def _capture(stream: int) -> int:
     """The number of the graph that a stream is being captured into; no other one ever has it."""
     state, number = c_int(), c_uint64()
@@ -168,7 +207,8 @@ class Call:
         stream = torch.cuda.current_stream(x.device).cuda_stream
         parts, tickets = self._workspace = _workspace(x.device, stream, loaded)
         columns, token_tiles, chunks = -(-n // FEATURES), -(-m // configuration.tokens), k // 128
-        blocks, *plan = schedule(columns * token_tiles, chunks, loaded.processors)
+        blocks, *plan = schedule(configuration, columns * token_tiles, chunks, loaded.processors)
+        cluster = _cluster(loaded, blocks, chunks, plan)
         problem = ctypes.create_string_buffer(
             struct.pack(
                 "8Q11i4x", B.data_ptr(), 0, s.data_ptr(), 0 if bias is None else bias.data_ptr(), 0,
@@ -195,15 +235,8 @@ class Call:
                 0,
             ]
         self._pointers = (c_void_p * len(arguments))(*arguments)
-        attribute = (c_int * 18)(PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)
-        self._launch = ctypes.create_string_buffer(
-            struct.pack(
-                "7I4xQQI4x", blocks, 1, 1, configuration.threads, 1, 1,
-                configuration.shared_memory, stream, addressof(attribute), loaded.early,
-            ),
-            56,
-        )  # fmt: skip
-        self._kept, self._handle = (problem, attribute), loaded.handle
+        self._launch, attributes = _launch(loaded, blocks, stream, cluster)
+        self._kept, self._handle = (problem, attributes), loaded.handle
         self._driver = _driver().cuLaunchKernelEx
 
     def __call__(self, x: int, y: int) -> None:
