@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from marlin_convert.errors import KernelError
 from marlin_convert.formats import marlin, marlin_24
 from marlin_convert.kernels import compile as compiling
+from marlin_convert.kernels import launch
 from marlin_convert.kernels.configurations import HOPPER_MEMORY, Configuration, choose, schedule
 from marlin_convert.kernels.matmul import Marlin24Linear, MarlinLinear, matmul, reference
 from marlin_convert.quantized import QuantizedLinear
@@ -31,7 +33,7 @@ def configurations(capability: tuple[int, int]) -> list[Configuration]:
         choose(m, n, k, group, bfloat16, capability, sparse): None
         for m in (1, 9, 17, 33, 65, 129, 4096)
         for n, k in ((4096, 4096), (57344, 8192))
-        for sparse in ((False, True) if capability[0] < 10 else (False,))
+        for sparse in ((False, True) if capability in compiling.SPARSE else (False,))
         for group in (SPARSE_GROUPS if sparse else GROUPS)
         for bfloat16 in (False, True)
     }
@@ -46,6 +48,7 @@ def test_every_configuration_compiles(capability: tuple[int, int]) -> None:
         return compiling.compile(compiling.source(configuration), arch)
 
     found = configurations(capability)
+    import_module("cuda.core")  # two threads that import it at once fail
     with ThreadPoolExecutor(2) as pool:  # half the time on two processors
         programs = list(pool.map(compiled, found))
     for configuration, (code, said) in zip(found, programs, strict=True):
@@ -99,9 +102,23 @@ def test_the_cache_keeps_whole_entries_only(tmp_path: Path, monkeypatch: pytest.
     assert compiling.cubin.__wrapped__(configuration, "sm_80") == code
 
 
-def test_an_unknown_gpu_is_refused() -> None:
-    with pytest.raises(KernelError, match=r"compute capability 7\.5"):
-        compiling.architecture((7, 5))
+@pytest.mark.parametrize(
+    "capability, sparse, hint", [((7, 5), False, "another GPU"), ((7, 5), True, "another GPU"),
+    ((10, 0), True, "--format marlin"), ((12, 0), True, "--format marlin")],
+)  # fmt: skip
+def test_a_gpu_without_a_kernel_is_refused(
+    capability: tuple[int, int], sparse: bool, hint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When a kernel is to be loaded, and before anything is compiled."""
+    monkeypatch.setattr(launch, "_driver", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(launch, "cubin", lambda *_: pytest.fail("compiled"))
+    layout = "marlin-24" if sparse else "marlin"
+    said = rf"no kernel for {layout} on compute capability {capability[0]}\.{capability[1]} \(only sm_80"
+    with pytest.raises(KernelError, match=said) as raised:
+        launch.load(choose(1, 4096, 4096, 128, False, capability, sparse), 0)
+    assert hint in str(raised.value.hint)
 
 
 def test_blocks_of_the_grid() -> None:

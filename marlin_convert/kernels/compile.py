@@ -23,15 +23,22 @@ ARCHITECTURES = {
     (12, 0): "sm_120",
 }
 
+# Those that Sparse-MARLIN is multiplied on; its kernel has not been tried on newer ones.
+SPARSE = {capability: arch for capability, arch in ARCHITECTURES.items() if capability < (10, 0)}
 
-def architecture(capability: tuple[int, int]) -> str:
-    """What to compile for; KernelError for a GPU that there is no code for."""
-    found = ARCHITECTURES.get(capability)
+
+def architecture(capability: tuple[int, int], sparse: bool = False) -> str:
+    """What to compile for, for Sparse-MARLIN if `sparse`; KernelError for a GPU that there is no code for."""
+    known = SPARSE if sparse else ARCHITECTURES
+    found = known.get(capability)
     if found is None:
-        known = ", ".join(ARCHITECTURES.values())
+        hint = "use another GPU, or --device cpu"
+        if capability in ARCHITECTURES:
+            hint += "; quantize --format marlin writes the same codes for this one"
         raise KernelError(
-            f"there is no kernel for compute capability {capability[0]}.{capability[1]} (only {known}).",
-            "use another GPU, or --device cpu.",
+            f"there is no kernel for {'marlin-24' if sparse else 'marlin'} on compute capability "
+            f"{capability[0]}.{capability[1]} (only {', '.join(known.values())}).",
+            f"{hint}.",
         )
     return found
 

@@ -62,7 +62,8 @@ def load(configuration: Configuration, device: int) -> _Loaded:
     """Compile a configuration for a device, if that was not done yet, and load it."""
     driver = _driver()
     torch.cuda.current_stream(device)  # makes sure that there is a context
-    code = cubin(configuration, architecture(torch.cuda.get_device_capability(device)))
+    capability = torch.cuda.get_device_capability(device)
+    code = cubin(configuration, architecture(capability, configuration.sparse))
     library, kernel = c_void_p(), c_void_p()
     _check(
         driver.cuLibraryLoadData(ctypes.byref(library), code, None, None, 0, None, None, 0),
