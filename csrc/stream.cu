@@ -9,26 +9,6 @@ static_assert(STAGES % SPLITS == 0);
 constexpr int WEIGHTS = CODES + METADATA, FILLED = WEIGHTS + TOKENS * 256 + SCALES;
 constexpr int STAGE = (FILLED + 1023) / 1024 * 1024;
 
-// The blocks of a cluster share a tile: each sums up and stores some of it, in the order of the chunks.
-__device__ __forceinline__ void output_in_cluster(const Problem& p, const Tile& tile, const float* sums, int threads) {
-  const int quads = min(TOKENS, p.m - tile.token) * 64, blocks = cluster_size(), me = cluster_rank();
-  cluster_barrier();
-  for (int i = quads * me / blocks + threadIdx.x; i < quads * (me + 1) / blocks; i += threads) {
-    const int token = i / 64, feature = 4 * (i % 64);
-    float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll
-    for (int b = 0; b < 8; b++)
-#pragma unroll
-      for (int split = 0; split < SPLITS; split++)
-        if (b < blocks) {
-          const float4 w = load_of_block(shared_address(sums + (split * TOKENS + token) * ROW + feature), b);
-          v.x += w.x; v.y += w.y; v.z += w.z; v.w += w.w;
-        }
-    finish(p, tile.token + token, tile.feature + feature, v);
-  }
-  cluster_barrier();
-}
-
 extern "C" __global__ void __launch_bounds__(128 * SPLITS + 128, 1)
 marlin_stream(const __grid_constant__ Problem p, const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap metadata, const __grid_constant__ TensorMap scales, const __grid_constant__ TensorMap x) {
   extern __shared__ __align__(1024) unsigned char unaligned[];
@@ -97,8 +77,7 @@ marlin_stream(const __grid_constant__ Problem p, const __grid_constant__ TensorM
     barrier(1, 128 * SPLITS);
     put(acc, sums + team * TOKENS * ROW, column);
     barrier(1, 128 * SPLITS);
-    if (cluster_size() > 1) output_in_cluster(p, here.tile, sums, 128 * SPLITS);
-    else output(p, here.tile, sums, 128 * SPLITS);
+    output(p, here.tile, sums, 128 * SPLITS);
     clear(acc);
   }
 }

@@ -79,7 +79,7 @@ import marlin_convert
 
 > **Not without `import marlin_convert`.** transformers alone does not know the layout, prints a warning, and
 > goes on with random weights. vLLM alone refuses it with an error.
-%s
+
 Its codes can be written in a layout that both load alone, exactly:
 
 ```
@@ -87,10 +87,6 @@ marlin-convert quantize {repository}{revision} -o DIR --format gptq
 ```
 """
 )
-_NO_KERNEL = """
-There is no kernel for this layout yet: its linears are dequantized when they are loaded. It saves disk, not
-memory or time.
-"""
 _DENSE = """\
 It loads as the original does. To quantize it, keeping its zeros:
 
@@ -102,8 +98,8 @@ marlin-convert quantize {repository}{revision} -o DIR --format marlin-24
 # Of packed layouts, only what tests/engines has seen load and answer right.
 SERVING = {
     "dense": _DENSE,
-    "marlin": _OURS % "",
-    "marlin-24": _OURS % _NO_KERNEL,
+    "marlin": _OURS,
+    "marlin-24": _OURS,
     "gptq": _STOCK % "optimum gptqmodel",
     "compressed-tensors": _STOCK % "compressed-tensors",
 }

@@ -126,7 +126,8 @@ class Solve:
         self._model = BlockModel(weights, device, trust_remote_code=trust_remote_code)
         self._hidden = HiddenStates(self._model, calibration.ids, directory)
         self._original: tuple[BlockModel, HiddenStates] | None = None
-        if any(fate.sparse for fate in plan.fates) and plan.recipe.method == "sparsegpt":
+        # the method is one of pruning only: wanda and magnitude leave the weights they keep as they are
+        if any(fate.packed or plan.recipe.method == "sparsegpt" for fate in plan.fates if fate.sparse):
             original = BlockModel(weights, device, trust_remote_code=trust_remote_code)
             self._original = original, HiddenStates(original, calibration.ids, directory)
         self.replayed = 0

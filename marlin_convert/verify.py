@@ -20,7 +20,7 @@ from marlin_convert.checkpoint import manifest as manifests
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.checkpoint.writer import to_json, write_json, write_report
-from marlin_convert.errors import ConvertError, FormatError, SourceError, printable
+from marlin_convert.errors import ConvertError, FormatError, KernelError, SourceError, printable
 from marlin_convert.evaluate import Comparison, compare, log_probabilities
 from marlin_convert.formats import bounds
 from marlin_convert.hub import Source
@@ -587,15 +587,13 @@ class _OnKernel(BlockModel):
 
     def load(self, i: int) -> nn.Module:
         """Block i, as the kernel takes it."""
-        from marlin_convert.kernels.matmul import matmul
-
         block = super().load(i)
         for path, module in block.named_modules():
             linear = f"{self.name(i)}.{path}"
-            if isinstance(module, nn.Linear) and _has_kernel(self.weights, linear):
-                tensors = formats.FORMATS["marlin"].pack(self.weights.quantized(linear))
-                B, s = (tensors[suffix].to(self.device) for suffix in ("B", "s"))
-                module.forward = partial(matmul, B=B, s=s, bias=module.bias)  # type: ignore[method-assign]
+            if isinstance(module, nn.Linear) and self.weights.is_packed(linear):
+                layer, format = self.weights.quantized(linear), self.weights.scheme_of(linear).format
+                kernel = _on_kernel(layer, format, self.device, module.bias)
+                module.forward = kernel.forward  # type: ignore[method-assign]
         return block
 
     def unload(self, i: int) -> None:
@@ -605,28 +603,40 @@ class _OnKernel(BlockModel):
         super().unload(i)
 
 
-def _has_kernel(weights: Weights, linear: str) -> bool:
-    """Whether there is a kernel for a linear."""
-    return weights.is_packed(linear) and weights.scheme_of(linear).format != "marlin-24"
+def _on_kernel(
+    layer: QuantizedLinear, format: str, device: torch.device, bias: Tensor | None = None
+) -> nn.Module:
+    """A layer as the module that runs its layout's kernel, or marlin's where its layout has none.
+
+    FormatError when that kernel's layout cannot hold it.
+    """
+    from marlin_convert.kernels.matmul import LINEARS
+
+    layout = format if format in LINEARS else "marlin"
+    return LINEARS[layout](**formats.FORMATS[layout].pack(layer), bias=bias).to(device)
 
 
 def _check_kernel(job: Job, subject: _Subject) -> Check:
     """Every packed linear through the kernel, then the whole model, each against its dequantized weights."""
-    packed = subject.weights.packed_linears()
-    linears = [linear for linear in packed if _has_kernel(subject.weights, linear)]
-    if packed and not linears:
-        return Check("skipped", "no kernel for marlin-24 yet")
+    from marlin_convert.kernels.compile import architecture
+
+    layouts = {
+        linear: subject.weights.scheme_of(linear).format for linear in subject.weights.packed_linears()
+    }
     if not torch.cuda.is_available():
         return Check("skipped", "no CUDA GPU here")
     if job.device.type != "cuda":
         return Check("skipped", f"--device {job.device}")
-    if not linears:
+    if not layouts:
         return Check("skipped", "no linear is packed")
+    try:
+        architecture(torch.cuda.get_device_capability(job.device))
+    except KernelError as error:
+        return Check("skipped", str(error).removesuffix("."))
     rows, problems = [], []
     try:
-        for linear in linears:
-            layer = subject.weights.quantized(linear)
-            found = _kernel_error(layer, job.device)
+        for linear, format in layouts.items():
+            found = _kernel_error(subject.weights.quantized(linear), format, job.device)
             rows.append({"name": linear, "error": _json_number(found)})
             if not found <= job.tolerance:
                 problems.append(f"{linear}: the kernel is {found:.1e} off, relative; at most {job.tolerance}")
@@ -650,26 +660,21 @@ def _check_kernel(job: Job, subject: _Subject) -> Check:
         f"{text.agreement:.2%} of the greedy tokens, others within {text.margin:.1e} nats"
     )
     figures = {name: _json_number(value) for name, value in asdict(text).items()}
-    check = _verdict(problems, summary, tolerance=job.tolerance, linears=rows, model=figures)
-    if problems or len(linears) == len(packed):
-        return check
-    left = len(packed) - len(linears)
-    return replace(check, status="skipped", reason=f"{left} linears: no kernel for marlin-24 yet; {summary}")
+    return _verdict(problems, summary, tolerance=job.tolerance, linears=rows, model=figures)
 
 
-def _kernel_error(layer: QuantizedLinear, device: torch.device) -> float:
+def _kernel_error(layer: QuantizedLinear, format: str, device: torch.device) -> float:
     """The largest error of the kernel's product from the one in float64 over the batch sizes, relative."""
-    from marlin_convert.kernels.matmul import matmul, reference
+    from marlin_convert.kernels.matmul import reference
 
-    tensors = formats.FORMATS["marlin"].pack(layer)
-    B, s = (tensors[suffix].to(device) for suffix in ("B", "s"))
+    kernel = _on_kernel(layer, format, device)
     here = replace(layer, codes=layer.codes.to(device), scales=layer.scales.to(device), zeros=None)
     draw = torch.Generator(device).manual_seed(0)
     x = torch.randn(max(BATCHES), layer.k, device=device, dtype=torch.float16, generator=draw)
     expected = reference(x, here)
     errors = []
     for batch in BATCHES:
-        off = matmul(x[:batch], B, s).double() - expected[:batch]
+        off = kernel(x[:batch]).double() - expected[:batch]
         errors.append((off.norm() / expected[:batch].norm()).item())
     return max(errors, key=lambda error: math.inf if math.isnan(error) else error)
 

@@ -32,7 +32,7 @@ def configurations(capability: tuple[int, int]) -> list[Configuration]:
         choose(m, n, k, group, bfloat16, capability, sparse): None
         for m in (1, 9, 17, 33, 65, 129, 4096)
         for n, k in ((4096, 4096), (57344, 8192))
-        for sparse in ((False, True) if capability[0] < 10 else (False,))
+        for sparse in (False, True)
         for group in (SPARSE_GROUPS if sparse else GROUPS)
         for bfloat16 in (False, True)
     }

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from marlin_convert.errors import KernelError
-from marlin_convert.formats import marlin, marlin_24
+from marlin_convert.formats import FORMATS, marlin, marlin_24
 from marlin_convert.quantized import QuantizedLinear
 
 pytestmark = [
@@ -188,14 +188,16 @@ def test_two_streams_at_once() -> None:
         assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
-def test_graphs_and_compile() -> None:
-    from marlin_convert.kernels.matmul import MarlinLinear
+@pytest.mark.parametrize("format", ["marlin", "marlin-24"])
+def test_graphs_and_compile(format: str) -> None:
+    from marlin_convert.kernels.matmul import LINEARS, reference
 
-    one = layer(1024, 768, 128)
-    module = MarlinLinear(*packed(one))
+    one = layer(1024, 768, 128) if format == "marlin" else sparse_layer(1024, 768, 128)
+    module = LINEARS[format](**FORMATS[format].pack(one)).cuda()
     for m in (1, 40, 200):
         x = torch.randn(m, 1024, device="cuda", dtype=torch.float16)
         expected = module(x)
+        assert error(expected, reference(x, one)) < 3e-4
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             y = module(module(x)[:, :768].repeat(1, 2)[:, :1024])

@@ -104,6 +104,16 @@ def test_marlin_24_is_what_sparsity_means(model, tmp_path, cli):
     assert config["quantization_config"]["quant_method"] == "marlin_24"
 
 
+def test_the_method_is_that_of_sparsify(model, tmp_path, cli):
+    """Quantizing chooses mask and codes together, whatever the recipe says of it."""
+    (tmp_path / "wanda.yaml").write_text("method: wanda")
+    for recipe in ("w4a16-g128", tmp_path / "wanda.yaml"):
+        words = ("-o", tmp_path / f"{recipe}.out", "--recipe", recipe, "--sparsity", "2:4", *SHORT)
+        assert cli("quantize", model, *words).exit_code == 0
+    one, other = (directory / "model.safetensors" for directory in tmp_path.glob("*.out"))
+    assert one.read_bytes() == other.read_bytes()
+
+
 @pytest.mark.parametrize("format", ["marlin-24", "gptq"])
 def test_a_pruned_model_keeps_its_zeros(format, pruned, tmp_path, cli):
     output = tmp_path / "out"

@@ -18,7 +18,9 @@ from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.evaluate import compare
 from marlin_convert.formats import FORMATS as LAYOUTS
 from marlin_convert.formats import Scheme, marlin, marlin_24
+from marlin_convert.kernels.matmul import Marlin24Linear, MarlinLinear
 from marlin_convert.models.blocks import BlockModel
+from marlin_convert.verify import _kernel_error, _OnKernel
 
 FORMATS = ["marlin", "marlin-24", "gptq", "compressed-tensors"]
 SCALES = {"marlin": "s", "marlin-24": "s", "gptq": "scales", "compressed-tensors": "weight_scale"}
@@ -403,13 +405,6 @@ def test_what_engines_fuse_is_in_one_layout(pruned, report):
     fails(found, "layout", f"{up} marlin", "model.layers.1.mlp.gate_proj marlin-24", "which engines fuse")
 
 
-def test_there_is_no_kernel_for_marlin_24_yet(copy, report, cli):
-    directory = copy("marlin-24")
-    assert report(directory)["checks"]["kernel"]["reason"] == "no kernel for marlin-24 yet"
-    result = cli("verify", directory, "--require-kernel")
-    assert result.exit_code == 1 and "no kernel for marlin-24 yet" in result.stderr
-
-
 def test_a_sparse_checkpoint_is_verified_with_its_sparsity(copy, report):
     directory = copy("marlin-24")
     assert not report(directory, "--checks", "files,layout,numbers")["passed"]
@@ -488,12 +483,50 @@ def test_a_model_compared_with_itself(tmp_path):
 # kernel, options, and what can be no checkpoint
 
 
-def test_the_kernel_check_never_passes_unrun(copy, cli):
-    directory = copy("marlin")
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_kernel_check_never_passes_unrun(format, copy, cli):
+    directory = copy(format)
     result = cli("verify", directory, "--require-kernel")
     assert result.exit_code == 1
-    assert result.stderr.splitlines()[-1].startswith("Error: the kernel check is required and could not run")
+    said = "Error: the kernel check is required and could not run: no CUDA GPU here."
+    assert result.stderr.splitlines()[-1] == said
     assert not json.loads((directory / VERIFIED).read_text())["passed"]
+
+
+def test_a_gpu_without_a_kernel(quantized, mixed, report, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    for directory in (quantized("marlin-24"), mixed):
+        check = report(directory, "--checks", "kernel", "--device", "cuda")["checks"]["kernel"]
+        assert check["status"] == "skipped"
+        assert check["reason"].startswith("there is no kernel for compute capability 7.5")
+
+
+def test_every_layout_goes_to_its_own_kernel(mixed):
+    """On a CPU, where the modules of the kernels multiply by the dequantized weights."""
+    weights, device = Weights(Checkpoint.open(mixed)), torch.device("cpu")
+    model = _OnKernel(weights, device, fast=False)
+    block = model.load(0)
+    kernels = [block.get_submodule(name).forward.__self__ for name in ("self_attn.q_proj", "mlp.up_proj")]
+    assert [type(kernel) for kernel in kernels] == [Marlin24Linear, MarlinLinear]
+    assert all(kernel.bias is not None for kernel in kernels)
+    ids = torch.randint(0, 4096, (2, 64), generator=torch.Generator().manual_seed(0))
+    found = compare(BlockModel(weights, device, fast=False), model, ids)
+    assert found.divergence < 1e-6 and found.agreement == 1
+    for linear in weights.packed_linears():
+        assert _kernel_error(weights.quantized(linear), weights.scheme_of(linear).format, device) < 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("format", [*FORMATS, "mixed"])
+def test_every_layout_on_a_gpu(format, quantized, mixed, report):
+    directory = mixed if format == "mixed" else quantized(format)
+    check = report(directory, "--checks", "kernel", "--require-kernel")["checks"]["kernel"]
+    assert check["status"] == "pass", check
+    packed = Weights(Checkpoint.open(directory)).packed_linears()
+    assert [row["name"] for row in check["details"]["linears"]] == packed
 
 
 def test_checks_that_were_not_asked_for_are_said_to_be_skipped(copy, report):

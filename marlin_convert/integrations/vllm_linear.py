@@ -55,7 +55,7 @@ def linear_method(
 
 @register_weight_loader_v2_supported_method
 class MarlinLinearMethod(LinearMethodBase):
-    """A packed linear: our kernel where there is one for it, else dequantized once, after loading."""
+    """A packed linear: our kernel on a GPU; elsewhere dequantized once, after loading."""
 
     def __init__(self, scheme: formats.Scheme, prefix: str):
         self.scheme = scheme
@@ -119,7 +119,7 @@ class MarlinLinearMethod(LinearMethodBase):
             tensors[SCALES] = formats.FORMATS[self.scheme.format].only_group(scales)
         for suffix in tensors:
             delattr(layer, suffix)
-        if self.scheme.format != "marlin" or not scales.is_cuda:
+        if not scales.is_cuda:
             tensors = {"weight": dequantize(self.scheme, tensors, self.dtype, scales.device)}
         for name, tensor in tensors.items():
             layer.register_parameter(name, Parameter(tensor, requires_grad=False))
@@ -128,4 +128,6 @@ class MarlinLinearMethod(LinearMethodBase):
         """x (..., k) times the weights, plus bias."""
         if hasattr(layer, "weight"):
             return nn.functional.linear(x, layer.weight, bias)  # type: ignore[arg-type]
+        if self.scheme.format == "marlin-24":
+            return matmul(x, layer.B_24, layer.s, bias, layer.B_meta)  # type: ignore[arg-type]
         return matmul(x, layer.B, layer.s, bias)  # type: ignore[arg-type]

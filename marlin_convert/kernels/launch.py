@@ -157,7 +157,12 @@ def _launch(
 def _cluster(loaded: _Loaded, blocks: int, chunks: int, plan: Sequence[int]) -> int:
     """Blocks that sum up through each other's shared memory: those that share a tile, if all run at once."""
     _, run, share, each, _ = plan
-    if loaded.configuration.kernel == "mma" or run != chunks or not 2 <= share <= LARGEST_CLUSTER or not each:
+    if (
+        loaded.configuration.kernel != "wgmma"
+        or run != chunks
+        or not 2 <= share <= LARGEST_CLUSTER
+        or not each
+    ):
         return 1
     return share if _clusters(loaded, share) * share >= blocks else 1
 

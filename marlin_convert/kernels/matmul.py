@@ -1,8 +1,6 @@
 """The torch operator marlin_convert::matmul, its reference in plain torch, and modules around it."""
 
-import logging
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 from weakref import ref
 
@@ -16,8 +14,6 @@ from marlin_convert.formats.scheme import Scheme
 from marlin_convert.kernels.configurations import choose
 from marlin_convert.kernels.launch import Call
 from marlin_convert.quantized import QuantizedLinear
-
-log = logging.getLogger("marlin_convert")
 
 DTYPES = (torch.float16, torch.bfloat16)
 
@@ -97,16 +93,24 @@ class MarlinLinear(PackedLinear):
 
 
 class Marlin24Linear(PackedLinear):
-    """A linear of B_24 and B_meta (k / 32, 2n), s (groups, n) and perhaps a bias (n), as in marlin-24 files.
+    """A linear of B_24 int32 and B_meta int16 (k / 32, 2n), s (groups, n) float16 and perhaps a bias (n).
 
-    It multiplies by the dequantized weights everywhere: the kernel has not been tried on a GPU.
+    They are as in marlin-24 files. On a GPU it runs the kernel; elsewhere as MarlinLinear.
     """
+
+    B_24: Tensor
+    B_meta: Tensor
+    s: Tensor
 
     def __init__(self, B_24: Tensor, B_meta: Tensor, s: Tensor, bias: Tensor | None = None):
         """KernelError when the tensors are not of one layer."""
         _, _, groups = _shape(B_24, s, B_meta)
         scheme = Scheme("marlin-24", 4, -1 if groups == 1 else 128)
         super().__init__(scheme, {"B_24": B_24, "B_meta": B_meta, "s": s}, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., k) to (..., n), in the dtype of x."""
+        return matmul(x, self.B_24, self.s, self.bias, self.B_meta) if x.is_cuda else super().forward(x)
 
 
 LINEARS = {"marlin": MarlinLinear, "marlin-24": Marlin24Linear}
@@ -115,19 +119,9 @@ LINEARS = {"marlin": MarlinLinear, "marlin-24": Marlin24Linear}
 def dequantize(
     scheme: Scheme, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """The weight (n, k) that a layout's tensors hold, on a device; said once if that is a GPU."""
-    if device.type == "cuda":
-        _say_there_is_no_kernel(scheme.format)
+    """The weight (n, k) that a layout's tensors hold, on a device."""
     on_cpu = {suffix: tensor.cpu() for suffix, tensor in tensors.items()}
     return FORMATS[scheme.format].unpack(on_cpu, scheme).dequantize(dtype).to(device)
-
-
-@cache
-def _say_there_is_no_kernel(format: str) -> None:
-    log.warning(
-        "there is no kernel for %s yet: its linears are dequantized, and as large and slow as 16-bit ones",
-        format,
-    )
 
 
 def _shape(B: Tensor, s: Tensor, B_meta: Tensor | None = None) -> tuple[int, int, int]:
