@@ -1,6 +1,9 @@
 """The kernels on a GPU: right at every edge, the same every time, and never quietly wrong."""
 
 import os
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -232,3 +235,33 @@ def test_vllm_multiplies_the_same_bytes(group_size: int) -> None:
         ours, expected = matmul(x, B, s), reference(x, one)
         assert error(y, expected) < 1e-3
         assert error(ours, y.double()) < 1e-3 and error(ours, expected) < 3e-4
+
+
+PRODUCTS = """
+import torch
+from marlin_convert.kernels.matmul import matmul
+
+for k, n in ((1024, 768), (512, 320)):
+    s = torch.full((k // 128, n), 0.01, dtype=torch.half, device="cuda")
+    B = torch.full((k // 16, 2 * n), 0x12345678, dtype=torch.int32, device="cuda")
+    B_24 = torch.full((k // 32, 2 * n), 0x12345678, dtype=torch.int32, device="cuda")
+    B_meta = torch.full((k // 32, 2 * n), 0x4444, dtype=torch.int16, device="cuda")
+    for m in (1, 16, 17, 65, 200):
+        x = torch.ones(m, k, dtype=torch.half, device="cuda")
+        matmul(x, B, s)
+        matmul(x, B_24, s, None, B_meta)
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer(tool: str) -> None:
+    found = shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:/usr/local/cuda/bin")
+    if found is None:
+        pytest.skip("compute-sanitizer is not installed")
+    # memory that torch keeps for later is no error to write to
+    alone = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    command = [found, "--tool", tool, "--error-exitcode", "7", sys.executable, "-c", PRODUCTS]
+    done = subprocess.run(command, env=alone, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "ERROR SUMMARY: 0 errors" in done.stdout or "0 hazards displayed" in done.stdout
