@@ -577,10 +577,11 @@ def test_on_a_gpu(cli, tmp_path):
     result = cli("bench", "kernel", "-o", out, *options)
     assert result.exit_code == 0, result.stderr
     rows = rows_of(out / "kernel.csv")
-    ours = [row for row in rows if row["kernel"] == "marlin-convert"]
-    assert [row["batch"] for row in ours] == ["1", "16"]
+    both = {"marlin-convert", "marlin-convert 2:4"}
+    ours = [row for row in rows if row["kernel"] in both]
+    assert [row["batch"] for row in ours] == ["1", "1", "16", "16"]
     assert all(1 < float(row["speedup"]) < 10 and float(row["relative_error"]) < 1e-3 for row in ours)
     loaded = rows_of(out / "sustained.csv")
-    assert {row["kernel"] for row in loaded} == {"cublas", "marlin-convert"}
+    assert {row["kernel"] for row in loaded} == {"cublas", *both}
     assert all(float(row["sm_mhz_min"]) > 100 for row in loaded)
     assert (out / "sustained.png").is_file()
