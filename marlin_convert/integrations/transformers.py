@@ -72,9 +72,11 @@ def _packed(dense: nn.Linear, weights: Weights, name: str) -> nn.Module:
     """The module, without memory yet, for the tensors that are stored under this name."""
     k, n, scheme = dense.in_features, dense.out_features, weights.scheme_of(name)
     weights.check(name, k, n)
-    with torch.device("meta"):
-        tensors = [torch.empty(shape, dtype=dtype) for dtype, shape in formats.tensors(scheme, k, n).values()]
-        bias = None if dense.bias is None else torch.empty(n, dtype=dense.bias.dtype)
+    tensors = [
+        torch.empty(shape, dtype=dtype, device="meta")
+        for dtype, shape in formats.tensors(scheme, k, n).values()
+    ]
+    bias = None if dense.bias is None else torch.empty(n, dtype=dense.bias.dtype, device="meta")
     return LINEARS[scheme.format](*tensors, bias)
 
 
