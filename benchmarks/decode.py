@@ -37,7 +37,7 @@ from transformers.utils.logging import disable_progress_bar
 from marlin_convert import formats
 from marlin_convert.bench.timing import capture
 from marlin_convert.checkpoint.writer import write_json
-from marlin_convert.kernels.matmul import LINEARS, Marlin24Linear, PackedLinear, matmul
+from marlin_convert.kernels.matmul import PackedLinear
 
 HERE = Path(__file__).resolve().parent
 CUDA = torch.cuda.is_available()
@@ -89,13 +89,6 @@ def quantize(source: Path, output: Path, options: list[str]) -> None:
     subprocess.run(command, check=True, cwd=HERE.parent)
 
 
-class SparseLinear(Marlin24Linear):
-    """With our kernel on a GPU, where Marlin24Linear multiplies by the dequantized weights."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return matmul(x, self.B_24, self.s, None, self.B_meta) if x.is_cuda else super().forward(x)
-
-
 def join(*linears: nn.Module) -> nn.Module:
     """One linear with the outputs of several, one after the other.
 
@@ -106,9 +99,8 @@ def join(*linears: nn.Module) -> nn.Module:
         joined = nn.Linear(1, 1, bias=False)
         joined.weight = nn.Parameter(torch.cat([one.weight for one in linears]), requires_grad=False)
         return joined
-    packed = (LINEARS | {"marlin-24": SparseLinear})[first.scheme.format]
     buffers = [[one.get_buffer(suffix) for one in linears] for suffix in formats.suffixes(first.scheme)]
-    return packed(*(torch.cat(parts, 1) for parts in buffers))
+    return type(first)(*(torch.cat(parts, 1) for parts in buffers))
 
 
 def check_join(*linears: nn.Module) -> None:
