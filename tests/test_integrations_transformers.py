@@ -145,6 +145,7 @@ KNOWN = (
         f"import marlin_convert; {KNOWN}",
         f"import transformers, marlin_convert; {KNOWN}",
         f"import transformers.modeling_utils, marlin_convert; {KNOWN}",
+        f"import marlin_convert.integrations.transformers; {KNOWN}",
     ],
     ids=["alone", "first", "after", "late"],
 )

@@ -9,6 +9,7 @@ table of quantizers: when that is loaded, ours is put into it. Nothing is import
 import logging
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
@@ -47,9 +48,8 @@ def announce() -> None:
 
 def _register() -> None:
     try:
-        from marlin_convert.integrations import transformers
-
-        transformers.register()
+        # registers when it is imported: that may be going on already, and have brought us here
+        import_module("marlin_convert.integrations.transformers")
     except Exception as error:
         _does_not_fit("transformers", "5.17.0 and 5.23.0", error)
 

@@ -1,5 +1,7 @@
 """quant_method marlin and marlin_24 in transformers: from_pretrained, save_pretrained, generate.
 
+Importing this puts the quantizer into transformers' table.
+
 Packed linears become modules that hold the tensors as they are in the files, so that saving them writes the
 same bytes. Which linears are packed is what the files say, as everywhere here: where a config says something
 else, transformers would find no weights and go on with random ones.
@@ -80,9 +82,7 @@ def _packed(dense: nn.Linear, weights: Weights, name: str) -> nn.Module:
     return LINEARS[scheme.format](*tensors, bias)
 
 
-def register() -> None:
-    """Put the quantizer into transformers' table; once is enough."""
-    for method in METHODS:
-        if method not in AUTO_QUANTIZER_MAPPING:
-            register_quantization_config(method)(MarlinConfig)
-            register_quantizer(method)(MarlinQuantizer)
+for _method in METHODS:
+    if _method not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(_method)(MarlinConfig)
+        register_quantizer(_method)(MarlinQuantizer)
