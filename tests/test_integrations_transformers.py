@@ -147,7 +147,7 @@ KNOWN = (
         f"import transformers.modeling_utils, marlin_convert; {KNOWN}",
         f"import marlin_convert.integrations.transformers; {KNOWN}",
     ],
-    ids=["alone", "first", "after", "late"],
+    ids=["alone", "first", "after", "late", "itself"],
 )
 def test_the_import_is_enough_and_imports_nothing(program):
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
