@@ -2,8 +2,8 @@
 //
 // A tile is 256 features x TOKENS tokens; its work is k / 128 chunks. Every block first computes the same number of
 // tiles alone. The chunks of the tiles that are left stand in one row, and every block takes an equal run of them. A
-// tile that more than one block worked on is summed by the block that comes last, always in the order of the chunks:
-// the result does not depend on who that is.
+// tile that more than one block worked on is summed by the block that comes last, or by all of them where they are a
+// cluster (wgmma.cu); always in the order of the chunks: the result does not depend on who that is.
 
 constexpr int TICKETS = 32;
 
