@@ -379,6 +379,7 @@ def main() -> None:
     print(found["device"], "torch", torch.__version__, flush=True)
     if "make" in steps:
         found["make_s"] = seconds(partial(make, work / "fp16", chosen.layers, chosen.width))
+        save()
         release()
         print(f"fp16 made: {found['make_s']:.1f} s", flush=True)
     if "quantize" in steps:

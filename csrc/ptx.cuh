@@ -61,7 +61,7 @@ __device__ __forceinline__ void flag_arrive(u32 flag) { asm volatile("mbarrier.a
 __device__ __forceinline__ void flag_wait(u32 flag, u32 phase) {
   asm volatile("{ .reg .pred done;\nAGAIN: mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n@!done bra AGAIN;\n}" ::"r"(flag), "r"(phase) : "memory");
 }
-// The blocks of a cluster read each other's shared memory. All threads come to arrive and to wait.
+// The blocks of a cluster read each other's shared memory. To the barrier come all threads that have not ended.
 __device__ __forceinline__ int cluster_size() {
   int n;
   asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(n));

@@ -1,7 +1,7 @@
 // W4A16 for many tokens on Hopper: one warp keeps the copy engine busy, two warpgroups multiply by wgmma.
 //
-// A stage holds one chunk: 128 rows of k of 256 features, their scales and the activations. Two warps of a warpgroup
-// share 64 features, two fragments of 16 each. The codes of a step are unpacked and scaled while the tensor cores still
+// A stage holds one chunk: 128 rows of k of 256 features, their scales and the activations. Two warps share 64
+// features, two fragments of 16 each. The codes of a step are unpacked and scaled while the tensor cores still
 // multiply the step before.
 constexpr int WEIGHTS = CODES + METADATA, FILLED = WEIGHTS + TOKENS * 256 + SCALES;
 constexpr int STAGE = (FILLED + 1023) / 1024 * 1024;
@@ -95,11 +95,9 @@ marlin_wgmma(const __grid_constant__ Problem p, const __grid_constant__ TensorMa
         wgmma<1>(acc[1], a[r % 2][1], which[r], rows);
         wgmma_commit();
         wgmma_wait<1>();
-        if (SPARSE) {
-          // the step before has been multiplied, and only now its metadata may go; the last one's is needed longest
-          keep_until_here(which[(r + STEPS - 1) % STEPS]);
-          if (r == 0) which[STEPS - 1] = metadata(STEPS - 1);
-        }
+        // The tensor cores read metadata while they multiply, which ptxas does not know: until here the last step of
+        // the chunk before needs its register, and anything that is loaded into it makes products wrong.
+        if (SPARSE && r == 0) which[STEPS - 1] = metadata(STEPS - 1);
         if (r == 0 && done && lane == 0) flag_arrive(done);
       }
       done = empty + s * 8;
@@ -119,10 +117,10 @@ __device__ __forceinline__ void meet(int column) {
   if (SPARSE) barrier(2 + column, 64); else __syncwarp();
 }
 
-// What is left to do to the sums of a thread: of two fragments, features l / 4 and + 8.
-struct Finish {
+// Of a thread: two fragments, features l / 4 and + 8.
+struct ScaleAndBias {
   float factor[2][2], bias[2][2];
-  __device__ __forceinline__ Finish(const Problem& p, int feature, int half) {
+  __device__ __forceinline__ ScaleAndBias(const Problem& p, int feature, int half) {
 #pragma unroll
     for (int j = 0; j < 2; j++)
 #pragma unroll
@@ -136,7 +134,7 @@ struct Finish {
 
 // Eight tokens through shared memory: a lane then has eight neighbouring features of one token. Sums are those of two
 // fragments.
-__device__ __forceinline__ void store_row(const Problem& p, const Finish& left, int token, int feature, const float (&sums)[8], u32 staging, int column, int half) {
+__device__ __forceinline__ void store_row(const Problem& p, const ScaleAndBias& left, int token, int feature, const float (&sums)[8], u32 staging, int column, int half) {
   const int lane = threadIdx.x % 32, row = lane % 8, back = SPARSE ? 4 * half + lane / 8 : lane / 4;
   const u32 to = staging + half * 512 + row * 64 + ((lane / 8 ^ row / 2) & 3) * 16;
   const u32 from = SPARSE ? staging + back * 128 + ((lane ^ back) & 7) * 16
@@ -162,7 +160,7 @@ __device__ __forceinline__ void store_row(const Problem& p, const Finish& left, 
   if (t < p.m) *(uint4*)(p.y + (u64)t * p.n + f) = load_shared(from);
 }
 __device__ __forceinline__ void store_part(const Problem& p, int token, int feature, const Sums& acc, int part, u32 staging, int column, int half) {
-  const Finish left(p, feature, half);
+  const ScaleAndBias left(p, feature, half);
 #pragma unroll
   for (int r = part * ROWS; r < (part + 1) * ROWS; r++) {
     float sums[8];
@@ -172,12 +170,14 @@ __device__ __forceinline__ void store_part(const Problem& p, int token, int feat
   }
 }
 
-// A tile that the blocks of a cluster share: each leaves its sums in shared memory, where the stages were, and then
-// sums up and stores some rows of eight tokens of 64 features, in the order of the chunks.
+// A tile that the blocks of a cluster share, and the only one each of them has, so that nothing is on its way into the
+// stages: each leaves its sums there, and then sums up and stores some rows of eight tokens of 64 features, in the order
+// of the chunks.
 __device__ __forceinline__ void output_in_cluster(const Problem& p, const Tile& tile, const Sums& acc, u32 memory, u32 staging, int column, int half) {
   constexpr int ALL = TOKENS / 8 * 4;
+  static_assert(TOKENS * 1024 <= STAGES * STAGE);
   const int lane = threadIdx.x % 32, blocks = cluster_size(), me = cluster_rank();
-  auto place = [&](int row, int column, int j) { return memory + (((row * 4 + column) * 2 + half) * 2 + j) * 512 + lane * 16; };
+  auto place = [&](int row, int of, int j) { return memory + (((row * 4 + of) * 2 + half) * 2 + j) * 512 + lane * 16; };
   barrier(1, 256);
 #pragma unroll
   for (int r = 0; r < TOKENS / 8; r++)
@@ -189,14 +189,14 @@ __device__ __forceinline__ void output_in_cluster(const Problem& p, const Tile& 
     if (feature >= p.n) continue;
     float sums[8] = {};
 #pragma unroll
-    for (int b = 0; b < 8; b++)
+    for (int b = 0; b < LARGEST_CLUSTER; b++)
 #pragma unroll
       for (int j = 0; j < 2; j++)
         if (b < blocks) {
           const float4 v = load_of_block(place(i / 4, i % 4, j), b);
           sums[4 * j] += v.x; sums[4 * j + 1] += v.y; sums[4 * j + 2] += v.z; sums[4 * j + 3] += v.w;
         }
-    store_row(p, Finish(p, feature, half), tile.token + i / 4 * 8, feature, sums, staging, column, half);
+    store_row(p, ScaleAndBias(p, feature, half), tile.token + i / 4 * 8, feature, sums, staging, column, half);
   }
   cluster_barrier();
 }

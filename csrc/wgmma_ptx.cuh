@@ -50,9 +50,6 @@ __device__ __forceinline__ void wgmma(float (&d)[TOKENS / 2], const u32 (&a)[4],
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b) METADATA_OPERANDS);
 #endif
 }
-// The tensor cores read metadata while they multiply, and ptxas (13.0) does not know: without this it puts something
-// else into the register too early, and products are wrong.
-__device__ __forceinline__ void keep_until_here(u32& metadata) { asm volatile("" : "+r"(metadata)); }
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int pending> __device__ __forceinline__ void wgmma_wait() {

@@ -4,7 +4,9 @@ import itertools
 import re
 import shutil
 import subprocess
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from ctypes import c_void_p
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import torch
 from marlin_convert.errors import KernelError
 from marlin_convert.formats import marlin, marlin_24
 from marlin_convert.kernels import compile as compiling
+from marlin_convert.kernels import launch
 from marlin_convert.kernels.configurations import HOPPER_MEMORY, Configuration, choose, schedule
 from marlin_convert.kernels.matmul import Marlin24Linear, MarlinLinear, matmul, reference
 from marlin_convert.quantized import QuantizedLinear
@@ -39,6 +42,66 @@ def configurations(capability: tuple[int, int]) -> list[Configuration]:
     return list(found)
 
 
+def disassembled(cubin: bytes) -> str:
+    """Its SASS."""
+    import nvidia
+
+    places = [Path(place) / "cu13" / "bin" for place in nvidia.__path__]
+    disassembler = shutil.which("nvdisasm", path=":".join(map(str, places)))
+    assert disassembler
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.check_output([disassembler, "-c", file.name], text=True)
+
+
+# What the first operand of is not written; uniform registers are none of these.
+NOT_WRITING = ("ST", "RED", "BAR", "SYNCS", "R2UR", "R2P", "BRA", "WARP", "U")
+
+
+def overwritten(sass: str) -> list[str]:
+    """Instructions that write a register of metadata while the tensor cores still read it, on any way there.
+
+    A product is done at the wait that leaves fewer groups than have begun since its own.
+    """
+    code: list[tuple[str, str]] = []
+    labels: dict[str, int] = {}
+    for line in sass.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(code)
+        elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+((?:@\S+ )?\s*[A-Z].*?) *;", line):
+            operation = re.sub(r"^@\S+\s+", "", found[1])
+            code.append((operation, found[1]))
+    early = []
+    for number, (product, _) in enumerate(code):
+        if not product.startswith("HGMMA.SP"):
+            continue
+        metadata = int(re.findall(r"R(\d+)", product)[-1])
+        seen: set[tuple[int, int]] = set()
+        ways = [(number + 1, 0 if "gsb0" in product else -1)]
+        while ways:
+            place, later = ways.pop()
+            if (place, later) in seen:
+                continue
+            seen.add((place, later))
+            operation, whole = code[place]
+            later += operation.startswith("HGMMA") and "gsb0" in operation
+            if wait := re.match(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d)", operation):
+                if later >= int(wait[1]):
+                    continue
+            elif not operation.startswith(NOT_WRITING):
+                first = re.match(r"\S+ (?:!?U?P[T\d]+, )*R(\d+)\b", operation)
+                name = operation.split()[0]
+                width = 4 if ".128" in name else 2 if re.search(r"\.(64|WIDE)", name) else 1
+                if first and int(first[1]) <= metadata < int(first[1]) + width and "HGMMA" not in name:
+                    early.append(f"{operation}, after {product}")
+            if operation.startswith("BRA"):
+                ways.append((labels[re.search(r"\.L_x_\d+", operation)[0]], later))  # type: ignore[index]
+            if not (whole.startswith(("BRA `", "EXIT"))):
+                ways.append((place + 1, later))
+    return early
+
+
 @pytest.mark.parametrize("capability", compiling.ARCHITECTURES, ids=lambda c: compiling.ARCHITECTURES[c])
 def test_every_configuration_compiles(capability: tuple[int, int]) -> None:
     arch = compiling.architecture(capability)
@@ -59,47 +122,29 @@ def test_every_configuration_compiles(capability: tuple[int, int]) -> None:
         assert configuration.shared_memory + 16 <= memory
         assert configuration.kernel == "mma" or configuration.stages >= 2
         assert len(code) > 1000
-
-
-def disassembled(configuration: Configuration, directory: Path) -> str:
-    """The SASS of sm_90a."""
-    import nvidia
-
-    places = [Path(place) / "cu13" / "bin" for place in nvidia.__path__]
-    disassembler = shutil.which("nvdisasm", path=":".join(map(str, places)))
-    assert disassembler
-    cubin = directory / "kernel.cubin"
-    cubin.write_bytes(compiling.compile(compiling.source(configuration), "sm_90a")[0])
-    return subprocess.check_output([disassembler, "-c", str(cubin)], text=True)
+        if configuration.kernel == "wgmma" and configuration.sparse:
+            sass = disassembled(code)
+            assert sass.count("HGMMA.SP") == 8, "two a step"
+            assert not overwritten(sass)
 
 
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("m, expected", [(1, "HMMA"), (32, "HGMMA"), (64, "HGMMA"), (4096, "HGMMA")])
-def test_hopper_uses_its_tensor_cores(m: int, expected: str, sparse: bool, tmp_path: Path) -> None:
-    code = disassembled(choose(m, 8192, 28672, 128, False, (9, 0), sparse), tmp_path)
+def test_hopper_uses_its_tensor_cores(m: int, expected: str, sparse: bool) -> None:
+    configuration = choose(m, 8192, 28672, 128, False, (9, 0), sparse)
+    code = disassembled(compiling.compile(compiling.source(configuration), "sm_90a")[0])
     assert expected in code and "UTMALDG" in code
     assert (f"{expected}.SP" in code) == sparse
 
 
-@pytest.mark.parametrize("tokens", [16, 32, 64, 128])
-def test_metadata_stays_as_long_as_it_is_read(tokens: int, tmp_path: Path) -> None:
-    """No register of metadata is written between its product and the wait that says it is done."""
-    lines = disassembled(Configuration("wgmma", tokens, 2, 128, False, sparse=True), tmp_path).splitlines()
-    products = [number for number, line in enumerate(lines) if "HGMMA.SP" in line]
-    waits = [number for number, line in enumerate(lines) if "WARPGROUP.DEPBAR" in line]
-    assert len(products) == 8 and len(waits) == 5, "two a step, and a wait; one more at the end"
-    loop = max(n for n, line in enumerate(lines[: products[0]]) if "PHASECHK" in line)
-    for number in products:
-        metadata = re.findall(r"R(\d+)", lines[number])[-1]
-        first, *after = (wait for wait in waits if wait > number)
-        # a wait leaves the newest step; the last one's is that of the loop's next round
-        again = lines[loop : waits[0]] if first == waits[3] else []
-        for line in lines[number + 1 : after[0]] + again:
-            written = re.search(r"\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]*) +R(\d+)", line)
-            if written and not written[1].startswith(("HGMMA", "ST", "BAR", "SYNCS", "R2UR")):
-                wide = 4 if ".128" in written[1] else 2 if re.search(r"\.(64|WIDE)", written[1]) else 1
-                registers = range(int(written[2]), int(written[2]) + wide)
-                assert int(metadata) not in registers, line
+def test_metadata_that_goes_too_early_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel as it was when the last step's was loaded with the others."""
+    configuration = Configuration("wgmma", 64, 2, 128, False, sparse=True)
+    source = compiling.source(configuration)
+    early = source.replace("if (SPARSE && r < STEPS - 1) which[r]", "if (SPARSE) which[r]")
+    early = early.replace("if (SPARSE && r == 0) which[STEPS - 1]", "if (false) which[0]")
+    assert early.count("if (false)") == 1 and early != source
+    assert overwritten(disassembled(compiling.compile(early, "sm_90a")[0]))
 
 
 def test_the_cache_keeps_whole_entries_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,6 +194,25 @@ def test_blocks_of_the_grid() -> None:
     assert schedule(MANY, 4, 32, 132) == (32, 0, 32, 8, 4, 0), "no more than a cluster"
     assert schedule(MANY, 48, 32, 132)[0] == 132
     assert schedule(replace(MANY, sparse=True), 48, 32, 132) == (96, 0, 32, 2, 16, 0)
+
+
+@pytest.mark.parametrize(
+    "configuration, plan, at_once, expected",
+    [
+        (MANY, (0, 32, 8, 4, 0), 15, 8),
+        (MANY, (0, 32, 8, 4, 0), 3, 1),  # four are wanted
+        (FEW, (0, 32, 8, 4, 0), 15, 1),
+        (MANY, (0, 32, 16, 2, 0), 15, 1),
+        (MANY, (0, 32, 1, 32, 0), 15, 1),
+        (MANY, (1, 32, 8, 4, 0), 15, 1),  # another tile before
+        (MANY, (0, 16, 8, 2, 0), 15, 1),  # runs that are not a tile
+        (MANY, (0, 32, 8, 0, 4), 15, 1),  # some blocks without chunks
+    ],
+)
+def test_blocks_of_a_cluster(configuration, plan, at_once, expected, monkeypatch):
+    monkeypatch.setattr(launch, "_clusters", lambda loaded, size: at_once)
+    loaded = launch._Loaded(c_void_p(), configuration, 132, True)
+    assert launch._cluster(loaded, 32, 32, plan) == expected
 
 
 @pytest.mark.parametrize("tiles", [1, 3, 40, 112, 131, 132, 133, 264, 300, 1792])

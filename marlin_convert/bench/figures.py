@@ -32,7 +32,7 @@ def peak(cells: Sequence[Cell], names: Sequence[str], ceilings: Ceilings, device
 
 
 def possible(cell: Cell, name: str, ceilings: Ceilings) -> float:
-    """The speed-up of a multiplier over cuBLAS if both ran at the ceilings; 2:4 has twice the operations."""
+    """The speed-up of a multiplier over cuBLAS if both ran at the ceilings; 2:4 has twice the rate."""
 
     def least(name: str) -> float:
         rate = 2 if name == SPARSE.name else 1

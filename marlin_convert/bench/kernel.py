@@ -74,7 +74,7 @@ class Sweep:
     name: str
     shapes: tuple[Shape, ...]
     batches: tuple[int, ...]
-    all: bool = True
+    dense_only: bool = False
 
 
 def run(job: Job) -> Measurements:
@@ -102,7 +102,7 @@ def run(job: Job) -> Measurements:
         )
         for sweep in asked:
             found = done.cells[sweep.name] = []
-            for cell in _measure(sweep, (*mine, *others) if sweep.all else (DENSE,), job):
+            for cell in _measure(sweep, (DENSE,) if sweep.dense_only else (*mine, *others), job):
                 _append(directory / CELLS, CELL_COLUMNS, cell_rows(sweep.name, cell))
                 found.append(cell)
         if "sustained" in job.figures:
@@ -123,7 +123,7 @@ def sweeps(job: Job, processors: int) -> list[Sweep]:
         "models": Sweep(
             "models", tuple(shape for shapes in MODELS.values() for shape in shapes), (MODELS_BATCH,)
         ),
-        "roofline": Sweep("roofline", SQUARES, own or ROOFLINE_BATCHES, all=False),
+        "roofline": Sweep("roofline", SQUARES, own or ROOFLINE_BATCHES, dense_only=True),
     }
     return [found[name] for name in ("layers", *job.figures) if name in found and found[name].shapes]
 

@@ -44,7 +44,7 @@ class Cell:
         return 2 * self.batch * self.shape.k * self.shape.n
 
     def nbytes(self, name: str) -> float:
-        """Bytes that a multiplier must move at least: activations, output, weights, and scales but cuBLAS."""
+        """Bytes that a multiplier must move at least: activations, output, weights and their scales."""
         k, n = self.shape.k, self.shape.n
         groups = 1 if self.group_size == -1 else k // self.group_size
         bits = BITS.get(name, DENSE.bits)

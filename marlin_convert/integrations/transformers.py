@@ -82,6 +82,7 @@ def _packed(dense: nn.Linear, weights: Weights, name: str) -> nn.Module:
     return LINEARS[scheme.format](*tensors, bias)
 
 
+# Here and not in a function: whoever imports this, or makes transformers load its table, has it registered.
 for _method in METHODS:
     if _method not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(_method)(MarlinConfig)

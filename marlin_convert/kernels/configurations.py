@@ -90,6 +90,7 @@ class Configuration:
             "GROUP": self.group,
             "BF16": int(self.bfloat16),
             "SPARSE": int(self.sparse),
+            "LARGEST_CLUSTER": LARGEST_CLUSTER,
         }
         if self.kernel != "mma":
             # registers a thread has at launch, in eights: those given up are shared out among the others
@@ -108,7 +109,7 @@ def choose(
     From a sweep on an H200 (benchmarks/RESULTS.md). wgmma has less to do per code than mma.sync, but only two
     warpgroups that wait for one another: it wins where summing up shared tiles takes as long as reading them,
     and from 17 tokens on; of Sparse-MARLIN's half as many codes, from 9 on. Narrow tiles are quickly summed
-    up, but need the codes once for every tile. Microseconds:
+    up, but need the codes once for every tile. Microseconds, before sums in clusters:
 
     ======  =================================  ==================================
     tokens  few chunks                         many
@@ -147,8 +148,8 @@ def schedule(configuration: Configuration, tiles: int, chunks: int, processors: 
     As many blocks as leave no tile to be shared, or each by the same number, where that keeps most
     multiprocessors busy: 8B gate_up takes 112 blocks (24.3 us for 32 tokens, 29.0 with 132), 70B qkv 120
     (20.1 us, 24.3), 2:4 and 512 tokens of 8B qkv 96 (28.1 us, 30.4). Else one for each. What wgmma multiplies
-    fast takes long to sum up: no more than a cluster share a tile then (16 tokens of 3072 x 3072: 5.7 us,
-    6.7 with 11 to a tile).
+    fast takes long to sum up: no more than a cluster share a tile then, however few are busy (16 tokens of
+    3072 x 3072: 5.7 us, 6.7 with 11 to a tile; 4096 x 1024: 5.4 with 32 blocks, 7.2 with 132).
     Returns blocks, whole, run, share, each and more.
     """
     busy = (0.7 if configuration.sparse else 0.8) * processors

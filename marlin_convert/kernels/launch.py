@@ -34,7 +34,7 @@ TICKETS = 32  # of a block of the grid, as in csrc/tiles.cuh
 
 @dataclass(frozen=True, eq=False)
 class _Loaded:
-    """A kernel in memory: its handle, and what each launch of it needs."""
+    """A kernel in memory: its handle, which has no hash, and what each launch of it needs."""
 
     handle: c_void_p
     configuration: Configuration
@@ -142,8 +142,8 @@ def _launch(
     """A CUlaunchConfig, and its attributes, which must live as long."""
     attributes = (c_int * 36)(PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)
     attributes[18:23] = [CLUSTER_DIMENSION, 0, cluster, 1, 1]
+    count = loaded.early * (1 + (cluster > 1))
     configuration = loaded.configuration
-    count = 0 if not loaded.early else 1 if cluster == 1 else 2
     launch = ctypes.create_string_buffer(
         struct.pack(
             "7I4xQQI4x", blocks, 1, 1, configuration.threads, 1, 1,
@@ -155,14 +155,13 @@ def _launch(
 
 
 def _cluster(loaded: _Loaded, blocks: int, chunks: int, plan: Sequence[int]) -> int:
-    """Blocks that sum up through each other's shared memory: those that share a tile, if all run at once."""
-    _, run, share, each, _ = plan
-    if (
-        loaded.configuration.kernel != "wgmma"
-        or run != chunks
-        or not 2 <= share <= LARGEST_CLUSTER
-        or not each
-    ):
+    """Blocks that sum up through each other's shared memory: those that share a tile, if all run at once.
+
+    It is the only tile of each of them, and each has chunks of it.
+    """
+    whole, run, share, each, _ = plan
+    only = run == chunks and not whole and each
+    if loaded.configuration.kernel != "wgmma" or not only or not 2 <= share <= LARGEST_CLUSTER:
         return 1
     return share if _clusters(loaded, share) * share >= blocks else 1
 

@@ -248,10 +248,14 @@ def _current(device: int) -> bool:
 def _check(x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None, B_meta: Tensor | None) -> None:
     k, n, _ = _shape(B, s, B_meta)
     if x.dtype not in DTYPES or not x.dim() or x.shape[-1] != k:
-        raise KernelError(f"x is {tuple(x.shape)} {x.dtype}; float16 or bfloat16 with {k} inputs is meant.")
+        raise KernelError(
+            f"x is {tuple(x.shape)} {x.dtype}; float16 or bfloat16 with {k} inputs is meant.",
+            "load the model with dtype='auto', or in float16.",
+        )
     if bias is not None and (tuple(bias.shape) != (n,) or bias.dtype != x.dtype):
         raise KernelError(f"bias is {tuple(bias.shape)} {bias.dtype}; ({n},) {x.dtype} is meant.")
-    for name, tensor in (("B", B), ("s", s), ("bias", bias), ("B_meta", B_meta)):
+    packed = "B" if B_meta is None else "B_24"
+    for name, tensor in ((packed, B), ("s", s), ("bias", bias), ("B_meta", B_meta)):
         if tensor is None:
             continue
         if tensor.device != x.device:
