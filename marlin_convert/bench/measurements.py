@@ -27,8 +27,8 @@ Row = dict[str, str | int | float | None]
 class Measurements:
     """All that a run has found: cells by sweep, slices of the load, the files written, and what is missing.
 
-    `multipliers` are where each comes from by name, cuBLAS first; `missing` says why by name of one that is left out, and
-    `undrawn` why no figure was drawn.
+    `multipliers` are where each comes from by name, cuBLAS first; `missing` says by name why one is left out,
+    and `undrawn` why no figure was drawn.
     """
 
     device: str
