@@ -527,9 +527,12 @@ def _check_quads(fates: Sequence[Fate], weights: Weights) -> None:
 
 
 def _refuse(fates: Sequence[Fate], refusal: Callable[[Fate], str | None], hint: str | None = None) -> None:
-    refused = [(fate, why) for fate in fates if fate.packed and (why := refusal(fate))]
+    packed = [fate for fate in fates if fate.packed]
+    refused = [(fate, why) for fate in packed if (why := refusal(fate))]
     if refused:
         fate, why = refused[0]
+        if hint is None and len(refused) == len(packed):
+            hint = "another --group-size or --format may hold them."
         raise FormatError(
             f"{fate.linear} has {fate.k} inputs and {fate.n} outputs; {fate.format} {why}{_more(refused)}.",
             hint or "leave dense what does not fit: " + _options("--skip", refused),
