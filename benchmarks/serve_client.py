@@ -96,6 +96,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--num-prompts", default="40")
     parser.add_argument("--request-rate", default="4")
+    parser.add_argument(
+        "--max-concurrency", help="1 with --request-rate inf: what arrives when plays no part"
+    )
     parser.add_argument("--input-len", default="128")
     parser.add_argument("--output-len", default="32")
     options = parser.parse_args()
@@ -104,6 +107,8 @@ def main() -> None:
         *("--num-prompts", options.num_prompts, "--request-rate", options.request_rate),
         *("--input-len", options.input_len, "--output-len", options.output_len),
     ]
+    if options.max_concurrency:
+        load += ["--max-concurrency", options.max_concurrency]
     rounds: dict[str, list[dict[str, float]]] = {"ours": [], "vLLM's": []}
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)
