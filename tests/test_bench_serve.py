@@ -45,9 +45,17 @@ class Stub:
     def url(self, how: str) -> str:
         return f"{self.address}/{how}"
 
-    def requests(self) -> list[dict]:
-        """What it was asked since the last call, in the order in which it was received."""
-        lines = self._log.read_text().splitlines() if self._log.exists() else []
+    def requests(self, number: int = 0) -> list[dict]:
+        """What it was asked since the last call, in the order in which it was received.
+
+        So many are waited for: a request is written down after it was answered.
+        """
+        late = time.monotonic() + 10
+        while True:
+            lines = self._log.read_text().splitlines() if self._log.exists() else []
+            if len(lines) >= number or time.monotonic() > late:
+                break
+            time.sleep(0.01)
         self._log.unlink(missing_ok=True)
         return sorted(map(json.loads, lines), key=lambda one: one["received"])
 
@@ -78,9 +86,9 @@ def words(url: str, *more: object) -> tuple[object, ...]:
 # the times
 
 
-def servers_own(stub: Stub) -> dict[str, float]:
-    """Medians of TTFT and TPOT in milliseconds, as the server sent the chunks of what it was asked last."""
-    asked = stub.requests()
+def servers_own(stub: Stub, number: int) -> dict[str, float]:
+    """Medians of TTFT and TPOT in milliseconds, as the server sent the chunks of so many requests."""
+    asked = stub.requests(number)
     ttfts = [one["sent"][0] - one["received"] for one in asked]
     tpots = [(one["sent"][-1] - one["sent"][0]) / (len(one["sent"]) - 1) for one in asked]
     assert statistics.median(ttfts) >= FIRST and statistics.median(tpots) > GAP / 2
@@ -112,7 +120,7 @@ def test_times_are_the_servers_own(how, options, stub, cli, tmp_path):
         assert result["total_output_tokens"] == 10 * number
         assert result["total_input_tokens"] == INPUT_TOKENS * number
         assert {len(itls) for itls in result["itls"]} == {9}, "a chunk for every event, however it came"
-        own = servers_own(stub)
+        own = servers_own(stub, number)
         off = {name: abs(result[f"median_{name}_ms"] - own[name]) for name in own}
         print(how, *options, *(f"{name} {one:.2f} ms off" for name, one in off.items()))
         least = min(least, max(off.values()))
@@ -135,7 +143,7 @@ def test_requests_arrive_as_a_poisson_process():
 
 def test_requests_are_sent_when_they_arrive(stub, cli):
     assert cli(*words(stub.url("plain"), "--request-rate", 40, "-q")).exit_code == 0
-    received = [one["received"] for one in stub.requests()]
+    received = [one["received"] for one in stub.requests(8)]
     expected = serve.arrivals(8, 40, seed=0)
     late = [
         after - received[0] - (wait - expected[0]) for after, wait in zip(received, expected, strict=True)
@@ -156,7 +164,7 @@ def test_what_a_completion_is_asked(stub, cli, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     done = cli(*words(stub.url("plain") + "/v1/", "--num-prompts", 1))
     assert done.exit_code == 0, done.stderr
-    (asked,) = stub.requests()
+    (asked,) = stub.requests(1)
     assert (asked["path"], asked["key"]) == ("/plain/v1/completions", "Bearer sk-secret")
     assert len(asked["body"].pop("prompt").split()) == 5
     assert asked["body"] == {
@@ -173,7 +181,7 @@ def test_what_a_completion_is_asked(stub, cli, monkeypatch):
 def test_what_a_chat_is_asked(stub, cli):
     options = ("--num-prompts", 1, "--chat", "--no-ignore-eos", "--model", "mine")
     assert cli(*words(stub.url("plain"), *options)).exit_code == 0
-    (asked,) = stub.requests()
+    (asked,) = stub.requests(1)
     assert (asked["path"], asked["key"]) == ("/plain/v1/chat/completions", None)
     (message,) = asked["body"].pop("messages")
     assert message["role"] == "user" and len(message["content"].split()) == 5
@@ -186,20 +194,21 @@ def test_what_a_chat_is_asked(stub, cli):
     }
 
 
-def asked_prompts(stub: Stub, cli, *options: object) -> list[str]:
-    assert cli(*words(stub.url("plain"), "--max-concurrency", 1, "-q", *options)).exit_code == 0
-    return [one["body"]["prompt"] for one in stub.requests()]
+def asked_prompts(stub: Stub, cli, *options: object, warmups: int = 0) -> list[str]:
+    options = ("--num-prompts", 3, "--num-warmups", warmups, "--max-concurrency", 1, "-q", *options)
+    assert cli(*words(stub.url("plain"), *options)).exit_code == 0
+    return [one["body"]["prompt"] for one in stub.requests(3 + warmups)]
 
 
 def test_prompts_are_drawn_by_the_seed(stub, cli):
-    first = asked_prompts(stub, cli, "--num-prompts", 3)
-    assert asked_prompts(stub, cli, "--num-prompts", 3) == first
-    assert len(set(first) | set(asked_prompts(stub, cli, "--num-prompts", 3, "--seed", 1))) == 6
+    first = asked_prompts(stub, cli)
+    assert asked_prompts(stub, cli) == first
+    assert len(set(first) | set(asked_prompts(stub, cli, "--seed", 1))) == 6
 
 
 def test_the_warm_up_has_prompts_of_its_own(stub, cli):
-    measured = asked_prompts(stub, cli, "--num-prompts", 3)
-    both = asked_prompts(stub, cli, "--num-prompts", 3, "--num-warmups", 2)
+    measured = asked_prompts(stub, cli)
+    both = asked_prompts(stub, cli, warmups=2)
     assert both[2:] == measured and len(set(both)) == 5
 
 
@@ -228,7 +237,7 @@ def test_a_tokenizer_that_is_none_is_1(stub, cli, tmp_path):
 def test_prompts_of_a_file_go_round(stub, cli, tmp_path):
     file = tmp_path / "mine.txt"
     file.write_text("one\n\nzwei Wörter\n", "utf-8")
-    asked = asked_prompts(stub, cli, "--prompts", file, "--num-prompts", 3)
+    asked = asked_prompts(stub, cli, "--prompts", file)
     assert asked == ["one", "zwei Wörter", "one"]
     assert prompts.lines_of(file, 3).source == "lines of mine.txt, 2 of them over and over"
 
@@ -330,7 +339,7 @@ def test_beside_a_baseline(stub, cli, tmp_path):
     assert found["baseline"].keys() >= VLLM_KEYS - {"date"}
     assert found["baseline"]["model_id"] == "model-nousage"
     assert found["speedups"]["median_tpot_ms"] == pytest.approx(1, abs=0.2)
-    asked = stub.requests()
+    asked = stub.requests(16)
     assert [one["how"] for one in asked] == ["plain"] * 8 + ["nousage"] * 8
     bodies = [sorted(one["body"]["prompt"] for one in part) for part in (asked[:8], asked[8:])]
     assert bodies[0] == bodies[1]
