@@ -137,7 +137,7 @@ def test_hopper_uses_its_tensor_cores(m: int, expected: str, sparse: bool) -> No
     assert (f"{expected}.SP" in code) == sparse
 
 
-def test_metadata_that_goes_too_early_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metadata_that_goes_too_early_is_seen() -> None:
     """The kernel as it was when the last step's was loaded with the others."""
     configuration = Configuration("wgmma", 64, 2, 128, False, sparse=True)
     source = compiling.source(configuration)
