@@ -1,14 +1,22 @@
 """The kernels without a GPU: they compile for every architecture, and the module multiplies on a CPU."""
 
+import copy
+import ctypes
+import gc
+import io
 import itertools
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
+import weakref
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import c_void_p
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -248,10 +256,13 @@ def test_the_module_runs_on_a_cpu(group_size: int, dtype: torch.dtype) -> None:
     assert set(module.state_dict()) == {"B", "s", "bias"}
 
 
-def random_linear(seed: int) -> MarlinLinear:
+def random_linear(seed: int, k: int = 128, n: int = 64, groups: int = 1) -> MarlinLinear:
     draw = torch.Generator().manual_seed(seed)
-    codes = torch.randint(0, 16, (128, 64), generator=draw, dtype=torch.uint8)
-    return MarlinLinear(**marlin.pack(QuantizedLinear(codes, torch.ones(1, 64).half(), 128)))
+    codes = torch.randint(0, 16, (k, n), generator=draw, dtype=torch.uint8)
+    scales = torch.rand(groups, n, generator=draw).half()
+    return MarlinLinear(
+        **marlin.pack(QuantizedLinear(codes, scales, k // groups)), bias=torch.randn(n, generator=draw)
+    )
 
 
 def test_the_module_dequantizes_once_until_its_tensors_change() -> None:
@@ -262,10 +273,216 @@ def test_the_module_dequantizes_once_until_its_tensors_change() -> None:
     gradient = module(x.requires_grad_())
     gradient.sum().backward()
     assert torch.equal(gradient, expected) and module._weight is weight and x.grad is not None
-    assert module(x.half()).dtype == torch.float16
     module.load_state_dict(other.state_dict())
     assert torch.equal(module(x), other(x)) and not torch.equal(module(x), expected)
+    assert module.half()(x.half()).dtype == torch.float16
     assert module.to("meta")._weight is None
+
+
+def halve(s: torch.Tensor) -> None:
+    s.mul_(0.5)
+
+
+def halve_data(s: torch.Tensor) -> None:
+    s.data.mul_(0.5)
+
+
+def turn_around(s: torch.Tensor) -> None:
+    s.copy_(s.flip(1).clone())  # of the same sum
+
+
+@pytest.mark.parametrize("change", [halve, halve_data, turn_around])
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_change_in_place_is_not_answered_from_before(change, inference: bool) -> None:
+    with torch.inference_mode(inference):
+        module, x = random_linear(0), torch.randn(3, 128)
+        module.bias = None
+        before = module(x)
+        change(module.s)
+        fresh = MarlinLinear(module.B.clone(), module.s.clone())
+        if not (inference and change is turn_around):  # neither a version nor a sum tells that
+            assert torch.equal(module(x), fresh(x)) and not torch.equal(module(x), before)
+
+
+def moved(module: MarlinLinear, name: str) -> MarlinLinear:
+    words = {
+        "to bfloat16": lambda: module.to(torch.bfloat16),
+        "bfloat16": module.bfloat16,
+        "half": module.half,
+        "double": module.double,
+        "device and dtype": lambda: module.to("cpu", torch.bfloat16),
+        "type": lambda: module.type(torch.bfloat16),
+        "in a model": lambda: torch.nn.Sequential(module).to(torch.bfloat16)[0],
+    }
+    return words[name]()
+
+
+@pytest.mark.parametrize(
+    "name", ["to bfloat16", "bfloat16", "half", "double", "device and dtype", "type", "in a model"]
+)
+def test_casting_leaves_what_is_packed(name: str) -> None:
+    module, x = random_linear(0, 256, 64, 2), torch.randn(3, 256, dtype=torch.float64)
+    module.bias.data.copy_(module.bias.bfloat16())
+    before = {key: tensor.clone() for key, tensor in module.state_dict().items()}
+    expected = module.double()(x)
+    cast = moved(module, name)
+    for key in ("B", "s"):
+        assert cast.state_dict()[key].dtype == before[key].dtype
+        assert torch.equal(cast.state_dict()[key], before[key])
+    assert cast.bias is not None and cast.bias.dtype not in (torch.float32,)
+    assert torch.equal(cast.double()(x), expected)
+
+
+def test_a_copy_of_a_module_that_has_run_holds_its_tensors_alone() -> None:
+    module, x = random_linear(0, 1024, 256), torch.randn(3, 1024)
+    expected = module(x)
+    state = sum(tensor.nbytes for tensor in module.state_dict().values())
+    file = io.BytesIO()
+    torch.save(module, file)
+    assert file.tell() < state + 10_000
+    file.seek(0)
+    for copied in (copy.deepcopy(module), torch.load(file, weights_only=False)):
+        assert copied._weight is None and torch.equal(copied(x), expected)
+
+
+def test_what_is_derived_goes_with_the_codes() -> None:
+    module, x = random_linear(0), torch.randn(3, 128)
+    module(x)
+    weight = weakref.ref(module._weight)
+    module.B = module.B.to("meta")  # as accelerate does when it offloads a layer
+    gc.collect()
+    assert weight() is None
+
+
+def test_gradients_are_those_of_the_dequantized_weight() -> None:
+    module = random_linear(0, 256, 64, 2)
+    assert module.bias is not None
+    bias = module.bias.requires_grad_()
+    x = torch.randn(2, 3, 256, requires_grad=True)
+    (module(x) * torch.arange(64)).sum().backward()
+    found = x.grad, bias.grad
+    x.grad = bias.grad = None
+    weight = torch.ops.marlin_convert.weight(module.B, module.s, None, torch.float32)
+    (torch.nn.functional.linear(x, weight, bias) * torch.arange(64)).sum().backward()
+    for ours, theirs in zip(found, (x.grad, bias.grad), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_the_operators_keep_to_torch_s_rules(sparse: bool) -> None:
+    """Schema, fake tensors, gradients and compilation, as torch's own check tries them."""
+    if sparse:
+        B, B_meta, s = marlin_24.pack(sparse_layer(128, 64, 128)).values()
+    else:
+        B, s, B_meta = (
+            *marlin.pack(
+                QuantizedLinear(sparse_layer(128, 64, 128).codes, torch.ones(1, 64).half(), 128)
+            ).values(),
+            None,
+        )
+    x, bias = torch.randn(3, 128, requires_grad=True), torch.randn(64, requires_grad=True)
+    torch.library.opcheck(torch.ops.marlin_convert.matmul.default, (x, B, s, bias, B_meta))
+    torch.library.opcheck(torch.ops.marlin_convert.weight.default, (B, s, B_meta, torch.float32))
+
+
+def test_the_module_compiles_in_one_graph_before_it_has_run() -> None:
+    module, x = random_linear(0), torch.randn(3, 128)
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), module(x))
+
+
+def test_the_module_says_its_shape() -> None:
+    module = random_linear(0, 256, 64, 2)
+    assert (module.in_features, module.out_features) == (256, 64)
+    assert "in_features=256, out_features=64" in repr(module)
+
+
+@pytest.mark.parametrize("scale", [8192.0, -8192.0, torch.inf, torch.nan])
+def test_a_scale_that_leaves_float16_is_refused(scale: float) -> None:
+    module = random_linear(0)
+    state = module.state_dict()
+    state["s"] = state["s"].clone()
+    state["s"][0, 5] = scale
+    for make in (lambda: MarlinLinear(state["B"], state["s"]), lambda: module.load_state_dict(state)):
+        with pytest.raises(KernelError, match="up to 8188"):
+            make()
+    MarlinLinear(state["B"], torch.full_like(state["s"], -8188))
+
+
+class Driver:
+    """Stands in for CUDA's driver: a tensor map is the address of its matrix, a launch what it points at."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[int, int]] = []
+        self.matrix: list[int] = []
+
+    def cuTensorMapEncodeTiled(self, place, kind, dimensions, address, *rest) -> int:
+        ctypes.memmove(place.value, address.value.to_bytes(8, "little") * 16, 128)
+        return 0
+
+    def cuLaunchKernelEx(self, launch, handle, pointers, extra) -> int:
+        word = ctypes.c_uint64.from_address
+        self.launches.append((word(pointers[0] + 8).value, word(pointers[0] + 32).value))
+        if len(pointers) > 1:
+            self.matrix.append(word(pointers[1]).value)
+        return 0
+
+
+@pytest.fixture
+def driver(monkeypatch) -> Driver:
+    found = Driver()
+    monkeypatch.setattr(launch, "_driver", lambda: found)
+    monkeypatch.setattr(launch, "load", lambda one, device: launch._Loaded(c_void_p(1), one, 132, False))
+    monkeypatch.setattr(launch, "_workspace", lambda *_: (torch.empty(1), torch.empty(1)))
+    stream = SimpleNamespace(cuda_stream=0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
+    monkeypatch.setattr(launch, "_tensor_maps", {})
+    return found
+
+
+def prepared(configuration: Configuration) -> tuple[launch.Call, torch.Tensor]:
+    """A launch for one token of a layer, and the layer's codes."""
+    B, s = torch.empty(16, 512, dtype=torch.int32), torch.empty(2, 256, dtype=torch.half)
+    return launch.Call(configuration, torch.empty(1, 256, dtype=torch.half), B, s, None), B
+
+
+def test_a_launch_keeps_the_maps_of_its_weights(driver: Driver) -> None:
+    """A server meets more activations than maps are kept, and other layers take the memory of freed ones."""
+    call, B = prepared(FEW)
+    others = [prepared(FEW)]
+    for number in range(1, launch.KEPT + 200):
+        call(4096 * number, 0)
+        others[0] = prepared(FEW)
+    gc.collect()
+    call(4096, 0)
+    assert set(driver.matrix) == {B.data_ptr()}
+    assert len(launch._tensor_maps) <= launch.KEPT
+
+
+@pytest.mark.parametrize("configuration", [FEW, Configuration("mma", 8, 2, 128, False)], ids=["maps", "mma"])
+def test_threads_that_launch_at_once_launch_what_they_asked_for(driver: Driver, configuration) -> None:
+    call, _ = prepared(configuration)
+    count, starts = 20_000, (1 << 30, 1 << 40)
+
+    def work(start: int) -> None:
+        for number in range(count):
+            call(start + number % 5000, start + number % 5000)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(work, starts))
+    finally:
+        sys.setswitchinterval(before)
+    asked = Counter((start + i % 5000,) * 2 for start in starts for i in range(count))
+    assert Counter(driver.launches) == asked
+
+
+def test_without_the_interpreter_s_lock_nothing_is_launched(monkeypatch) -> None:
+    monkeypatch.setattr(sys, "_is_gil_enabled", lambda: False, raising=False)
+    with pytest.raises(KernelError, match="without its global lock"):
+        launch._driver.__wrapped__()
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:

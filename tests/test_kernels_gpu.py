@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -189,6 +190,131 @@ def test_two_streams_at_once() -> None:
                 found.append(matmul(x, B, s))
         torch.cuda.synchronize()
         assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_threads_at_once() -> None:
+    """On one layer and one stream, whose prepared launches they share."""
+    from marlin_convert.kernels.matmul import matmul
+
+    B, s = packed(layer(512, 256, 128))
+    xs = [torch.randn(1, 512, device="cuda", dtype=torch.float16) for _ in range(200)]
+    expected = [matmul(x, B, s) for x in xs]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            for _ in range(20):
+                found = list(pool.map(lambda x: matmul(x, B, s), xs))
+                assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    finally:
+        sys.setswitchinterval(before)
+
+
+@pytest.mark.parametrize("m", [1, 40])
+def test_more_activations_than_maps_are_kept(m: int) -> None:
+    from marlin_convert.kernels import launch
+    from marlin_convert.kernels.matmul import matmul, reference
+
+    one, other = layer(512, 256, 128), layer(512, 256, 128, seed=1)
+    (B, s), (C, t) = packed(one), packed(other)
+    x = torch.randn(m, 512, device="cuda", dtype=torch.float16)
+    expected = [matmul(x, B, s), matmul(x, C, t)]
+    assert error(expected[0], reference(x, one)) < 3e-4 and error(expected[1], reference(x, other)) < 3e-4
+    places = torch.empty(8 * (launch.KEPT + 100) + x.numel(), device="cuda", dtype=torch.float16)
+    for start in range(0, len(places) - x.numel(), 8):
+        matmul(places[start : start + x.numel()].zero_().view(m, 512), B, s)
+    assert torch.equal(matmul(x, B, s), expected[0]) and torch.equal(matmul(x, C, t), expected[1])
+
+
+@pytest.mark.parametrize("format", ["marlin", "marlin-24"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_gradients(format: str, dtype: torch.dtype) -> None:
+    """Of the input and of the bias, in eager mode and compiled."""
+    from marlin_convert.kernels.matmul import LINEARS
+
+    one = layer(1024, 768, 128) if format == "marlin" else sparse_layer(1024, 768, 128)
+    bias = torch.randn(768, device="cuda", dtype=dtype, requires_grad=True)
+    module = LINEARS[format](**FORMATS[format].pack(one)).cuda()
+    module.bias = bias
+    x = torch.randn(2, 5, 1024, device="cuda", dtype=dtype, requires_grad=True)
+    weight = one.dequantize(torch.float64).cuda()
+    given = torch.randn(2, 5, 768, device="cuda", dtype=dtype)
+    for call in (module, torch.compile(module, fullgraph=True)):
+        x.grad = bias.grad = None
+        call(x).backward(given)
+        assert error(x.grad, given.double() @ weight) < 2 * TOLERANCE[dtype]
+        assert error(bias.grad, given.double().sum((0, 1))) < 2 * TOLERANCE[dtype]
+    with torch.no_grad():
+        assert not module(x).requires_grad
+
+
+@pytest.mark.parametrize("m", [1, 12, 40, 200])
+def test_the_largest_scales(m: int) -> None:
+    from marlin_convert.kernels.matmul import LARGEST_SCALE, matmul, reference
+
+    one = layer(512, 256, 128)
+    one = replace(one, scales=one.scales.sign() * LARGEST_SCALE)
+    x = torch.randn(m, 512, device="cuda", dtype=torch.float16) * 1e-3
+    y = matmul(x, *packed(one))
+    assert y.isfinite().all() and error(y, reference(x, one)) < 3e-4
+
+
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+@two_gpus
+@pytest.mark.parametrize("format", ["marlin", "marlin-24"])
+@pytest.mark.parametrize("current", [0, 1])
+def test_a_layer_on_any_gpu_whichever_is_current(format: str, current: int) -> None:
+    """Right, by the launch that was prepared first, on that GPU's own stream, and in a graph."""
+    from marlin_convert.kernels import matmul as kernels
+
+    one = layer(1024, 768, 128) if format == "marlin" else sparse_layer(1024, 768, 128)
+    for device in (torch.device("cuda", 0), torch.device("cuda", 1)):
+        module = kernels.LINEARS[format](**FORMATS[format].pack(one)).to(device)
+        with torch.cuda.device(current):
+            for m in (1, 12, 40, 200):
+                x = torch.randn(m, 1024, device=device, dtype=torch.float16)
+                y = module(x)
+                assert y.device == device and error(y, kernels.reference(x, one)) < 3e-4
+                calls = kernels._layers[id(module._buffers[module._suffixes[0]])].calls
+                first = dict(calls)
+                assert torch.equal(module(x), y) and calls == first, "prepared again"
+                stream = torch.cuda.Stream(device)
+                stream.wait_stream(torch.cuda.current_stream(device))
+                with torch.cuda.stream(stream):
+                    z = module(x)
+                torch.cuda.synchronize(device)
+                assert torch.equal(z, y)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.device(device), torch.cuda.graph(graph):
+                    z = module(x)
+                with torch.cuda.device(device):
+                    graph.replay()
+                torch.cuda.synchronize(device)
+                assert torch.equal(z, y)
+            assert torch.cuda.current_device() == current
+
+
+@two_gpus
+def test_a_model_over_two_gpus_and_threads_on_each() -> None:
+    from marlin_convert.kernels.matmul import MarlinLinear
+
+    ones = [layer(512, 512, 128, seed) for seed in range(4)]
+    layers = [MarlinLinear(*packed(one)).to(f"cuda:{number % 2}") for number, one in enumerate(ones)]
+
+    def through(x: torch.Tensor) -> torch.Tensor:
+        for number, one in enumerate(layers):
+            x = one(x.to(f"cuda:{number % 2}"))
+            x = x / x.norm()
+        return x.cpu()
+
+    xs = [torch.randn(1 + number % 3, 512, dtype=torch.float16) for number in range(60)]
+    expected = [through(x) for x in xs]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            found = pool.map(through, xs)
+            assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("format", ["marlin", "marlin-24"])

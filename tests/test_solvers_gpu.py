@@ -76,6 +76,45 @@ def test_sparse_solution_is_the_cpu_s(k: int, n: int, group_size: int, masked: b
     torch.testing.assert_close(gpu.error.sum().cpu(), cpu.error.sum(), rtol=1e-2, atol=0)
 
 
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+@two_gpus
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_solution_on_the_other_gpu_is_the_same(sparse: bool) -> None:
+    """Triton would launch on the current one."""
+    x = inputs(4096, 512)
+    weight = torch.randn(256, 512, generator=torch.Generator().manual_seed(1)) * 0.02
+    found = []
+    for device in ("cuda:0", "cuda:1"):
+        hessian = Hessian(512, torch.device(device))
+        hessian.add(x.to(device))
+        solver = sparsity.solve if sparse else solve
+        done = solver(weight.to(device), hessian.mean(), bits=4, group_size=128, damping=0.05, sweeps=2)
+        assert str(done.codes.device) == device
+        found.append((done.codes.cpu(), done.scales.cpu()))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+@two_gpus
+@pytest.mark.parametrize("more", [[], ["--sparsity", "2:4"]], ids=["dense", "2:4"])
+def test_a_model_is_quantized_on_the_other_gpu_with_the_same_bytes(tinypy, tmp_path, more) -> None:
+    text, runner = ["--samples", "8", "--sequence-length", "256"], CliRunner()
+    weights = []
+    for device in ("cuda:0", "cuda:1"):
+        output = tmp_path / device.replace(":", "-")
+        made = runner.invoke(
+            main, ["quantize", str(tinypy), "-o", str(output), "--device", device, *text, *more]
+        )
+        assert made.exit_code == 0, made.output
+        weights.append((output / "model.safetensors").read_bytes())
+        checked = runner.invoke(
+            main, ["verify", str(output), "--device", device, "--require-kernel", "--samples", "4"]
+        )
+        assert checked.exit_code == 0, checked.output
+    assert weights[0] == weights[1]
+
+
 def test_hessian_is_exact_in_float32() -> None:
     x = inputs(3000, 2304)
     hessian = Hessian(2304, torch.device("cuda"))

@@ -24,7 +24,7 @@ from marlin_convert import formats
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.errors import SourceError
-from marlin_convert.kernels.matmul import LINEARS
+from marlin_convert.kernels.matmul import LINEARS, PackedLinear
 
 METHODS = ("marlin", "marlin_24")
 
@@ -59,6 +59,19 @@ class MarlinQuantizer(HfQuantizer):
             stored = next((name for name in names if name in packed), None)
             if stored is not None and isinstance(module, nn.Linear):
                 model.set_submodule(name, _packed(module, weights, stored))
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **others: Any) -> nn.Module:
+        """Look at what was loaded: SourceError if it was split, KernelError for scales too large."""
+        if (getattr(model, "_tp_size", None) or 1) > 1:
+            raise SourceError(
+                "packed linears cannot be split by transformers: tensor parallelism is not supported here.",
+                "leave out tp_plan (device_map='auto' spreads the layers over GPUs), or serve it with vLLM's "
+                "--tensor-parallel-size.",
+            )
+        for name, module in model.named_modules():
+            if isinstance(module, PackedLinear):
+                module.check_scales(name)
+        return model
 
     def is_serializable(self) -> bool:
         """Packed linears are saved as they were loaded."""

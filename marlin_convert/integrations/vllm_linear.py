@@ -4,7 +4,7 @@ Both layouts pack 64 outputs at a time, in columns one after another: linears th
 tensors side by side, and a rank's outputs are a run of columns. A rank's inputs are a run of rows.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -26,7 +26,8 @@ from vllm.model_executor.parameter import (
 from marlin_convert import formats
 from marlin_convert.errors import FormatError, SourceError
 from marlin_convert.formats.scheme import groups_of
-from marlin_convert.kernels.matmul import dequantize, matmul
+from marlin_convert.kernels.dequantized import dequantize
+from marlin_convert.kernels.matmul import check_scales, matmul
 
 SCALES = "s"
 
@@ -77,15 +78,17 @@ class MarlinLinearMethod(LinearMethodBase):
         k, n = input_size_per_partition, sum(output_partition_sizes)
         self._check(k, output_partition_sizes, input_size, output_size)
         self.dtype = params_dtype
+        self.loaded: dict[str, set[Any]] = {suffix: set() for suffix in formats.suffixes(self.scheme)}
         self.groups = groups_of(input_size, self.scheme.group_size)
         for suffix, (dtype, shape) in formats.tensors(self.scheme, k, n).items():
+            loader = self._noting(suffix, weight_loader)
             if suffix == SCALES:
                 # vLLM does not say that a tensor is missing: these stay what no scale can be
                 scales = {"data": torch.full(shape, torch.nan, dtype=dtype), "output_dim": 1}
                 if self.groups == 1:  # every rank's, whichever inputs it has
-                    parameter = ChannelQuantScaleParameter(**scales, weight_loader=weight_loader)
+                    parameter = ChannelQuantScaleParameter(**scales, weight_loader=loader)
                 else:
-                    parameter = GroupQuantScaleParameter(**scales, input_dim=0, weight_loader=weight_loader)
+                    parameter = GroupQuantScaleParameter(**scales, input_dim=0, weight_loader=loader)
             else:
                 parameter = PackedvLLMParameter(
                     data=torch.empty(shape, dtype=dtype),
@@ -93,9 +96,18 @@ class MarlinLinearMethod(LinearMethodBase):
                     output_dim=1,
                     packed_dim=1,
                     packed_factor=Fraction(1, 2),  # both B and the metadata have two columns for an output
-                    weight_loader=weight_loader,
+                    weight_loader=loader,
                 )
             layer.register_parameter(suffix, parameter)
+
+    def _noting(self, suffix: str, load: Callable[..., None]) -> Callable[..., None]:
+        """A loader that notes which parts of a fused layer it has loaded: those of all tensors must agree."""
+
+        def loader(parameter: Parameter, tensor: Tensor, *part: Any, **named: Any) -> None:
+            load(parameter, tensor, *part, **named)
+            self.loaded[suffix].add((*part, *named.values()))
+
+        return loader
 
     def _check(self, k: int, outputs: Sequence[int], input_size: int, output_size: int) -> None:
         """FormatError when a rank's part of the layer is not a layer of this layout."""
@@ -110,19 +122,32 @@ class MarlinLinearMethod(LinearMethodBase):
                 )
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Leave what `apply` needs; SourceError when there were no scales in the files."""
+        """Leave what `apply` needs; SourceError when a tensor was not in the files."""
         tensors = {suffix: getattr(layer, suffix).data for suffix in formats.suffixes(self.scheme)}
         scales = tensors[SCALES]
-        if bool(scales.isnan().any()):
-            raise SourceError(f"{self.prefix}: scales are missing in the checkpoint.", "fetch it again.")
+        parts = set().union(*self.loaded.values())
+        missing = [suffix for suffix, loaded in self.loaded.items() if loaded != parts]
+        if missing or bool(scales.isnan().any()):
+            raise SourceError(
+                f"{self.prefix}: {' and '.join(missing) or SCALES} is missing in the checkpoint.",
+                "fetch it again.",
+            )
+        check_scales(scales, self.prefix)
         if self.groups > len(scales) == 1:
             tensors[SCALES] = formats.FORMATS[self.scheme.format].only_group(scales)
         for suffix in tensors:
             delattr(layer, suffix)
         if not scales.is_cuda:
             tensors = {"weight": dequantize(self.scheme, tensors, self.dtype, scales.device)}
+        self.keep(layer, tensors)
+
+    def keep(self, layer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """Make these the parameters of a layer: the weight, or the tensors of the layout."""
         for name, tensor in tensors.items():
             layer.register_parameter(name, Parameter(tensor, requires_grad=False))
+        if "weight" not in tensors:
+            # vLLM's LoRA asks for the device of a layer's weights by one of the names that it knows
+            layer.qweight = getattr(layer, next(iter(tensors)))
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (..., k) times the weights, plus bias."""

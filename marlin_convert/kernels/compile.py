@@ -18,10 +18,14 @@ CACHE = "MARLIN_CONVERT_CACHE"
 ARCHITECTURES = {
     (8, 0): "sm_80",
     (8, 6): "sm_86",
+    (8, 7): "sm_87",
     (8, 9): "sm_89",
     (9, 0): "sm_90a",
     (10, 0): "sm_100",
+    (10, 3): "sm_103",
+    (11, 0): "sm_110",
     (12, 0): "sm_120",
+    (12, 1): "sm_121",
 }
 
 # Two threads that import cuda.core 1.2 at once for the first time find it half made.

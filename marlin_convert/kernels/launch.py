@@ -2,14 +2,19 @@
 
 Plain ctypes: 5 microseconds of the host a launch, and the attribute by which a kernel may begin to load its
 weights while the one before still runs (programmatic dependent launch), which cuda-core 1.2 does not pass on.
+
+The driver copies what a launch points at before it returns: until then all of it belongs to the launch. Any
+number of threads may launch, on any streams and devices.
 """
 
 import ctypes
 import struct
+import sys
 from collections.abc import Sequence
 from ctypes import addressof, c_char, c_int, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import cache
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -26,7 +31,7 @@ BYTES = {UINT32: 4, UINT64: 8, FLOAT16: 2, BFLOAT16: 2}
 NO_SWIZZLE, SWIZZLE_128 = 0, 3
 PROMOTE_256 = 3
 
-# Tensor maps kept: of the weights of every layer of a large model, and of the activations they meet.
+# Tensor maps of activations that are kept for the next launch with the same.
 KEPT = 4096
 
 TICKETS = 32  # of a block of the grid, as in csrc/tiles.cuh
@@ -44,9 +49,13 @@ class _Loaded:
 
 @cache
 def _driver() -> ctypes.PyDLL:
+    if not getattr(sys, "_is_gil_enabled", lambda: True)():
+        raise KernelError(
+            "this Python runs without its global lock, and the kernels' launches were never tested so.",
+            "use the ordinary build of Python, or set PYTHON_GIL=1.",
+        )
     try:
-        # keeps the interpreter's lock: no other thread changes a Call while it is launched
-        return ctypes.PyDLL("libcuda.so.1")
+        return ctypes.PyDLL("libcuda.so.1")  # gives up the lock for no launch: it takes 3 microseconds
     except OSError as error:
         raise KernelError("the NVIDIA driver is not installed.", "pass --device cpu.") from error
 
@@ -80,26 +89,38 @@ def load(configuration: Configuration, device: int) -> _Loaded:
     return _Loaded(kernel, configuration, properties.multi_processor_count, properties.major >= 9)
 
 
-_tensor_maps: dict[tuple[int, ...], tuple[int, ctypes.Array]] = {}
+def _tensor_map(
+    address: int, kind: int, rows: int, columns: int, box: tuple[int, int], swizzle: int
+) -> tuple[int, ctypes.Array[c_char]]:
+    """The tensor map of a matrix that is read in boxes of (rows, columns): where it is, and its memory."""
+    memory = (c_char * 192)()
+    place = -(-addressof(memory) // 64) * 64
+    status = _driver().cuTensorMapEncodeTiled(
+        c_void_p(place), kind, 2, c_void_p(address), (c_uint64 * 2)(columns, rows),
+        (c_uint64 * 1)(columns * BYTES[kind]), (c_uint32 * 2)(box[1], box[0]),
+        (c_uint32 * 2)(1, 1), 0, swizzle, PROMOTE_256, 0,
+    )  # fmt: skip
+    _check(status, "describing a matrix")
+    return place, memory
 
 
-def _tensor_map(address: int, kind: int, rows: int, columns: int, box: tuple[int, int], swizzle: int) -> int:
-    """Where the tensor map of a matrix is, that is read in boxes of (rows, columns)."""
-    key = (address, kind, rows, columns, *box)
+# Of activations alone, by all that they say. Who takes one from here holds its memory while it is launched.
+_tensor_maps: dict[tuple[int, ...], tuple[int, ctypes.Array[c_char]]] = {}
+_keeping = Lock()
+
+
+def _map_of_activations(
+    address: int, kind: int, m: int, k: int, box: tuple[int, int]
+) -> tuple[int, ctypes.Array[c_char]]:
+    key = (address, kind, m, k, *box)
     found = _tensor_maps.get(key)
     if found is None:
-        memory = (c_char * 192)()
-        place = -(-addressof(memory) // 64) * 64
-        status = _driver().cuTensorMapEncodeTiled(
-            c_void_p(place), kind, 2, c_void_p(address), (c_uint64 * 2)(columns, rows),
-            (c_uint64 * 1)(columns * BYTES[kind]), (c_uint32 * 2)(box[1], box[0]),
-            (c_uint32 * 2)(1, 1), 0, swizzle, PROMOTE_256, 0,
-        )  # fmt: skip
-        _check(status, "describing a matrix")
-        if len(_tensor_maps) >= KEPT:
-            _tensor_maps.pop(next(iter(_tensor_maps)))
-        found = _tensor_maps[key] = place, memory
-    return found[0]
+        found = _tensor_map(address, kind, m, k, box, SWIZZLE_128)
+        with _keeping:
+            if len(_tensor_maps) >= KEPT:
+                _tensor_maps.pop(next(iter(_tensor_maps)))
+            _tensor_maps[key] = found
+    return found
 
 
 # Parts of tiles and tickets, by device, stream and size: kernels of one stream follow one another.
@@ -223,30 +244,34 @@ class Call:
         )  # fmt: skip
         self._x, self._y = c_uint64.from_buffer(problem, 8), c_uint64.from_buffer(problem, 32)
         arguments = [addressof(problem)]
+        maps: list[tuple[int, ctypes.Array[c_char]]] = []
         self._tiles: tuple[int, int, int, tuple[int, int]] | None = None
         if configuration.kernel != "mma":
             kind = BFLOAT16 if x.dtype == torch.bfloat16 else FLOAT16
             self._tiles = kind, m, k, (configuration.tokens, 64)
             rows = min(configuration.scale_rows, len(s))
-            weights = _tensor_map(B.data_ptr(), UINT64, len(B), n, (len(B) // chunks, FEATURES), NO_SWIZZLE)
-            metadata = weights  # which is not read then
-            if B_meta is not None:
-                metadata = _tensor_map(B_meta.data_ptr(), UINT32, len(B), n, (4, FEATURES), NO_SWIZZLE)
-            arguments += [
-                weights,
-                metadata,
-                _tensor_map(s.data_ptr(), FLOAT16, len(s), n, (rows, FEATURES), NO_SWIZZLE),
-                0,
-            ]
+            maps.append(
+                _tensor_map(B.data_ptr(), UINT64, len(B), n, (len(B) // chunks, FEATURES), NO_SWIZZLE)
+            )
+            if B_meta is None:
+                maps *= 2  # that of the metadata is not read then
+            else:
+                maps.append(_tensor_map(B_meta.data_ptr(), UINT32, len(B), n, (4, FEATURES), NO_SWIZZLE))
+            maps.append(_tensor_map(s.data_ptr(), FLOAT16, len(s), n, (rows, FEATURES), NO_SWIZZLE))
+            arguments += [*(place for place, _ in maps), 0]
         self._pointers = (c_void_p * len(arguments))(*arguments)
         self._launch, attributes = _launch(loaded, blocks, stream, cluster)
-        self._kept, self._handle = (problem, attributes), loaded.handle
+        # all that the launch points at lives as long as it
+        self._kept, self._handle = (problem, attributes, maps), loaded.handle
         self._driver = _driver().cuLaunchKernelEx
+        self._lock = Lock()
 
     def __call__(self, x: int, y: int) -> None:
-        """Launch for activations and an output at these addresses."""
-        self._x.value, self._y.value = x, y
-        if self._tiles is not None:
-            kind, m, k, box = self._tiles
-            self._pointers[4] = _tensor_map(x, kind, m, k, box, SWIZZLE_128)
-        _check(self._driver(self._launch, self._handle, self._pointers, None), "launching a kernel")
+        """Launch for activations and an output at these addresses, on the current device."""
+        with self._lock:  # from setting the addresses until the driver has copied them
+            self._x.value, self._y.value = x, y
+            if self._tiles is not None:
+                place, _memory = _map_of_activations(x, *self._tiles)
+                self._pointers[4] = place
+            status = self._driver(self._launch, self._handle, self._pointers, None)
+        _check(status, "launching a kernel")

@@ -1,6 +1,7 @@
 """The torch operator marlin_convert::matmul, its reference in plain torch, and modules around it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from threading import Lock
 from typing import Any
 from weakref import ref
 
@@ -9,13 +10,16 @@ from torch import Tensor, nn
 from torch._C import _len_torch_dispatch_stack
 
 from marlin_convert.errors import KernelError
-from marlin_convert.formats import FORMATS
 from marlin_convert.formats.scheme import Scheme
 from marlin_convert.kernels.configurations import choose
+from marlin_convert.kernels.dequantized import dequantize, kept, kept_beside
 from marlin_convert.kernels.launch import Call
 from marlin_convert.quantized import QuantizedLinear
 
 DTYPES = (torch.float16, torch.bfloat16)
+
+# Eight times as much, the largest code, is the largest number of float16: wgmma multiplies codes by it.
+LARGEST_SCALE = 8188
 
 
 def matmul(
@@ -24,10 +28,18 @@ def matmul(
     """x (..., k) times MARLIN weights B (k / 16, 2n) int32 and s (groups, n) float16, plus bias: (..., n).
 
     With B_meta (k / 32, 2n) int16 the weights are Sparse-MARLIN's, B is B_24 (k / 32, 2n).
-    x and bias are float16 or bfloat16; sums are float32. KernelError when shapes, dtypes or devices do not
-    fit, or there is no kernel for the GPU.
+    On a GPU x and bias are float16 or bfloat16 and sums float32; elsewhere the weights are dequantized to the
+    dtype of x, and kept so while B lives. x and bias have gradients, the weights have none. No scale may be
+    beyond LARGEST_SCALE: modules refuse it, here it is the caller's to know.
+    KernelError when shapes, dtypes or devices do not fit, or there is no kernel for the GPU.
     """
-    if type(x) is not Tensor or not x.is_cuda or torch.compiler.is_compiling() or _len_torch_dispatch_stack():
+    if (
+        type(x) is not Tensor
+        or not x.is_cuda
+        or torch.compiler.is_compiling()
+        or _len_torch_dispatch_stack()
+        or (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+    ):
         return torch.ops.marlin_convert.matmul.default(x, B, s, bias, B_meta)
     return _cuda(x, B, s, bias, B_meta)  # past the dispatcher, which takes two microseconds
 
@@ -42,60 +54,69 @@ def reference(x: Tensor, layer: QuantizedLinear, bias: Tensor | None = None) -> 
 class PackedLinear(nn.Module):
     """A linear whose buffers are the tensors of a layout, under their suffixes, and perhaps a bias (n).
 
-    It multiplies by the dequantized weights. They are made when they are first needed and kept beside the
-    buffers, in the input's dtype: making them takes longer than a product, and they are no part of the state.
+    On a GPU it runs the kernel; elsewhere it multiplies by the dequantized weights. Casting it casts the
+    bias: the tensors of the layout keep their dtypes.
     """
 
     bias: Tensor | None
 
-    def __init__(self, scheme: Scheme, tensors: Mapping[str, Tensor], bias: Tensor | None):
+    def __init__(self, packed: Mapping[str, Tensor], bias: Tensor | None, shape: tuple[int, int, int]):
+        """`packed` are tensors by suffix, codes first; `shape` is k, n and the number of groups."""
         super().__init__()
-        self.scheme = scheme
-        for suffix, tensor in {**tensors, "bias": bias}.items():
+        self._suffixes = tuple(packed)
+        self.in_features, self.out_features, self._groups = shape
+        for suffix, tensor in {**packed, "bias": bias}.items():
             self.register_buffer(suffix, tensor)
-        self._weight: Tensor | None = None
+        self.check_scales()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., k) to (..., n), in the dtype of x."""
-        weight = self._weight
-        if weight is None or weight.dtype != x.dtype or weight.device != x.device:
-            with torch.inference_mode(False):  # a later call may be outside
-                weight = dequantize(self.scheme, dict(self.named_buffers()), x.dtype, x.device)
-            self._weight = weight
-        return nn.functional.linear(x, weight, self.bias)
+    def check_scales(self, name: str = "a layer") -> None:
+        """KernelError, with the name of the layer, when a scale is too large for the kernels or no number."""
+        check_scales(self._buffers["s"], name)  # type: ignore[arg-type]
 
-    def _apply(self, *args: Any, **kwargs: Any) -> "PackedLinear":
-        self._weight = None
-        return super()._apply(*args, **kwargs)
+    def extra_repr(self) -> str:
+        """What printing a model says of it, as torch's own linear does."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, groups={self._groups}, "
+            f"bias={self.bias is not None}"
+        )
+
+    @property
+    def _weight(self) -> Tensor | None:
+        """The dequantized weight that is kept beside the codes now; no part of the state."""
+        return kept_beside(self._buffers[self._suffixes[0]])  # type: ignore[arg-type]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
+        def moved(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            packed = any(tensor is self._buffers[suffix] for suffix in self._suffixes)
+            return tensor.to(new.device) if packed and new.dtype != tensor.dtype else new
+
+        return super()._apply(moved, recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._weight = None
         super()._load_from_state_dict(*args, **kwargs)
+        self.check_scales()
 
 
 class MarlinLinear(PackedLinear):
-    """A linear of B (k / 16, 2n) int32, s (groups, n) float16 and perhaps a bias (n), as in MARLIN files.
-
-    On a GPU it runs the kernel; elsewhere it multiplies by the dequantized weights.
-    """
+    """A linear of B (k / 16, 2n) int32, s (groups, n) float16 and perhaps a bias (n), as in MARLIN files."""
 
     B: Tensor
     s: Tensor
 
     def __init__(self, B: Tensor, s: Tensor, bias: Tensor | None = None):
-        """KernelError when B and s are not of one layer."""
-        k, _, groups = _shape(B, s)
-        super().__init__(Scheme("marlin", 4, -1 if groups == 1 else k // groups), {"B": B, "s": s}, bias)
+        """KernelError when B and s are not of one layer, or a scale is beyond LARGEST_SCALE."""
+        super().__init__({"B": B, "s": s}, bias, _shape(B, s))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., k) to (..., n), in the dtype of x."""
-        return matmul(x, self.B, self.s, self.bias) if x.is_cuda else super().forward(x)
+        return matmul(x, self.B, self.s, self.bias)
 
 
 class Marlin24Linear(PackedLinear):
     """A linear of B_24 int32 and B_meta int16 (k / 32, 2n), s (groups, n) float16 and perhaps a bias (n).
 
-    They are as in marlin-24 files. On a GPU it runs the kernel; elsewhere as MarlinLinear.
+    They are as in marlin-24 files.
     """
 
     B_24: Tensor
@@ -103,25 +124,26 @@ class Marlin24Linear(PackedLinear):
     s: Tensor
 
     def __init__(self, B_24: Tensor, B_meta: Tensor, s: Tensor, bias: Tensor | None = None):
-        """KernelError when the tensors are not of one layer."""
-        _, _, groups = _shape(B_24, s, B_meta)
-        scheme = Scheme("marlin-24", 4, -1 if groups == 1 else 128)
-        super().__init__(scheme, {"B_24": B_24, "B_meta": B_meta, "s": s}, bias)
+        """KernelError when the tensors are not of one layer, or a scale is beyond LARGEST_SCALE."""
+        super().__init__({"B_24": B_24, "B_meta": B_meta, "s": s}, bias, _shape(B_24, s, B_meta))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., k) to (..., n), in the dtype of x."""
-        return matmul(x, self.B_24, self.s, self.bias, self.B_meta) if x.is_cuda else super().forward(x)
+        return matmul(x, self.B_24, self.s, self.bias, self.B_meta)
 
 
 LINEARS = {"marlin": MarlinLinear, "marlin-24": Marlin24Linear}
 
 
-def dequantize(
-    scheme: Scheme, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """The weight (n, k) that a layout's tensors hold, on a device."""
-    on_cpu = {suffix: tensor.cpu() for suffix, tensor in tensors.items()}
-    return FORMATS[scheme.format].unpack(on_cpu, scheme).dequantize(dtype).to(device)
+def check_scales(s: Tensor, name: str) -> None:
+    """KernelError when a scale of s (groups, n) is beyond LARGEST_SCALE or no number; meta has none yet."""
+    largest = 0.0 if s.is_meta else s.abs().amax().item()
+    if not largest <= LARGEST_SCALE:
+        raise KernelError(
+            f"{name} has a scale of {largest:g}; the kernels multiply by scales up to {LARGEST_SCALE}, "
+            "beyond which weights leave float16.",
+            "the checkpoint is damaged, or of a model that needs bfloat16: convert it from its original.",
+        )
 
 
 def _shape(B: Tensor, s: Tensor, B_meta: Tensor | None = None) -> tuple[int, int, int]:
@@ -194,11 +216,21 @@ KEPT_CALLS = 64
 def _cuda(
     x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None = None, B_meta: Tensor | None = None
 ) -> Tensor:
+    device = x.get_device()
+    if torch._C._cuda_getDevice() != device:
+        with torch.cuda.device(device):
+            return _launched(x, B, s, bias, B_meta)
+    return _launched(x, B, s, bias, B_meta)
+
+
+def _launched(x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None, B_meta: Tensor | None) -> Tensor:
+    """The product on the current device, which is that of x."""
     layer = _layers.get(id(B))
     if layer is not None and layer.is_of(B, s, bias, B_meta):
         shape, device = x.shape, layer.device
         call = layer.calls.get((shape, x.dtype, torch._C._cuda_getCurrentRawStream(device)))
-        if call is not None and x.is_contiguous() and _current(device):
+        # a graph that is captured gets workspaces of its own
+        if call is not None and x.is_contiguous() and not torch._C._cuda_isCurrentStreamCapturing():
             address = x.data_ptr()
             if not address % 16 and x.get_device() == device:
                 y = x.new_empty((*shape[:-1], layer.n))
@@ -220,29 +252,27 @@ def _prepare(x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None, B_meta: Tenso
     layer = _layers.get(id(B))
     if layer is None or not layer.is_of(B, s, bias, B_meta):
         layer = _Layer(B, s, bias, B_meta)
-    with torch.cuda.device(device):
-        capability = torch.cuda.get_device_capability(device)
-        m = x.numel() // layer.k
-        bfloat16, sparse = x.dtype == torch.bfloat16, B_meta is not None
-        configuration = choose(m, layer.n, layer.k, layer.group, bfloat16, capability, sparse)
-        call = Call(configuration, x, B, s, bias, B_meta)
-        call(x.data_ptr(), y.data_ptr())
-        if not torch.cuda.is_current_stream_capturing():
+    capability = torch.cuda.get_device_capability(device)
+    m = x.numel() // layer.k
+    bfloat16, sparse = x.dtype == torch.bfloat16, B_meta is not None
+    configuration = choose(m, layer.n, layer.k, layer.group, bfloat16, capability, sparse)
+    call = Call(configuration, x, B, s, bias, B_meta)
+    call(x.data_ptr(), y.data_ptr())
+    if not torch.cuda.is_current_stream_capturing():
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        with _keeping:
             _keep(_layers, id(B), layer, KEPT)
-            stream = torch._C._cuda_getCurrentRawStream(device)
             _keep(layer.calls, (x.shape, x.dtype, stream), call, KEPT_CALLS)
     return y
+
+
+_keeping = Lock()
 
 
 def _keep(cache: dict[Any, Any], key: Any, value: Any, limit: int) -> None:
     if len(cache) >= limit and key not in cache:
         cache.pop(next(iter(cache)))
     cache[key] = value
-
-
-def _current(device: int) -> bool:
-    """Whether a prepared launch may be used: on the current device, and not in a graph."""
-    return torch._C._cuda_getDevice() == device and not torch._C._cuda_isCurrentStreamCapturing()
 
 
 def _check(x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None, B_meta: Tensor | None) -> None:
@@ -264,13 +294,58 @@ def _check(x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None, B_meta: Tensor 
             raise KernelError(f"{name} must be contiguous and aligned to 16 bytes.")
 
 
+def _plain(
+    x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None = None, B_meta: Tensor | None = None
+) -> Tensor:
+    """The product where there is no kernel."""
+    others = (s,) if B_meta is None else (s, B_meta)
+    weight = kept(lambda: _weight(B, s, B_meta, x.dtype), x.dtype, B, *others)
+    return nn.functional.linear(x, weight, bias)
+
+
+def _weight(B: Tensor, s: Tensor, B_meta: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The weight (n, k) of a layer, where its tensors are."""
+    k, _, groups = _shape(B, s, B_meta)
+    size = -1 if groups == 1 else k // groups
+    if B_meta is None:
+        return dequantize(Scheme("marlin", 4, size), {"B": B, "s": s}, dtype, B.device)
+    tensors = {"B_24": B, "B_meta": B_meta, "s": s}
+    return dequantize(Scheme("marlin-24", 4, size), tensors, dtype, B.device)
+
+
 def _fake(
     x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None = None, B_meta: Tensor | None = None
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], B.shape[1] // 2)
 
 
+def _fake_weight(B: Tensor, s: Tensor, B_meta: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return s.new_empty(B.shape[1] // 2, (16 if B_meta is None else 32) * B.shape[0], dtype=dtype)
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, B, s, _, B_meta = inputs
+    ctx.save_for_backward(B, s, B_meta)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """Of x, through the dequantized weights, and of the bias."""
+    x = bias = None
+    if ctx.needs_input_grad[0]:
+        x = gradient @ torch.ops.marlin_convert.weight.default(*ctx.saved_tensors, gradient.dtype)
+    if any(ctx.needs_input_grad[3:]):  # which ends where arguments have their defaults
+        bias = gradient.flatten(0, -2).sum(0)
+    return x, None, None, bias, None
+
+
 _library = torch.library.Library("marlin_convert", "DEF")
 _library.define("matmul(Tensor x, Tensor B, Tensor s, Tensor? bias=None, Tensor? B_meta=None) -> Tensor")
+_library.define("weight(Tensor B, Tensor s, Tensor? B_meta, ScalarType dtype) -> Tensor")
 _library.impl("matmul", _cuda, "CUDA")
+_library.impl("matmul", _plain, "CompositeExplicitAutograd")
+_library.impl("weight", _weight, "CompositeExplicitAutograd")
 torch.library.register_fake("marlin_convert::matmul", _fake, lib=_library)
+torch.library.register_fake("marlin_convert::weight", _fake_weight, lib=_library)
+torch.library.register_autograd(
+    "marlin_convert::matmul", _backward, setup_context=_keep_for_backward, lib=_library
+)

@@ -50,18 +50,19 @@ def round_block(
     rows, n = w.shape
     codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)
     columns = 16  # one warp each: the rows' dependency makes latency count, not occupancy
-    _kernel[(triton.cdiv(n, columns),)](
-        target,
-        w,
-        scale,
-        feedback.contiguous(),
-        errors,
-        codes,
-        rows,
-        n,
-        LOW=-(2 ** (bits - 1)),
-        ROWS=triton.next_power_of_2(rows),
-        COLUMNS=columns,
-        num_warps=1,
-    )
+    with torch.cuda.device_of(w):  # Triton launches on the current device, whatever it is given
+        _kernel[(triton.cdiv(n, columns),)](
+            target,
+            w,
+            scale,
+            feedback.contiguous(),
+            errors,
+            codes,
+            rows,
+            n,
+            LOW=-(2 ** (bits - 1)),
+            ROWS=triton.next_power_of_2(rows),
+            COLUMNS=columns,
+            num_warps=1,
+        )
     return codes

@@ -65,9 +65,10 @@ def search_scales(
     scales = torch.empty(k // group_size, n, dtype=torch.float32, device=weight.device)
     fractions = torch.tensor([fraction / low for fraction in candidates], device=weight.device)
     columns = 32
-    _kernel[(triton.cdiv(n, columns), k // group_size)](
-        weight, importance, fractions, scales, n, group_size,
-        COUNT=len(candidates), LOW=low, NORM=norm, SMALLEST=smallest,
-        ROWS=min(triton.next_power_of_2(group_size), 128), COLUMNS=columns, num_warps=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(weight):  # Triton launches on the current device, whatever it is given
+        _kernel[(triton.cdiv(n, columns), k // group_size)](
+            weight, importance, fractions, scales, n, group_size,
+            COUNT=len(candidates), LOW=low, NORM=norm, SMALLEST=smallest,
+            ROWS=min(triton.next_power_of_2(group_size), 128), COLUMNS=columns, num_warps=4,
+        )  # fmt: skip
     return scales

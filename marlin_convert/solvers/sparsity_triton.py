@@ -156,13 +156,14 @@ def solve_block(
     """Give every quad of a block its best mask and values, as `sparsity._solve_block` does."""
     rows, n = w.shape
     columns = 16  # one warp each: the quads' dependency makes latency count, not occupancy
-    _kernel[(triton.cdiv(n, columns),)](
-        target, w,
-        w if scale is None else scale,
-        w if allowed is None else allowed.view(torch.uint8),
-        feedback.contiguous(), tables,
-        w if metric is None else metric.contiguous(),
-        errors, kept.view(torch.uint8), rows, n,
-        LOW=-(2 ** (bits - 1)), SCALED=scale is not None, MASKED=allowed is not None,
-        DESCENT=metric is not None, ROWS=triton.next_power_of_2(rows), COLUMNS=columns, num_warps=1,
-    )  # fmt: skip
+    with torch.cuda.device_of(w):  # Triton launches on the current device, whatever it is given
+        _kernel[(triton.cdiv(n, columns),)](
+            target, w,
+            w if scale is None else scale,
+            w if allowed is None else allowed.view(torch.uint8),
+            feedback.contiguous(), tables,
+            w if metric is None else metric.contiguous(),
+            errors, kept.view(torch.uint8), rows, n,
+            LOW=-(2 ** (bits - 1)), SCALED=scale is not None, MASKED=allowed is not None,
+            DESCENT=metric is not None, ROWS=triton.next_power_of_2(rows), COLUMNS=columns, num_warps=1,
+        )  # fmt: skip

@@ -24,6 +24,7 @@ from urllib.request import Request, urlopen
 import packed_models
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -261,6 +262,10 @@ def test_vllm_with_the_plugin_gives_a_rank_its_part(format, plugin, quantized, t
         linear, part, rank = name.rsplit(".", 2)
         half = weights.read(f"{linear}.weight").chunk(2, 1 if part == "rows" else 0)[int(rank)]
         assert torch.equal(found, torch.cat((half, half)) if part == "fused" else half), name
+    with safe_open(tmp_path / "parts.safetensors", "pt") as file:
+        said = file.metadata()
+    assert said.pop("lora") == "meta"
+    assert said and all(f": {without.split()[1]} is missing" in line for without, line in said.items())
 
 
 @pytest.mark.parametrize(
