@@ -287,7 +287,7 @@ def test_a_layer_on_any_gpu_whichever_is_current(format: str, current: int) -> N
                 torch.cuda.synchronize(device)
                 assert torch.equal(z, y)
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.device(device), torch.cuda.graph(graph):
+                with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream):
                     z = module(x)
                 with torch.cuda.device(device):
                     graph.replay()
