@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
 from marlin_convert import integrations
-from marlin_convert.errors import FormatError, SourceError
+from marlin_convert.errors import FormatError, KernelError, SourceError
 from marlin_convert.kernels.matmul import Marlin24Linear, MarlinLinear
 
 IDS = torch.arange(2, 42).view(2, 20)
@@ -160,3 +160,61 @@ def test_an_engine_that_does_not_fit_goes_on(caplog, monkeypatch):
     integrations.plug_into_vllm()
     [line] = caplog.messages
     assert line.startswith("marlin-convert does not fit this vLLM") and "tried with 0.32.0" in line
+
+
+SPLIT = """
+import os, sys
+import marlin_convert
+from marlin_convert.errors import SourceError
+from transformers import AutoModelForCausalLM
+try:
+    AutoModelForCausalLM.from_pretrained(sys.argv[1], tp_plan="auto")
+    said = "loaded"
+except SourceError as error:
+    said = str(error)
+open(sys.argv[2] + os.environ["RANK"], "w").write(said)
+"""
+
+
+def test_a_model_that_transformers_would_split_is_refused(quantized, tmp_path):
+    """Each rank would go on with all of the tensors, and the sums would be wrong."""
+    (tmp_path / "split.py").write_text(SPLIT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(tmp_path / "split.py"), str(quantized("marlin")), str(tmp_path / "said-")]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for rank in "01":
+        assert "tensor parallelism is not supported" in (tmp_path / f"said-{rank}").read_text()
+
+
+def test_a_scale_too_large_is_refused_by_name(copied):
+    changed = tensors(copied)
+    changed[f"{UP}.s"][0, 0] = 9000
+    save_file(changed, copied / "model.safetensors", {"format": "pt"})
+    with pytest.raises(KernelError, match=f"{UP} has a scale of 9000"):
+        AutoModelForCausalLM.from_pretrained(copied)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_casting_a_model_leaves_its_packed_tensors(dtype, mixed, tmp_path):
+    before = tensors(mixed)
+    model = AutoModelForCausalLM.from_pretrained(mixed).to(dtype)
+    model.save_pretrained(tmp_path)
+    packed = {name for name in before if name.endswith((".B", ".s", ".B_24", ".B_meta"))}
+    assert packed
+    for name, tensor in tensors(tmp_path).items():
+        assert same_bytes(tensor, before[name]) if name in packed else tensor.dtype == model.dtype, name
+
+
+@pytest.mark.parametrize("offload_buffers", [False, True])
+def test_layers_on_the_disk_answer_the_same_and_are_not_held(offload_buffers, quantized, tmp_path):
+    expected = logits(AutoModelForCausalLM.from_pretrained(quantized("marlin")))
+    places = dict.fromkeys(("model.embed_tokens", "lm_head", "model.norm", "model.rotary_emb"), "cpu")
+    places |= {f"model.layers.{number}": "cpu" if number < 2 else "disk" for number in range(4)}
+    model = AutoModelForCausalLM.from_pretrained(
+        quantized("marlin"), device_map=places, offload_folder=tmp_path, offload_buffers=offload_buffers
+    )
+    assert torch.equal(logits(model), expected) and torch.equal(logits(model), expected)
+    on_disk = model.model.layers[3].mlp.up_proj
+    assert (on_disk.B.is_meta and on_disk._weight is None) == offload_buffers
