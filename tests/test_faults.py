@@ -175,7 +175,7 @@ class Scene:
             trace=str(self.root.with_name("trace")),
         )
 
-    def _calls(self) -> list[str]:
+    def calls(self) -> list[str]:
         """Name and path of every call of the last run with a fault."""
         return self.root.with_name("trace").read_text().splitlines()
 
@@ -184,7 +184,7 @@ class Scene:
         self.set_up(command)
         status, log = self.run(command, fault=self.fault(Trouble(kind, NOTHING), 0))
         assert status == 0, log
-        calls = len(self._calls())
+        calls = len(self.calls())
         assert calls, "the library did not come before the C library"
         return tree(self.disk), self.published(), calls
 
@@ -194,7 +194,7 @@ class Scene:
         before = self.set_up(command)
         status, log = self.run(command, fault=self.fault(trouble, number))
         found = tree(self.disk)
-        what = f"{command}, {trouble}, call {number}: {self._calls()[number - 1]}\nstatus {status}\n{log}"
+        what = f"{command}, {trouble}, call {number}: {self.calls()[number - 1]}\nstatus {status}\n{log}"
         if trouble.outcome == KILLED:
             assert status == -signal.SIGKILL, what
         else:
@@ -257,3 +257,22 @@ def test_a_disk_that_takes_a_part_of_every_write(command: str, scene: Scene) -> 
     status, log = scene.run(command, fault=scene.fault(Trouble(WRITING, SHORT, for_good=True), 1))
     assert status == 0, log
     assert tree(scene.disk) == after
+
+
+def test_everything_is_on_the_disk_before_it_has_its_name(scene: Scene) -> None:
+    """A power failure after the rename loses nothing: all was flushed after its last change, folders too."""
+    scene.set_up("quantize")
+    status, log = scene.run("quantize", fault=scene.fault(Trouble(WRITING, NOTHING), 0))
+    assert status == 0, log
+    calls = [call.split(" ", 1) for call in scene.calls()]
+    output, staging = scene.disk / "out", partial(scene.disk / "out") / "checkpoint"
+    [named] = [number for number, (_, path) in enumerate(calls) if path == str(output)]
+    for path in [output, *output.rglob("*")]:
+        staged = staging / path.relative_to(output)
+        changed, flushed = 0, -1
+        for number, (call, where) in enumerate(calls[:named]):
+            if call == "fsync":
+                flushed = number if where == str(staged) else flushed
+            elif str(staged) in (where, str(Path(where).parent)):
+                changed = number
+        assert flushed > changed, path.name

@@ -320,6 +320,26 @@ def test_a_linear_without_input_is_rounded_to_nearest_and_named(
         assert name in result.stderr
 
 
+@pytest.mark.parametrize("suffix", ["B", "s"])
+def test_what_does_not_survive_its_format_is_not_published(
+    suffix: str, quantize: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One bit that packing gets wrong, in one linear."""
+    pack, calls = formats.marlin.pack, []
+
+    def wrong(layer):
+        calls.append(layer)
+        tensors = pack(layer)
+        if len(calls) == 3:
+            tensors[suffix].view(torch.int16)[1, 5] ^= 1
+        return tensors
+
+    monkeypatch.setattr(formats.marlin, "pack", wrong)
+    with pytest.raises(RuntimeError, match="does not survive marlin"):
+        quantize()
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_source_of_another_type(
     dtype: torch.dtype, quantize: Callable[..., Result], tinypy: Path, tmp_path: Path

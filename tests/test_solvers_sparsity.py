@@ -278,6 +278,20 @@ def test_a_weight_is_moved_to_the_least_squares_fit_of_the_original_outputs() ->
     torch.testing.assert_close(moved.double(), weight + SHARE * (fit - weight), rtol=1e-3, atol=1e-3)
 
 
+def test_most_of_what_drift_costs_is_made_up_for() -> None:
+    """Less than all of it: the fit is to the calibration text."""
+    weight, _ = problem(32, 8)
+    random = torch.Generator().manual_seed(3)
+    original = torch.randn(400, 32, generator=random)
+    x = original @ (torch.eye(32) + 0.1 * torch.randn(32, 32, generator=random))
+    hessian, drift = Hessian(32, x.device), Drift(32, x.device)
+    hessian.add(x)
+    drift.add(x, original)
+    moved = compensated(weight, hessian.mean(), drift.mean(), damping=1e-6)
+    left, before = (x @ moved.T - original @ weight.T).norm(), (x @ weight.T - original @ weight.T).norm()
+    assert 0.1 < left / before < 0.5
+
+
 def test_without_drift_or_without_inputs_the_weight_stays() -> None:
     weight, hessian = problem(32, 8)
     nothing = torch.zeros(32, 32)

@@ -437,6 +437,18 @@ def test_swapped_scales_show_beside_the_source(copy, tinypy, report):
     fails(report(directory, "--source", tinypy, *SMALL_TEXT), "numbers", Q, "an output")
 
 
+@pytest.mark.parametrize("error", [0.55, 0.9])
+def test_a_weight_too_far_from_the_source_s(error, copy, tinypy, report):
+    """Of the right direction, and every output nearer than zeros would be."""
+    linear = "model.layers.0.mlp.up_proj"
+
+    def shrink(tensors):
+        tensors[f"{linear}.scales"] *= 1 - error
+
+    found = report(damage(copy("gptq"), shrink), "--source", tinypy, "--samples", "2")
+    fails(found, "numbers", linear, "from the source's, relative; at most 0.5")
+
+
 def test_a_wrong_permutation_shows_beside_the_source(copy, tinypy, report):
     def change(tensors):
         for name in tensors:
