@@ -112,6 +112,8 @@ class Scene:
             "llama", torch.bfloat16, tie_word_embeddings=True, attention_bias=False, mlp_bias=False
         )
         tiny_models.save(model, root / "dense")
+        (root / "dense" / "additional_chat_templates").mkdir()
+        (root / "dense" / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
         tiny_models.text(root)
         status, log = self.run("quantize")
         assert status == 0, log

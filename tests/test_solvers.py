@@ -243,6 +243,31 @@ def test_the_scale_search_is_never_worse_than_the_plain_scale() -> None:
     assert error(scales).sum() < error(plain.half().float()).sum()
 
 
+def searched(weight: Tensor, importance: Tensor, group_size: int) -> Tensor:
+    """Scales (groups, n) of the least weighed error |code * scale - w| ** 2.4, one column after another."""
+    found = []
+    for group, weighed in zip(weight.T.split(group_size), importance.split(group_size), strict=True):
+        for column in group.T:
+            extreme = column[column.abs().argmax()]
+            best = (float("inf"), 0.0)
+            for step in range(14):
+                scale = (extreme * ((1.10 - 0.03 * step) / -8)).half().float()
+                away = ((column / scale).round().clamp(-8, 7) * scale - column).abs() ** 2.4
+                best = min(best, ((away * weighed).sum().item(), scale.item()))
+            found.append(best[1])
+    return torch.tensor(found).view(-1, len(weight))
+
+
+def test_scales_are_searched_with_the_damped_diagonal_of_the_hessian() -> None:
+    weight, hessian = problem(128, 24)
+    diagonal = hessian.diagonal()
+    found = solve(weight, hessian, bits=4, group_size=32, damping=0.3, sweeps=0)
+    damped_diagonal = diagonal + 0.3 * diagonal.mean()
+    assert (found.scales == searched(weight, damped_diagonal, 32)).float().mean() > 0.98
+    for other in (torch.ones(128), diagonal):
+        assert (found.scales == searched(weight, other, 32)).float().mean() < 0.9
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_16_bit_weight_is_solved_as_the_numbers_it_holds(dtype: torch.dtype) -> None:
     weight, hessian = problem()
