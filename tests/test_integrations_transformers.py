@@ -218,3 +218,18 @@ def test_layers_on_the_disk_answer_the_same_and_are_not_held(offload_buffers, qu
     assert torch.equal(logits(model), expected) and torch.equal(logits(model), expected)
     on_disk = model.model.layers[3].mlp.up_proj
     assert (on_disk.B.is_meta and on_disk._weight is None) == offload_buffers
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("format", ["marlin", "marlin-24"])
+def test_layers_on_two_gpus_answer_the_same(format, quantized):
+    places = dict.fromkeys(("model.embed_tokens", "lm_head", "model.norm", "model.rotary_emb"), 0)
+    places |= {f"model.layers.{number}": number % 2 for number in range(4)}
+    answers = []
+    for where in ({"": 0}, places):
+        model = AutoModelForCausalLM.from_pretrained(quantized(format), device_map=where)
+        with torch.inference_mode():
+            answers.append(model(IDS.cuda(0)).logits)
+        answers.append(model.generate(IDS.cuda(0), do_sample=False, max_new_tokens=8))
+    assert torch.equal(answers[0], answers[2]) and torch.equal(answers[1], answers[3])
