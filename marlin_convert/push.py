@@ -196,7 +196,7 @@ def _repack(job: Job, format: str, directory: Path) -> None:
     checks = frozenset(verify.CHECKS) - {"generate"}
     task = verify.Job(Source(directory, job.repository, None), checks, torch.device("cpu"))
     done = verify.verify(task)
-    if not done.passed:
+    if not done.verified:
         reasons = [f"{name}: {check.reason}" for name, check in done.checks.items() if check.status == "fail"]
         raise ConvertError(f"the {format} repack does not pass ({'; '.join(reasons)}).", "this is a bug.")
     verify.save(done, task)
@@ -222,7 +222,7 @@ def _publish(job: Job, releases: list[Release]) -> list[Pushed]:
         raise ConvertError("there is no token for the Hub.", "run 'hf auth login', or set HF_TOKEN.")
     for release in releases:
         for name, file in release.files.items():
-            if isinstance(file.content, bytes) and token.encode() in file.content:
+            if file.holds(token.encode()):
                 raise ConvertError(f"{name!r} holds your Hub token.", "remove it; nothing was uploaded.")
     api = HfApi()
     get_session().timeout = PATIENCE

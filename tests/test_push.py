@@ -20,6 +20,7 @@ from fake_hub import LFS, Commit, Fault, Hub, Repository, User, fake_hub
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.manifest import MANIFEST, VERIFIED
 from marlin_convert.checkpoint.reader import Checkpoint
+from marlin_convert.release import PIECE, SMALL
 
 TOKEN = "hf_secret"
 REPO = "alice/tiny-marlin"
@@ -262,6 +263,10 @@ UNVERIFIED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda path: edit(path / VERIFIED, lambda report: report.update(passed=False)),
         "did not pass",
     ),
+    "not all that is needed": (
+        lambda path: edit(path / VERIFIED, lambda report: report.update(verified=False)),
+        "did not pass",
+    ),
     "no report": (lambda path: (path / VERIFIED).write_text("[1]"), "is no report of verify"),
 }
 
@@ -341,6 +346,18 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
         "'NOTICE' holds your Hub token",
     ),
 }
+
+
+def test_a_token_in_a_large_file_is_found_wherever_it_is(hub: Hub, push: Push, checkpoint: Path) -> None:
+    """The first half of it is the end of a piece that is read, in a file that is not kept in memory."""
+    content = b"x" * (SMALL + PIECE - SMALL % PIECE)
+    half = len(TOKEN) // 2
+    content = content[:-half] + TOKEN.encode() + b"x" * PIECE
+    (checkpoint / "merges.txt").write_bytes(content)
+    list_file(checkpoint, "merges.txt", content)
+    done = push(checkpoint, REPO)
+    assert done.returncode == 1 and "'merges.txt' holds your Hub token" in done.stderr, done.stderr
+    assert not hub.requests
 
 
 @pytest.mark.parametrize("case", HOSTILE)
