@@ -54,6 +54,11 @@ def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> PreTra
         if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # an empty one, made from no files
             raise ValueError("it knows no words")
         return tokenizer
+    except UnicodeEncodeError as error:  # of the path
+        raise SourceError(
+            f"the tokenizer of {source.name} cannot be read: its path is no UTF-8 text.",
+            "rename the directory or, if the locale of this machine is at fault, set PYTHONUTF8=1.",
+        ) from error
     except Exception as error:  # the tokenizers library raises that class itself
         raise SourceError(
             f"{source.name} has no tokenizer that can be read: {textwrap.shorten(str(error), 120)}",

@@ -8,13 +8,13 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from marlin_convert import __version__
+from marlin_convert import __version__, terminal
 from marlin_convert.errors import ConvertError
 
 if TYPE_CHECKING:
@@ -29,12 +29,18 @@ CONTEXT = {"help_option_names": ["-h", "--help"]}
 
 
 class Commands(click.Group):
-    """A group that prints ConvertError as a sentence and a hint, and exits 130 on Ctrl-C."""
+    """A group that prints ConvertError as a sentence and a hint, and exits 130 on Ctrl-C, 143 on SIGTERM."""
 
-    def main(self, *args: Any, **kwargs: Any) -> Any:
+    def main(self, args: Sequence[str] | None = None, *more: Any, **kwargs: Any) -> Any:
         """Run a command line; the exit codes are in every command's help."""
+        words = sys.argv[1:] if args is None else list(args)
+        terminal.show_every_name()
+        with terminal.Ending() as ending:
+            self._run(ending, words, *more, **{**kwargs, "standalone_mode": False})
+
+    def _run(self, ending: terminal.Ending, words: list[str], *more: Any, **kwargs: Any) -> None:
         try:
-            return super().main(*args, **{**kwargs, "standalone_mode": False})
+            super().main(words, *more, **kwargs)
         except ConvertError as error:
             click.echo(f"Error: {error}", err=True)
             if error.hint:
@@ -49,8 +55,45 @@ class Commands(click.Group):
             click.echo("Hint: check the disk and its permissions, then run the same command again.", err=True)
             sys.exit(1)
         except (click.Abort, KeyboardInterrupt):
-            click.echo("Interrupted.", err=True)
-            sys.exit(130)
+            with suppress(OSError):  # the terminal may be what has gone
+                click.echo("Interrupted.", err=True)
+                if hint := going_on(words):
+                    click.echo(f"Hint: {hint}", err=True)
+            sys.exit(ending.status)
+
+
+def going_on(words: Sequence[str]) -> str | None:
+    """How to go on with a command line that was interrupted, where it need not begin again."""
+    match words:
+        case ["quantize" | "sparsify" as name, *others]:
+            resume = [] if "--resume" in others else ["--resume"]
+            return f"go on with: {shlex.join(['marlin-convert', name, *resume, *others])}"
+        case ["push", *_]:
+            return "run the same command again; what is uploaded already is not uploaded twice."
+    return None
+
+
+def at_home(name: str) -> str:
+    """A name with the home directory in place of a ~ at its beginning."""
+    return os.path.expanduser(name)  # noqa: PTH111, Path makes a '.' of an empty name
+
+
+class Place(click.Path):
+    """A path; a ~ at its beginning is the home directory, though no shell has seen it, as in --output=~/x."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path as click gives it."""
+        return super().convert(at_home(value), param, ctx)
+
+
+class NameOrPlace(click.ParamType):
+    """A name, or a path, of which a ~ at the beginning is the home directory."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The name or the path as text."""
+        return at_home(value)
 
 
 @click.group(cls=Commands, context_settings=CONTEXT)
@@ -64,7 +107,8 @@ def main() -> None:
       marlin-convert verify qwen3-marlin --source Qwen/Qwen3-0.6B
       marlin-convert push qwen3-marlin me/Qwen3-0.6B-MARLIN --also gptq
 
-    Exit status: 0 done, 1 it could not be done, 2 wrong usage, 3 verify found a difference, 130 interrupted.
+    Exit status: 0 done, 1 it could not be done, 2 wrong usage, 3 verify found a difference, 130 interrupted,
+    143 ended by SIGTERM.
     """
 
 
@@ -97,7 +141,9 @@ def set_up_logging(quiet: bool, verbose: int) -> None:
     if quiet or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     level = logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO
-    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING, force=True)
+    logging.basicConfig(
+        handlers=[terminal.AboveBars()], format="%(message)s", level=logging.WARNING, force=True
+    )
     log.setLevel(level)
 
 
@@ -198,11 +244,12 @@ def conversion_options(command: Callable) -> Callable:
             "-o",
             "--output",
             required=True,
-            type=click.Path(path_type=Path),
+            type=Place(path_type=Path),
             help="Where to write. Must not exist.",
         ),
         click.option(
             "--recipe",
+            type=NameOrPlace(),
             default="w4a16-g128",
             show_default=True,
             metavar="NAME|FILE",
@@ -213,6 +260,7 @@ def conversion_options(command: Callable) -> Callable:
         ),
         click.option(
             "--calibration",
+            type=NameOrPlace(),
             metavar="builtin|FILE|hf:DATASET[:SPLIT]",
             help="Text to calibrate on: .txt or .jsonl.",
         ),
@@ -242,7 +290,7 @@ def conversion_options(command: Callable) -> Callable:
         ),
         click.option(
             "--report",
-            type=click.Path(path_type=Path, dir_okay=False),
+            type=Place(path_type=Path, dir_okay=False),
             help="Write an HTML page with the error of every linear.",
         ),
         click.option("--dry-run", is_flag=True, help="Print the plan and stop."),
@@ -269,7 +317,7 @@ def convert(
 
 
 @main.command(context_settings=CONTEXT)
-@click.argument("model")
+@click.argument("model", type=NameOrPlace())
 @click.option(
     "--format",
     type=click.Choice(["marlin", "marlin-24", "gptq", "compressed-tensors"]),
@@ -350,7 +398,7 @@ def quantize(
 
 
 @main.command(context_settings=CONTEXT)
-@click.argument("model")
+@click.argument("model", type=NameOrPlace())
 @click.option(
     "--method",
     type=click.Choice(["sparsegpt", "wanda", "magnitude"]),
@@ -414,8 +462,10 @@ def parse_checks(context: click.Context, parameter: click.Parameter, value: str)
 
 
 @main.command(context_settings=CONTEXT)
-@click.argument("checkpoint")
-@click.option("--source", metavar="MODEL", help="Also compare with the model it was made from.")
+@click.argument("checkpoint", type=NameOrPlace())
+@click.option(
+    "--source", type=NameOrPlace(), metavar="MODEL", help="Also compare with the model it was made from."
+)
 @click.option(
     "--checks",
     default=",".join(name for name in CHECKS if name != "generate"),
@@ -435,6 +485,7 @@ def parse_checks(context: click.Context, parameter: click.Parameter, value: str)
 )
 @click.option(
     "--text",
+    type=NameOrPlace(),
     default="builtin",
     show_default=True,
     metavar="builtin|FILE|hf:DATASET[:SPLIT]",
@@ -450,7 +501,7 @@ def parse_checks(context: click.Context, parameter: click.Parameter, value: str)
 @click.option("--revision", help="Branch, tag or commit of a Hub CHECKPOINT.")
 @click.option("--source-revision", help="Branch, tag or commit of a Hub --source.")
 @click.option("--trust-remote-code", is_flag=True, help="Allow code from the model repository to run.")
-@click.option("--report", type=click.Path(path_type=Path, dir_okay=False), help="Also write the report here.")
+@click.option("--report", type=Place(path_type=Path, dir_okay=False), help="Also write the report here.")
 @output_options
 def verify(
     checkpoint: str,
@@ -513,7 +564,7 @@ def parse_formats(context: click.Context, parameter: click.Parameter, value: str
 
 
 @main.command(context_settings=CONTEXT)
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=Place(path_type=Path))
 @click.argument("repo_id")
 @click.option("--private/--public", default=None, help="For a new repository.  [default: private]")
 @click.option("--revision", "branch", default="main", show_default=True, help="Push to this branch.")
@@ -553,7 +604,7 @@ def push(
 
 
 @main.command(context_settings=CONTEXT)
-@click.argument("checkpoint")
+@click.argument("checkpoint", type=NameOrPlace())
 @click.option("--revision", help="Branch, tag or commit of a Hub CHECKPOINT.")
 @output_options
 def inspect(checkpoint: str, revision: str | None, as_json: bool, quiet: bool, verbose: int) -> None:
@@ -617,7 +668,7 @@ def parse_counts(
 
 @bench.command("kernel", context_settings=CONTEXT)
 @click.option(
-    "-o", "--output", required=True, type=click.Path(path_type=Path), help="Where to write. Must not exist."
+    "-o", "--output", required=True, type=Place(path_type=Path), help="Where to write. Must not exist."
 )
 @click.option(
     "--figures",
@@ -755,12 +806,13 @@ def parse_positive(context: click.Context, parameter: click.Parameter, value: fl
 )
 @click.option(
     "--tokenizer",
+    type=NameOrPlace(),
     metavar="DIR|ID",
     help="Of random prompts.  [default: the model's, if it is on this machine; else words]",
 )
 @click.option(
     "--prompts",
-    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    type=Place(path_type=Path, dir_okay=False, exists=True),
     help="Take prompts from a text file, one a line.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Draws prompts and arrivals.")
@@ -779,7 +831,7 @@ def parse_positive(context: click.Context, parameter: click.Parameter, value: fl
     metavar="SECONDS",
     help="Longest time for one request.",
 )
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory to write. Must not exist.")
+@click.option("-o", "--output", type=Place(path_type=Path), help="Directory to write. Must not exist.")
 @click.option("--overwrite", is_flag=True, help="Replace the output once the new one is complete.")
 @output_options
 def bench_serve(
@@ -829,8 +881,10 @@ def bench_serve(
 
 
 @bench.command("latency", context_settings=CONTEXT)
-@click.argument("checkpoint")
-@click.option("--baseline", metavar="MODEL", help="A directory or Hub id to compare with.")
+@click.argument("checkpoint", type=NameOrPlace())
+@click.option(
+    "--baseline", type=NameOrPlace(), metavar="MODEL", help="A directory or Hub id to compare with."
+)
 @click.option(
     "--batch-sizes",
     default="1,2,4,8,16,32,64,128",
@@ -848,7 +902,7 @@ def bench_serve(
 @click.option(
     "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute."
 )
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory to write. Must not exist.")
+@click.option("-o", "--output", type=Place(path_type=Path), help="Directory to write. Must not exist.")
 @click.option("--overwrite", is_flag=True, help="Replace the output once the new one is complete.")
 @output_options
 def bench_latency(

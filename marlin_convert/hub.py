@@ -1,5 +1,6 @@
 """A model by name: a local directory, or a repository of the Hugging Face Hub and the commit it came from."""
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,7 +52,7 @@ def resolve(model: str, revision: str | None = None, *, code: bool = False) -> S
             raise SourceError(
                 f"'{model}' is a directory; --revision is for models on the Hub.", "leave --revision out."
             )
-        return Source(path, path.resolve().name, None)
+        return Source(path, _readable(path.resolve().name), None)
     if not model or path.exists() or not is_hub_id(model):
         raise SourceError(
             f"'{model}' is neither a directory nor a Hub id.", "a Hub id looks like 'org/name'."
@@ -69,6 +70,14 @@ def resolve(model: str, revision: str | None = None, *, code: bool = False) -> S
             )
         )
     return Source(directory, model, directory.name)
+
+
+def _readable(name: str) -> str:
+    """The name of a directory as text that a file can hold; what is no UTF-8 in it is escaped.
+
+    Where the locale says ASCII, Python has surrogates for the bytes of every other letter.
+    """
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def is_hub_id(name: object) -> bool:

@@ -1,5 +1,6 @@
 """A recipe: every choice that decides what a conversion writes. Loaded from YAML, changed by flags."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.resources import files
@@ -132,4 +133,6 @@ def _from_settings(settings: Any, source: str) -> Recipe:
             raise ConvertError(
                 f"recipe {source!r}: {name} must be {expected.__name__}, not {value!r}.", _HINT
             )
+    if "calibration" in settings:  # no shell has seen a ~ in it
+        settings["calibration"] = os.path.expanduser(settings["calibration"])  # noqa: PTH111, may be no path
     return Recipe(**settings)

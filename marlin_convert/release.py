@@ -45,9 +45,7 @@ class File:
                         return True
                     end = piece[max(0, len(piece) - len(secret) + 1) :]
         except OSError as error:
-            raise SourceError(
-                f"{self.content.name!r} cannot be read ({error.strerror})", READ_HINT
-            ) from error
+            raise SourceError(f"'{self.content}' cannot be read ({error.strerror}).", READ_HINT) from error
         return False
 
     @classmethod

@@ -79,7 +79,7 @@ class Check:
 class Verification:
     """What came of all checks; `manifest_sha256` says of which files, None without a manifest.
 
-    `required` must be able to run, `needed` must pass for the checkpoint to count as verified, asked for or not.
+    `required` must be able to run. `needed`, asked for or not, must pass for the checkpoint to be verified.
     """
 
     checkpoint: str

@@ -418,8 +418,9 @@ def test_a_server_without_models_is_1(stub, cli):
     assert cli(*words(stub.url("nomodels"), "--model", "m")).exit_code == 0
 
 
-def test_ctrl_c_prints_what_there_is(stub, tmp_path):
-    """A real SIGINT while most of the requests wait."""
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_what_is_interrupted_prints_what_there_is(number, status, stub, tmp_path):
+    """A real signal while most of the requests wait."""
     (tmp_path / "prompts.txt").write_text("once upon a time\n")
     options = ("--max-concurrency", 1, "--num-prompts", 500, "--prompts", tmp_path / "prompts.txt")
     command = words(stub.url("plain"), *options)
@@ -436,9 +437,9 @@ def test_ctrl_c_prints_what_there_is(stub, tmp_path):
             if line.startswith("measuring"):
                 break
         time.sleep(0.5)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         out, rest = process.communicate(timeout=30)
-    assert process.returncode == 130
+    assert process.returncode == status
     assert "Interrupted." in rest and "Traceback" not in rest
     found = json.loads(out)
     assert found["interrupted"] and 1 <= found["completed"] < 50 and found["failed"] == 0

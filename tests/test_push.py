@@ -609,6 +609,24 @@ def test_large_files_go_up_in_parts(hub: Hub, push: Push, checkpoint: Path) -> N
     assert published(hub.repositories[REPO]) == on_disk(checkpoint)
 
 
+def test_ended_by_sigterm_it_leaves_no_repack_behind(hub: Hub, checkpoint: Path, tmp_path: Path) -> None:
+    """What --also repacks is in the temporary directory: of a large model, hundreds of gigabytes."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    words = command("push", checkpoint, REPO, "--also", "gptq", "--dry-run")
+    with subprocess.Popen(
+        words, stderr=subprocess.PIPE, text=True, env=environment(hub, tmp_path, TMPDIR=str(scratch))
+    ) as process:
+        while not list(scratch.rglob("*.safetensors")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        assert process.stderr is not None
+        said = process.stderr.read()
+    assert process.returncode == 143 and "Hint: run the same command again" in said, said
+    assert not list(scratch.glob("marlin-convert-*"))
+
+
 def test_killed_while_uploading_it_goes_on_where_it_was(
     hub: Hub, push: Push, checkpoints: tuple[Path, Path], tmp_path: Path
 ) -> None:
