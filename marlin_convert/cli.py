@@ -758,6 +758,16 @@ def parse_server(context: click.Context, parameter: click.Parameter, value: str 
         raise click.BadParameter(f"it {error}.") from error
 
 
+def asks_chat(chat: bool, servers: Sequence["Server"]) -> bool:
+    """Whether chats are asked for: by --chat, or by an address that ends in its endpoint."""
+    said = {server.chat for server in servers} - {None} | ({True} if chat else set())
+    if len(said) > 1:
+        raise click.UsageError(
+            "of --chat, --url and --baseline-url one asks for /chat/completions, another for /completions."
+        )
+    return said == {True}
+
+
 def parse_positive(context: click.Context, parameter: click.Parameter, value: float) -> float:
     """A number above 0; inf is one."""
     if not value > 0:
@@ -766,7 +776,9 @@ def parse_positive(context: click.Context, parameter: click.Parameter, value: fl
 
 
 @bench.command("serve", context_settings=CONTEXT)
-@click.option("--url", required=True, callback=parse_server, help="The server, with or without /v1.")
+@click.option(
+    "--url", required=True, callback=parse_server, help="The server, with or without /v1, or its endpoint."
+)
 @click.option(
     "--baseline-url", metavar="URL", callback=parse_server, help="Another one to measure and compare with."
 )
@@ -820,7 +832,7 @@ def parse_positive(context: click.Context, parameter: click.Parameter, value: fl
     "--ignore-eos/--no-ignore-eos",
     default=True,
     show_default=True,
-    help="Ask for all output tokens, whatever the model says; not every server knows that.",
+    help="Ask for all output tokens, whatever the model says; where a server refuses that, go on without.",
 )
 @click.option(
     "--timeout",
@@ -863,9 +875,10 @@ def bench_serve(
         from marlin_convert.bench import latencies
         from marlin_convert.bench import serve as story
 
+    servers = (url, baseline_url) if baseline_url else (url,)
     job = story.Job(
-        servers=(url, baseline_url) if baseline_url else (url,),
-        load=latencies.Load(request_rate, max_concurrency, output_len, chat, seed),
+        servers=servers,
+        load=latencies.Load(request_rate, max_concurrency, output_len, asks_chat(chat, servers), seed),
         **settings,
     )
     done = story.run(job, request_progress(quiet))
@@ -877,7 +890,10 @@ def bench_serve(
         raise KeyboardInterrupt
     for served in done.servers:
         if not served.answers:
-            raise ConvertError(f"{served.url} completed none of {job.number} requests.")
+            hint = served.hints[0] if served.hints else None
+            raise ConvertError(f"{served.url} completed none of {job.number} requests.", hint)
+        for hint in served.hints:
+            log.warning("Hint: %s", hint)
 
 
 @bench.command("latency", context_settings=CONTEXT)
