@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from marlin_convert import __version__, card
 from marlin_convert.checkpoint import manifest as manifests
 from marlin_convert.errors import ConvertError, SourceError
-from marlin_convert.hub import Source, hub_errors, is_repository
+from marlin_convert.hub import Source, hub_errors, hub_sentence, is_repository
 from marlin_convert.release import Checked, File, Progress, Release, check
 
 if TYPE_CHECKING:
@@ -400,7 +400,7 @@ def _xet_errors() -> Iterator[None]:
         if isinstance(error, ConvertError) or "xet" not in f"{type(error).__module__} {error}".lower():
             raise
         raise SourceError(
-            f"the upload through Xet failed ({type(error).__name__}).",
+            f"the upload through Xet failed ({type(error).__name__}){hub_sentence(error)}.",
             "if the server has no Xet, set HF_HUB_DISABLE_XET=1; else check the network and run the same "
             "command again.",
         ) from error

@@ -19,7 +19,7 @@ RESOLVE = """
 import json, sys
 from marlin_convert.calibration import calibrate
 from marlin_convert.errors import ConvertError
-from marlin_convert.hub import resolve
+from marlin_convert.hub import hub_errors, resolve
 for words in json.load(sys.stdin):
     try:
         if words[0] == "text":
@@ -27,6 +27,10 @@ for words in json.load(sys.stdin):
             tokenizer = AutoTokenizer.from_pretrained(words[2])
             found = calibrate(tokenizer, words[1], samples=2, length=16, seed=0)
             answer = {"digest": found.digest, "source": found.source}
+        elif words[0] == "info":
+            from huggingface_hub import HfApi
+            with hub_errors(words[1]):
+                HfApi().model_info(words[1])
         else:
             found = resolve(words[1], words[2], code=words[3])
             answer = {
@@ -38,6 +42,9 @@ for words in json.load(sys.stdin):
         answer = {"error": str(error), "hint": error.hint}
     print(json.dumps(answer))
 """
+
+
+STATUSES = (400, 401, 402, 403, 404, 409, 413, 422, 429, 500)
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +105,15 @@ def answers(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dic
     hub.add("org/model", model)
     hub.add("org/gated", model).refusal = 403, "GatedRepo"
     hub.add("org/broken", model).refusal = 500, "Broken"
+    for status in STATUSES:  # of 429 and above the client asks again and again, with pauses
+        refusing = hub.add(f"org/s{status}", model)
+        refusing.refusal, refusing.sentence = (status, ""), f"you (hf_secret) may not: rule {status}."
+    empty = tmp_path_factory.mktemp("empty")
+    (empty / ".gitattributes").write_text("")
+    hub.add("org/empty", empty)
+    for name in ("a.gguf", "b.gguf", "c.gguf", "README.md"):
+        (empty / name).write_text(name)
+    hub.add("org/others", empty)
     texts = tmp_path_factory.mktemp("texts")
     (texts / "data").mkdir()
     for split in ("train", "test"):
@@ -114,6 +130,12 @@ def answers(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dic
         "gated": ["model", "org/gated", None, False],
         "missing": ["model", "org/nothing", None, False],
         "broken": ["model", "org/broken", None, False],
+        "empty": ["model", "org/empty", None, False],
+        "others": ["model", "org/others", None, False],
+        **{f"info {status}": ["info", f"org/s{status}"] for status in STATUSES},
+        **{
+            f"model {status}": ["model", f"org/s{status}", None, False] for status in STATUSES if status < 429
+        },
         "text": ["text", "hf:org/texts", str(model)],
         "text again": ["text", "hf:org/texts:train", str(model)],
         "other split": ["text", "hf:org/texts:test", str(model)],
@@ -156,7 +178,17 @@ def test_what_the_cache_holds_needs_no_network(answers: dict[str, dict], hub: Hu
         ("gated", "'org/gated' is gated and this token has no access", "hf auth login"),
         ("missing", "no Hub repository 'org/nothing'", "HF_TOKEN"),
         ("revision", "'org/model' has no such revision", "branch"),
-        ("broken", "the Hub did not give it", "network"),
+        (
+            "broken",
+            "is not in the local cache, and the Hub answered 500 for 'org/broken': no.",
+            "again later",
+        ),
+        ("empty", "'org/empty' is empty: nothing has been pushed to it", "--revision"),
+        (
+            "others",
+            "has no config.json: it holds 4 other files, README.md, a.gguf, b.gguf, ...",
+            "--revision",
+        ),
         ("offline", "'org/other' is not in the local cache", "HF_HUB_OFFLINE"),
         ("unreachable", "'org/other' is not in the local cache", "network"),
         ("no dataset", "no Hub repository 'org/none'", "HF_TOKEN"),
@@ -167,6 +199,16 @@ def test_what_cannot_be_had(name: str, said: str, hint: str, answers: dict[str, 
     assert said in answers[name]["error"]
     assert hint in answers[name]["hint"]
     assert "hf_secret" not in json.dumps(answers[name])
+
+
+@pytest.mark.parametrize("status", STATUSES)
+def test_the_hubs_own_sentence_is_shown(status: int, answers: dict[str, dict]) -> None:
+    """Whatever it answers, without the token that it repeats, and with a hint of ours."""
+    for asked in ("info", "model") if status < 429 else ("info",):
+        answer = answers[f"{asked} {status}"]
+        assert f"you (***) may not: rule {status}." in answer["error"]
+        assert "hf_secret" not in json.dumps(answer)
+        assert answer["hint"] and "uploaded" not in answer["hint"]
 
 
 def test_a_text_of_the_hub(answers: dict[str, dict]) -> None:

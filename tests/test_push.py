@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -462,6 +463,18 @@ def test_what_the_hub_refuses(case: str, hub: Hub, push: Push, checkpoint: Path)
     assert all(
         set(one.files) == {".gitattributes"} for name, one in hub.repositories.items() if name not in before
     )
+
+
+@pytest.mark.parametrize(
+    ("status", "hint"), [(400, "mend what"), (403, "write access"), (413, "--max-shard-size")]
+)
+def test_what_the_hub_says_is_shown(status: int, hint: str, hub: Hub, push: Push, checkpoint: Path) -> None:
+    """With a hint of ours, and without the token, which the Hub repeats here."""
+    hub.fault = Fault(str(status), "commit", -1, f"Rule {status} is broken by {TOKEN}, see the page")
+    done = push(checkpoint, REPO)
+    assert done.returncode == 1
+    assert f"answered {status} for {REPO!r}: Rule {status} is broken by ***, see the page." in done.stderr
+    assert re.search(f"^Hint: .*{hint}", done.stderr, re.MULTILINE)
 
 
 def test_an_unreachable_hub(push: Push, checkpoint: Path) -> None:
