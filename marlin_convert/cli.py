@@ -50,6 +50,8 @@ class Commands(click.Group):
             error.show()
             sys.exit(error.exit_code)
         except OSError as error:  # a disk that fails where no code can say more than it does
+            if ending.begun:  # it is the terminal, which has gone with SIGHUP
+                sys.exit(ending.status)
             where = f" ('{error.filename}')" if error.filename else ""
             click.echo(f"Error: {error.strerror or error}{where}.", err=True)
             click.echo("Hint: check the disk and its permissions, then run the same command again.", err=True)

@@ -32,13 +32,18 @@ class Ending:
     """
 
     def __init__(self) -> None:
-        self._signal = signal.SIGINT
+        self._signal: signal.Signals | None = None
         self._ours: list[signal.Signals] = []
 
     @property
+    def begun(self) -> bool:
+        """Whether SIGTERM or SIGHUP has come."""
+        return self._signal is not None
+
+    @property
     def status(self) -> int:
-        """128 and the number of the signal: 130 for Ctrl-C, 143 for SIGTERM."""
-        return 128 + self._signal
+        """128 and the number of the signal: 143 for SIGTERM, 130 for Ctrl-C."""
+        return 128 + (self._signal or signal.SIGINT)
 
     def __enter__(self) -> "Ending":
         if threading.current_thread() is threading.main_thread():

@@ -250,6 +250,31 @@ with Ending() as ending:
     assert (done.stdout, done.returncode) == ("cleaned up\n", 143), done.stderr
 
 
+def test_a_terminal_that_is_closed_ends_the_run(tinypy, tmp_path):
+    """SIGHUP comes, and what is written to the terminal from then on fails."""
+    sizes = ("--samples", "16", "--sequence-length", "256")
+    words = [
+        sys.executable,
+        "-m",
+        "marlin_convert",
+        "quantize",
+        str(tinypy),
+        "-o",
+        str(tmp_path / "out"),
+        *sizes,
+    ]
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execv(sys.executable, words)
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    shown = b""
+    while b"1/4" not in shown:
+        shown += os.read(terminal, 1 << 16)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 129
+    assert (tmp_path / "out.partial" / "progress.json").exists()
+
+
 # Every option and argument that may be a path, in whatever command.
 PLACES = {
     "model", "checkpoint", "source", "baseline", "output", "report", "recipe", "calibration", "text",

@@ -7,8 +7,8 @@ from pathlib import Path, PurePosixPath
 
 import torch
 
-# What the two versions of cgroups call their limits, what is taken, and the page cache in that, which is given
-# back when memory is wanted.
+# What the two versions of cgroups call their limits, what is taken, and the page cache in that, which is free
+# for whoever needs it.
 _VERSIONS = (
     (("memory.max", "memory.high"), "memory.current", ("inactive_file", "active_file")),
     (("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
@@ -16,7 +16,7 @@ _VERSIONS = (
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on a device; for the CPU, what the machine and its container leave."""
+    """Bytes that can still be allocated on a device; for the CPU, what machine and container leave."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
