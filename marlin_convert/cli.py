@@ -36,7 +36,11 @@ class Commands(click.Group):
         words = sys.argv[1:] if args is None else list(args)
         terminal.show_every_name()
         with terminal.Ending() as ending:
-            self._run(ending, words, *more, **{**kwargs, "standalone_mode": False})
+            try:
+                self._run(ending, words, *more, **{**kwargs, "standalone_mode": False})
+            except KeyboardInterrupt:
+                # a process that was told to end does not wait for threads that still upload
+                terminal.leave(ending.status) if args is None else sys.exit(ending.status)
 
     def _run(self, ending: terminal.Ending, words: list[str], *more: Any, **kwargs: Any) -> None:
         try:
@@ -51,17 +55,17 @@ class Commands(click.Group):
             sys.exit(error.exit_code)
         except OSError as error:  # a disk that fails where no code can say more than it does
             if ending.begun:  # it is the terminal, which has gone with SIGHUP
-                sys.exit(ending.status)
+                raise KeyboardInterrupt from error
             where = f" ('{error.filename}')" if error.filename else ""
             click.echo(f"Error: {error.strerror or error}{where}.", err=True)
             click.echo("Hint: check the disk and its permissions, then run the same command again.", err=True)
             sys.exit(1)
-        except (click.Abort, KeyboardInterrupt):
+        except (click.Abort, KeyboardInterrupt) as interrupt:
             with suppress(OSError):  # the terminal may be what has gone
                 click.echo("Interrupted.", err=True)
                 if hint := going_on(words):
                     click.echo(f"Hint: {hint}", err=True)
-            sys.exit(ending.status)
+            raise KeyboardInterrupt from interrupt
 
 
 def going_on(words: Sequence[str]) -> str | None:

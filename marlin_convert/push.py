@@ -7,7 +7,9 @@ refusals are found before anything is uploaded. A branch is then changed by one 
 import hashlib
 import logging
 import re
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -303,7 +305,11 @@ def _commit(api: "HfApi", job: Job, release: Release, author: str) -> Pushed:
     create_pr = job.create_pr and release.branch == job.branch
     try:
         with hub_errors(job.repository), _xet_errors():
-            api.preupload_lfs_files(job.repository, adds, revision=release.branch, create_pr=create_pr)
+            _aside(
+                lambda: api.preupload_lfs_files(
+                    job.repository, adds, revision=release.branch, create_pr=create_pr
+                )
+            )
             for add in adds:
                 if add.upload_info.sha256.hex() != release.files[add.path_in_repo].sha256:
                     raise SourceError(
@@ -334,6 +340,25 @@ def _commit(api: "HfApi", job: Job, release: Release, author: str) -> Pushed:
             "look at the repository; the checkpoint here is as it was.",
         )
     return Pushed(release.branch, made.oid, made.commit_url, True, stale, made.pr_url)
+
+
+def _aside(call: Callable[[], object]) -> None:
+    """Make a call that may take hours in a thread of its own, so that a signal is heard at once.
+
+    The client's own threads end when what they are uploading is there; nobody has to wait for them.
+    """
+    done: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            call()
+        except BaseException as error:
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
+    threading.Thread(target=run, daemon=True).start()
+    done.result()
 
 
 def _open_branch(api: "HfApi", repository: str, branch: str) -> None:

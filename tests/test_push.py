@@ -640,6 +640,31 @@ def test_ended_by_sigterm_it_leaves_no_repack_behind(hub: Hub, checkpoint: Path,
     assert not list(scratch.glob("marlin-convert-*"))
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_whoever_ends_it_does_not_wait_for_what_is_being_uploaded(
+    number: int, status: int, hub: Hub, quantized: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Several files at a time, in threads of the client: of a large model that would be hours."""
+    shards = tmp_path / "shards"
+    words = command("quantize", quantized("marlin"), "-o", shards, "--max-shard-size", "600KB", "-q")
+    subprocess.run([*words, "--format", "marlin"], check=True)
+    hub.delay_put = 2
+    words = command("push", shards, REPO, "--allow-unverified")
+    with subprocess.Popen(
+        words, stderr=subprocess.PIPE, text=True, env=environment(hub, tmp_path),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:  # fmt: skip
+        while hub.endpoints.count("lfs put") < 3:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(number)
+        start = time.monotonic()
+        assert process.stderr is not None
+        said = process.stderr.read()
+    assert time.monotonic() - start < 5, "a file takes twenty seconds"
+    assert process.returncode == status and "Interrupted." in said and "Traceback" not in said, said
+
+
 def test_killed_while_uploading_it_goes_on_where_it_was(
     hub: Hub, push: Push, checkpoints: tuple[Path, Path], tmp_path: Path
 ) -> None:
