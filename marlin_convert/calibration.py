@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from marlin_convert.errors import ConvertError, SourceError, reading
+from marlin_convert.errors import ConvertError, SourceError, readable, reading
 from marlin_convert.hub import Source
 
 BUILTIN = "builtin"
@@ -122,7 +122,7 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, document: str | list[dict[str,
 
 def shown(source: str) -> str:
     """How a source is named in output: never with a local path."""
-    return source if source == BUILTIN or source.startswith("hf:") else Path(source).name
+    return source if source == BUILTIN or source.startswith("hf:") else readable(Path(source).name)
 
 
 def _documents(source: str, held_out: bool) -> Iterator[str | list[dict[str, Any]]]:

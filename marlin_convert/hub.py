@@ -1,6 +1,5 @@
 """A model by name: a local directory, or a repository of the Hugging Face Hub and the commit it came from."""
 
-import os
 import re
 import textwrap
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from marlin_convert.checkpoint.reader import json_file
-from marlin_convert.errors import SourceError, printable
+from marlin_convert.errors import SourceError, printable, readable
 from marlin_convert.models.architectures import architecture_of
 
 _PART = r"(?![.-])[\w.-]{1,96}(?<![.-])"
@@ -54,7 +53,7 @@ def resolve(model: str, revision: str | None = None, *, code: bool = False) -> S
             raise SourceError(
                 f"'{model}' is a directory; --revision is for models on the Hub.", "leave --revision out."
             )
-        return Source(path, _readable(path.resolve().name), None)
+        return Source(path, readable(path.resolve().name), None)
     if not model or path.exists() or not is_hub_id(model):
         raise SourceError(
             f"'{model}' is neither a directory nor a Hub id.", "a Hub id looks like 'org/name'."
@@ -97,14 +96,6 @@ def _no_model(repository: str, revision: str | None) -> SourceError:
         f"{', '.join(sorted(names)[:3])}{more}.",
         "check its name and --revision; a model has its config.json beside its safetensors.",
     )
-
-
-def _readable(name: str) -> str:
-    """The name of a directory as text that a file can hold; what is no UTF-8 in it is escaped.
-
-    Where the locale says ASCII, Python has surrogates for the bytes of every other letter.
-    """
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def is_hub_id(name: object) -> bool:

@@ -312,7 +312,7 @@ def test_a_tilde_in_a_recipe_is_the_home_directory(cli, tinypy, tmp_path, monkey
     )
 
 
-def test_names_that_the_terminal_has_no_letters_for(quantized, tmp_path):
+def test_names_that_the_terminal_has_no_letters_for(quantized, tinypy, tmp_path):
     """The terminal's encoding is latin-1, the name is Chinese, or the locale says that all is ASCII."""
     named = tmp_path / "modèle 模型"
     shutil.copytree(quantized("marlin"), named)
@@ -329,6 +329,14 @@ def test_names_that_the_terminal_has_no_letters_for(quantized, tmp_path):
     # the report of verify names the directory as its bytes mean it, and can be read anywhere
     assert json.loads((named / "marlin_convert_verify.json").read_text())["checkpoint"] == "modèle 模型"
     assert json.loads(done.stdout)["verified"]["passed"]
+    text = tmp_path / "tëxt.txt"
+    text.write_text("def f(x):\n    return x + 1\n" * 200)
+    sizes = ("--samples", "4", "--sequence-length", "64", "--recipe", "w4a16-quick", "-q")
+    words = ("quantize", str(tinypy), "-o", str(tmp_path / "oût"), "--calibration", str(text), *sizes)
+    done = python("-m", "marlin_convert", *words, **ascii_only)
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads((tmp_path / "oût" / "marlin_convert.json").read_text())
+    assert manifest["calibration"]["text"] == "tëxt.txt"
 
 
 def test_log_lines_stand_above_the_bar(tinypy, tmp_path):
