@@ -2,15 +2,19 @@
 
 import re
 import textwrap
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from marlin_convert.checkpoint.reader import json_file
 from marlin_convert.errors import SourceError, printable, readable
 from marlin_convert.models.architectures import architecture_of
+
+T = TypeVar("T")
 
 _PART = r"(?![.-])[\w.-]{1,96}(?<![.-])"
 _REPOSITORY = re.compile(f"({_PART}/)?{_PART}", re.ASCII)
@@ -72,8 +76,10 @@ def resolve(model: str, revision: str | None = None, *, code: bool = False) -> S
         architecture_of(json_file(config.parent, config.name))
         patterns = _FILES + (["*.py"] if code else [])
         directory = Path(
-            snapshot_download(
-                model, revision=config.parent.name, allow_patterns=patterns, ignore_patterns=_NOT
+            aside(
+                lambda: snapshot_download(
+                    model, revision=config.parent.name, allow_patterns=patterns, ignore_patterns=_NOT
+                )
             )
         )
     return Source(directory, model, directory.name)
@@ -106,6 +112,23 @@ def is_hub_id(name: object) -> bool:
 def is_repository(name: str) -> bool:
     """Whether `name` has the form of a repository one can push to: namespace/name."""
     return "/" in name and is_hub_id(name)
+
+
+def aside(call: Callable[[], T]) -> T:
+    """Make a call that may take hours in a thread of its own, so that a signal is heard at once.
+
+    The client's own threads end when what they are at is done; nobody has to wait for them.
+    """
+    done: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(call())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return done.result()
 
 
 @contextmanager

@@ -7,9 +7,7 @@ refusals are found before anything is uploaded. A branch is then changed by one 
 import hashlib
 import logging
 import re
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from marlin_convert import __version__, card
 from marlin_convert.checkpoint import manifest as manifests
 from marlin_convert.errors import ConvertError, SourceError
-from marlin_convert.hub import Source, hub_errors, hub_sentence, is_repository
+from marlin_convert.hub import Source, aside, hub_errors, hub_sentence, is_repository
 from marlin_convert.release import Checked, File, Progress, Release, check
 
 if TYPE_CHECKING:
@@ -305,7 +303,7 @@ def _commit(api: "HfApi", job: Job, release: Release, author: str) -> Pushed:
     create_pr = job.create_pr and release.branch == job.branch
     try:
         with hub_errors(job.repository), _xet_errors():
-            _aside(
+            aside(
                 lambda: api.preupload_lfs_files(
                     job.repository, adds, revision=release.branch, create_pr=create_pr
                 )
@@ -340,25 +338,6 @@ def _commit(api: "HfApi", job: Job, release: Release, author: str) -> Pushed:
             "look at the repository; the checkpoint here is as it was.",
         )
     return Pushed(release.branch, made.oid, made.commit_url, True, stale, made.pr_url)
-
-
-def _aside(call: Callable[[], object]) -> None:
-    """Make a call that may take hours in a thread of its own, so that a signal is heard at once.
-
-    The client's own threads end when what they are uploading is there; nobody has to wait for them.
-    """
-    done: Future[None] = Future()
-
-    def run() -> None:
-        try:
-            call()
-        except BaseException as error:
-            done.set_exception(error)
-        else:
-            done.set_result(None)
-
-    threading.Thread(target=run, daemon=True).start()
-    done.result()
 
 
 def _open_branch(api: "HfApi", repository: str, branch: str) -> None:

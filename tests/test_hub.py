@@ -4,12 +4,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import tiny_models
-from fake_hub import Hub, fake_hub
+from fake_hub import Fault, Hub, fake_hub
 
 from marlin_convert.errors import SourceError
 from marlin_convert.hub import Source, resolve
@@ -214,6 +215,31 @@ def test_the_hubs_own_sentence_is_shown(status: int, answers: dict[str, dict]) -
 def test_a_text_of_the_hub(answers: dict[str, dict]) -> None:
     assert answers["text"]["digest"] == answers["text again"]["digest"] != answers["other split"]["digest"]
     assert answers["text"]["source"] == "hf:org/texts"
+
+
+def test_whoever_ends_a_download_does_not_wait_for_it(hub: Hub, tinypy: Path, tmp_path: Path) -> None:
+    """Several files at a time, in threads of the client: of a large model that would be hours."""
+    hub.add("org/large", tinypy)
+    hub.delay, hub.fault = 20, Fault("delay", "resolve", -1)
+    before = hub.endpoints.count("resolve")
+    command = [sys.executable, "-m", "marlin_convert", "quantize", "org/large", "-o", str(tmp_path / "out")]
+    environ = environment(hub, tmp_path / "home", HF_HUB_DISABLE_PROGRESS_BARS="1")
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environ) as process:
+        hub.fault.times = 0  # config.json comes at once, the others do not
+        while hub.endpoints.count("resolve") == before:
+            assert process.poll() is None
+            time.sleep(0.001)
+        hub.fault.times = -1
+        while hub.endpoints.count("resolve") < before + 3:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.terminate()
+        start = time.monotonic()
+        assert process.stderr is not None
+        said = process.stderr.read()
+    hub.fault = None
+    assert time.monotonic() - start < 5
+    assert process.returncode == 143 and "--resume org/large" in said, said
 
 
 def test_a_model_of_the_hub_is_quantized(
