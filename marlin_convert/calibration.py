@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from marlin_convert.errors import ConvertError, SourceError, reading
+from marlin_convert.errors import ConvertError, SourceError, readable, reading
 from marlin_convert.hub import Source
 
 BUILTIN = "builtin"
@@ -54,6 +54,11 @@ def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> PreTra
         if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # an empty one, made from no files
             raise ValueError("it knows no words")
         return tokenizer
+    except UnicodeEncodeError as error:  # of the path
+        raise SourceError(
+            f"the tokenizer of {source.name} cannot be read: its path is no UTF-8 text.",
+            "rename the directory or, if the locale of this machine is at fault, set PYTHONUTF8=1.",
+        ) from error
     except Exception as error:  # the tokenizers library raises that class itself
         raise SourceError(
             f"{source.name} has no tokenizer that can be read: {textwrap.shorten(str(error), 120)}",
@@ -117,7 +122,7 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, document: str | list[dict[str,
 
 def shown(source: str) -> str:
     """How a source is named in output: never with a local path."""
-    return source if source == BUILTIN or source.startswith("hf:") else Path(source).name
+    return source if source == BUILTIN or source.startswith("hf:") else readable(Path(source).name)
 
 
 def _documents(source: str, held_out: bool) -> Iterator[str | list[dict[str, Any]]]:

@@ -8,13 +8,13 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from marlin_convert import __version__
+from marlin_convert import __version__, terminal
 from marlin_convert.errors import ConvertError
 
 if TYPE_CHECKING:
@@ -29,12 +29,22 @@ CONTEXT = {"help_option_names": ["-h", "--help"]}
 
 
 class Commands(click.Group):
-    """A group that prints ConvertError as a sentence and a hint, and exits 130 on Ctrl-C."""
+    """A group that prints ConvertError as a sentence and a hint, and exits 130 on Ctrl-C, 143 on SIGTERM."""
 
-    def main(self, *args: Any, **kwargs: Any) -> Any:
+    def main(self, args: Sequence[str] | None = None, *more: Any, **kwargs: Any) -> Any:
         """Run a command line; the exit codes are in every command's help."""
+        words = sys.argv[1:] if args is None else list(args)
+        terminal.show_every_name()
+        with terminal.Ending() as ending:
+            try:
+                self._run(ending, words, *more, **{**kwargs, "standalone_mode": False})
+            except KeyboardInterrupt:
+                # a process that was told to end does not wait for threads that still upload
+                terminal.leave(ending.status) if args is None else sys.exit(ending.status)
+
+    def _run(self, ending: terminal.Ending, words: list[str], *more: Any, **kwargs: Any) -> None:
         try:
-            return super().main(*args, **{**kwargs, "standalone_mode": False})
+            super().main(words, *more, **kwargs)
         except ConvertError as error:
             click.echo(f"Error: {error}", err=True)
             if error.hint:
@@ -44,13 +54,52 @@ class Commands(click.Group):
             error.show()
             sys.exit(error.exit_code)
         except OSError as error:  # a disk that fails where no code can say more than it does
+            if ending.begun:  # it is the terminal, which has gone with SIGHUP
+                raise KeyboardInterrupt from error
             where = f" ('{error.filename}')" if error.filename else ""
             click.echo(f"Error: {error.strerror or error}{where}.", err=True)
             click.echo("Hint: check the disk and its permissions, then run the same command again.", err=True)
             sys.exit(1)
-        except (click.Abort, KeyboardInterrupt):
-            click.echo("Interrupted.", err=True)
-            sys.exit(130)
+        except (click.Abort, KeyboardInterrupt) as interrupt:
+            with suppress(OSError):  # the terminal may be what has gone
+                click.echo("Interrupted.", err=True)
+                if hint := going_on(words):
+                    click.echo(f"Hint: {hint}", err=True)
+            raise KeyboardInterrupt from interrupt
+
+
+def going_on(words: Sequence[str]) -> str | None:
+    """How to go on with a command line that was interrupted, where it need not begin again."""
+    match words:
+        case ["quantize" | "sparsify" as name, *others]:
+            resume = [] if "--resume" in others else ["--resume"]
+            return f"go on with: {shlex.join(['marlin-convert', name, *resume, *others])}"
+        case ["push", *_]:
+            return "run the same command again; what is uploaded already is not uploaded twice."
+    return None
+
+
+def at_home(name: str) -> str:
+    """A name with the home directory in place of a ~ at its beginning."""
+    return os.path.expanduser(name)  # noqa: PTH111, Path makes a '.' of an empty name
+
+
+class Place(click.Path):
+    """A path; a ~ at its beginning is the home directory, though no shell has seen it, as in --output=~/x."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path as click gives it."""
+        return super().convert(at_home(value), param, ctx)
+
+
+class NameOrPlace(click.ParamType):
+    """A name, or a path, of which a ~ at the beginning is the home directory."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The name or the path as text."""
+        return at_home(value)
 
 
 @click.group(cls=Commands, context_settings=CONTEXT)
@@ -64,7 +113,8 @@ def main() -> None:
       marlin-convert verify qwen3-marlin --source Qwen/Qwen3-0.6B
       marlin-convert push qwen3-marlin me/Qwen3-0.6B-MARLIN --also gptq
 
-    Exit status: 0 done, 1 it could not be done, 2 wrong usage, 3 verify found a difference, 130 interrupted.
+    Exit status: 0 done, 1 it could not be done, 2 wrong usage, 3 verify found a difference, 130 interrupted,
+    143 ended by SIGTERM.
     """
 
 
@@ -97,7 +147,9 @@ def set_up_logging(quiet: bool, verbose: int) -> None:
     if quiet or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     level = logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO
-    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING, force=True)
+    logging.basicConfig(
+        handlers=[terminal.AboveBars()], format="%(message)s", level=logging.WARNING, force=True
+    )
     log.setLevel(level)
 
 
@@ -198,11 +250,12 @@ def conversion_options(command: Callable) -> Callable:
             "-o",
             "--output",
             required=True,
-            type=click.Path(path_type=Path),
+            type=Place(path_type=Path),
             help="Where to write. Must not exist.",
         ),
         click.option(
             "--recipe",
+            type=NameOrPlace(),
             default="w4a16-g128",
             show_default=True,
             metavar="NAME|FILE",
@@ -213,6 +266,7 @@ def conversion_options(command: Callable) -> Callable:
         ),
         click.option(
             "--calibration",
+            type=NameOrPlace(),
             metavar="builtin|FILE|hf:DATASET[:SPLIT]",
             help="Text to calibrate on: .txt or .jsonl.",
         ),
@@ -242,7 +296,7 @@ def conversion_options(command: Callable) -> Callable:
         ),
         click.option(
             "--report",
-            type=click.Path(path_type=Path, dir_okay=False),
+            type=Place(path_type=Path, dir_okay=False),
             help="Write an HTML page with the error of every linear.",
         ),
         click.option("--dry-run", is_flag=True, help="Print the plan and stop."),
@@ -269,7 +323,7 @@ def convert(
 
 
 @main.command(context_settings=CONTEXT)
-@click.argument("model")
+@click.argument("model", type=NameOrPlace())
 @click.option(
     "--format",
     type=click.Choice(["marlin", "marlin-24", "gptq", "compressed-tensors"]),
@@ -350,7 +404,7 @@ def quantize(
 
 
 @main.command(context_settings=CONTEXT)
-@click.argument("model")
+@click.argument("model", type=NameOrPlace())
 @click.option(
     "--method",
     type=click.Choice(["sparsegpt", "wanda", "magnitude"]),
@@ -414,8 +468,10 @@ def parse_checks(context: click.Context, parameter: click.Parameter, value: str)
 
 
 @main.command(context_settings=CONTEXT)
-@click.argument("checkpoint")
-@click.option("--source", metavar="MODEL", help="Also compare with the model it was made from.")
+@click.argument("checkpoint", type=NameOrPlace())
+@click.option(
+    "--source", type=NameOrPlace(), metavar="MODEL", help="Also compare with the model it was made from."
+)
 @click.option(
     "--checks",
     default=",".join(name for name in CHECKS if name != "generate"),
@@ -435,6 +491,7 @@ def parse_checks(context: click.Context, parameter: click.Parameter, value: str)
 )
 @click.option(
     "--text",
+    type=NameOrPlace(),
     default="builtin",
     show_default=True,
     metavar="builtin|FILE|hf:DATASET[:SPLIT]",
@@ -450,7 +507,7 @@ def parse_checks(context: click.Context, parameter: click.Parameter, value: str)
 @click.option("--revision", help="Branch, tag or commit of a Hub CHECKPOINT.")
 @click.option("--source-revision", help="Branch, tag or commit of a Hub --source.")
 @click.option("--trust-remote-code", is_flag=True, help="Allow code from the model repository to run.")
-@click.option("--report", type=click.Path(path_type=Path, dir_okay=False), help="Also write the report here.")
+@click.option("--report", type=Place(path_type=Path, dir_okay=False), help="Also write the report here.")
 @output_options
 def verify(
     checkpoint: str,
@@ -513,7 +570,7 @@ def parse_formats(context: click.Context, parameter: click.Parameter, value: str
 
 
 @main.command(context_settings=CONTEXT)
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=Place(path_type=Path))
 @click.argument("repo_id")
 @click.option("--private/--public", default=None, help="For a new repository.  [default: private]")
 @click.option("--revision", "branch", default="main", show_default=True, help="Push to this branch.")
@@ -553,7 +610,7 @@ def push(
 
 
 @main.command(context_settings=CONTEXT)
-@click.argument("checkpoint")
+@click.argument("checkpoint", type=NameOrPlace())
 @click.option("--revision", help="Branch, tag or commit of a Hub CHECKPOINT.")
 @output_options
 def inspect(checkpoint: str, revision: str | None, as_json: bool, quiet: bool, verbose: int) -> None:
@@ -617,7 +674,7 @@ def parse_counts(
 
 @bench.command("kernel", context_settings=CONTEXT)
 @click.option(
-    "-o", "--output", required=True, type=click.Path(path_type=Path), help="Where to write. Must not exist."
+    "-o", "--output", required=True, type=Place(path_type=Path), help="Where to write. Must not exist."
 )
 @click.option(
     "--figures",
@@ -707,6 +764,16 @@ def parse_server(context: click.Context, parameter: click.Parameter, value: str 
         raise click.BadParameter(f"it {error}.") from error
 
 
+def asks_chat(chat: bool, servers: Sequence["Server"]) -> bool:
+    """Whether chats are asked for: by --chat, or by an address that ends in its endpoint."""
+    said = {server.chat for server in servers} - {None} | ({True} if chat else set())
+    if len(said) > 1:
+        raise click.UsageError(
+            "of --chat, --url and --baseline-url one asks for /chat/completions, another for /completions."
+        )
+    return said == {True}
+
+
 def parse_positive(context: click.Context, parameter: click.Parameter, value: float) -> float:
     """A number above 0; inf is one."""
     if not value > 0:
@@ -715,7 +782,9 @@ def parse_positive(context: click.Context, parameter: click.Parameter, value: fl
 
 
 @bench.command("serve", context_settings=CONTEXT)
-@click.option("--url", required=True, callback=parse_server, help="The server, with or without /v1.")
+@click.option(
+    "--url", required=True, callback=parse_server, help="The server, with or without /v1, or its endpoint."
+)
 @click.option(
     "--baseline-url", metavar="URL", callback=parse_server, help="Another one to measure and compare with."
 )
@@ -755,12 +824,13 @@ def parse_positive(context: click.Context, parameter: click.Parameter, value: fl
 )
 @click.option(
     "--tokenizer",
+    type=NameOrPlace(),
     metavar="DIR|ID",
     help="Of random prompts.  [default: the model's, if it is on this machine; else words]",
 )
 @click.option(
     "--prompts",
-    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    type=Place(path_type=Path, dir_okay=False, exists=True),
     help="Take prompts from a text file, one a line.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Draws prompts and arrivals.")
@@ -768,7 +838,7 @@ def parse_positive(context: click.Context, parameter: click.Parameter, value: fl
     "--ignore-eos/--no-ignore-eos",
     default=True,
     show_default=True,
-    help="Ask for all output tokens, whatever the model says; not every server knows that.",
+    help="Ask for all output tokens, whatever the model says; where a server refuses that, go on without.",
 )
 @click.option(
     "--timeout",
@@ -779,7 +849,7 @@ def parse_positive(context: click.Context, parameter: click.Parameter, value: fl
     metavar="SECONDS",
     help="Longest time for one request.",
 )
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory to write. Must not exist.")
+@click.option("-o", "--output", type=Place(path_type=Path), help="Directory to write. Must not exist.")
 @click.option("--overwrite", is_flag=True, help="Replace the output once the new one is complete.")
 @output_options
 def bench_serve(
@@ -811,9 +881,10 @@ def bench_serve(
         from marlin_convert.bench import latencies
         from marlin_convert.bench import serve as story
 
+    servers = (url, baseline_url) if baseline_url else (url,)
     job = story.Job(
-        servers=(url, baseline_url) if baseline_url else (url,),
-        load=latencies.Load(request_rate, max_concurrency, output_len, chat, seed),
+        servers=servers,
+        load=latencies.Load(request_rate, max_concurrency, output_len, asks_chat(chat, servers), seed),
         **settings,
     )
     done = story.run(job, request_progress(quiet))
@@ -825,12 +896,17 @@ def bench_serve(
         raise KeyboardInterrupt
     for served in done.servers:
         if not served.answers:
-            raise ConvertError(f"{served.url} completed none of {job.number} requests.")
+            hint = served.hints[0] if served.hints else None
+            raise ConvertError(f"{served.url} completed none of {job.number} requests.", hint)
+        for hint in served.hints:
+            log.warning("Hint: %s", hint)
 
 
 @bench.command("latency", context_settings=CONTEXT)
-@click.argument("checkpoint")
-@click.option("--baseline", metavar="MODEL", help="A directory or Hub id to compare with.")
+@click.argument("checkpoint", type=NameOrPlace())
+@click.option(
+    "--baseline", type=NameOrPlace(), metavar="MODEL", help="A directory or Hub id to compare with."
+)
 @click.option(
     "--batch-sizes",
     default="1,2,4,8,16,32,64,128",
@@ -848,7 +924,7 @@ def bench_serve(
 @click.option(
     "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute."
 )
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory to write. Must not exist.")
+@click.option("-o", "--output", type=Place(path_type=Path), help="Directory to write. Must not exist.")
 @click.option("--overwrite", is_flag=True, help="Replace the output once the new one is complete.")
 @output_options
 def bench_latency(

@@ -42,3 +42,11 @@ def reading(path: Path) -> Iterator[None]:
 def printable(line: str) -> str:
     """A line with nothing hidden: what would move a terminal's cursor, or is no character, is escaped."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)
+
+
+def readable(name: str) -> str:
+    """The name of a file as text that another file can hold; what is no UTF-8 in it is escaped.
+
+    Where the locale says ASCII, Python has surrogates for the bytes of every other letter.
+    """
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

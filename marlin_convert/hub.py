@@ -1,14 +1,20 @@
 """A model by name: a local directory, or a repository of the Hugging Face Hub and the commit it came from."""
 
 import re
-from collections.abc import Iterator
+import textwrap
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from marlin_convert.checkpoint.reader import json_file
-from marlin_convert.errors import SourceError
+from marlin_convert.errors import SourceError, printable, readable
 from marlin_convert.models.architectures import architecture_of
+
+T = TypeVar("T")
 
 _PART = r"(?![.-])[\w.-]{1,96}(?<![.-])"
 _REPOSITORY = re.compile(f"({_PART}/)?{_PART}", re.ASCII)
@@ -51,24 +57,51 @@ def resolve(model: str, revision: str | None = None, *, code: bool = False) -> S
             raise SourceError(
                 f"'{model}' is a directory; --revision is for models on the Hub.", "leave --revision out."
             )
-        return Source(path, path.resolve().name, None)
+        return Source(path, readable(path.resolve().name), None)
     if not model or path.exists() or not is_hub_id(model):
         raise SourceError(
             f"'{model}' is neither a directory nor a Hub id.", "a Hub id looks like 'org/name'."
         )
     from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     with hub_errors(model):
         # the architecture first: a model that is refused is not worth its gigabytes
-        config = Path(hf_hub_download(model, "config.json", revision=revision))
+        try:
+            config = Path(hf_hub_download(model, "config.json", revision=revision))
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError as error:
+            raise _no_model(model, revision) from error
         architecture_of(json_file(config.parent, config.name))
         patterns = _FILES + (["*.py"] if code else [])
         directory = Path(
-            snapshot_download(
-                model, revision=config.parent.name, allow_patterns=patterns, ignore_patterns=_NOT
+            aside(
+                lambda: snapshot_download(
+                    model, revision=config.parent.name, allow_patterns=patterns, ignore_patterns=_NOT
+                )
             )
         )
     return Source(directory, model, directory.name)
+
+
+def _no_model(repository: str, revision: str | None) -> SourceError:
+    """What a repository without a config.json is: empty, or something else."""
+    from huggingface_hub import HfApi
+
+    names = [
+        name for name in HfApi().list_repo_files(repository, revision=revision) if name != ".gitattributes"
+    ]
+    if not names:
+        return SourceError(
+            f"{repository!r} is empty: nothing has been pushed to it.", "check its name and --revision."
+        )
+    more = ", ..." if len(names) > 3 else ""
+    return SourceError(
+        f"{repository!r} has no config.json: it holds {len(names)} other files, "
+        f"{', '.join(sorted(names)[:3])}{more}.",
+        "check its name and --revision; a model has its config.json beside its safetensors.",
+    )
 
 
 def is_hub_id(name: object) -> bool:
@@ -79,6 +112,23 @@ def is_hub_id(name: object) -> bool:
 def is_repository(name: str) -> bool:
     """Whether `name` has the form of a repository one can push to: namespace/name."""
     return "/" in name and is_hub_id(name)
+
+
+def aside(call: Callable[[], T]) -> T:
+    """Make a call that may take hours in a thread of its own, so that a signal is heard at once.
+
+    The client's own threads end when what they are at is done; nobody has to wait for them.
+    """
+    done: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(call())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return done.result()
 
 
 @contextmanager
@@ -103,22 +153,26 @@ def _said(repository: str, error: BaseException | None) -> tuple[str, str] | Non
     from huggingface_hub import errors
     from huggingface_hub.utils import httpx
 
+    said = hub_sentence(error)
     match error:
         case errors.GatedRepoError():
             return (
-                f"{repository!r} is gated and this token has no access.",
+                f"{repository!r} is gated and this token has no access{said}.",
                 "request access on its page, then run 'hf auth login'.",
             )
         case errors.RepositoryNotFoundError():
             return (
-                f"there is no directory and no Hub repository {repository!r} that you can see.",
+                f"there is no directory and no Hub repository {repository!r} that you can see{said}.",
                 "check the spelling; for a private one run 'hf auth login' or set HF_TOKEN.",
             )
         case errors.RevisionNotFoundError():
             return (
-                f"{repository!r} has no such revision.",
+                f"{repository!r} has no such revision{said}.",
                 "--revision takes a branch, a tag or a commit.",
             )
+        case errors.LocalEntryNotFoundError(__cause__=errors.HfHubHTTPError() as answer):
+            sentence, hint = _answered(repository, answer)
+            return (f"{repository!r} is not in the local cache, and {sentence}", hint)
         case errors.LocalEntryNotFoundError():
             return (
                 f"{repository!r} is not in the local cache and the Hub did not give it.",
@@ -131,10 +185,12 @@ def _said(repository: str, error: BaseException | None) -> tuple[str, str] | Non
             )
         case errors.HFValidationError():
             return (f"{repository!r} is neither there nor a Hub id.", "a Hub id looks like 'org/name'.")
+        case errors.EntryNotFoundError():
+            return (f"{repository!r} has no such file{said}.", "check its name and --revision.")
+        case errors.DisabledRepoError():
+            return (f"the Hub has disabled {repository!r}{said}.", "its page may say why.")
         case errors.HfHubHTTPError() | httpx.HTTPStatusError():
-            status = error.response.status_code if error.response is not None else None
-            hint = _HINTS.get(status or 0, "try again later; what is uploaded already stays there.")
-            return (f"the Hub answered {status or 'nothing'} for {repository!r}.", hint)
+            return _answered(repository, error)
         case httpx.HTTPError() | ConnectionError() | TimeoutError():
             return (
                 f"the connection to the Hub broke, about {repository!r} ({type(error).__name__}).",
@@ -153,9 +209,34 @@ def _said(repository: str, error: BaseException | None) -> tuple[str, str] | Non
     return None
 
 
+def _answered(repository: str, error: Any) -> tuple[str, str]:
+    """The sentence and the hint for a status that nothing more is known of."""
+    status = error.response.status_code if error.response is not None else 0
+    hint = _HINTS.get(status, _BROKEN_HINT if status == 0 or status >= 500 else _REFUSED_HINT)
+    return f"the Hub answered {status or 'nothing'} for {repository!r}{hub_sentence(error)}.", hint
+
+
+def hub_sentence(error: BaseException | None) -> str:
+    """What the Hub itself says of an error: a line behind a colon, without the token; "" if it is silent."""
+    from huggingface_hub import get_token
+
+    response = getattr(error, "response", None)
+    said = getattr(error, "server_message", None) or ""
+    if not said and response is not None:
+        said = response.headers.get("X-Error-Message", "")
+    if token := get_token():
+        said = said.replace(token, "***")
+    line = printable(textwrap.shorten(said, 300, placeholder=" ...")).rstrip(".")
+    return f": {line}" if line else ""
+
+
+_BROKEN_HINT = "the Hub has a fault: run the same command again later."
+_REFUSED_HINT = "mend what the Hub says, or check HF_ENDPOINT, and run the same command again."
 _HINTS = {
     401: "the token is not accepted: run 'hf auth login', or set HF_TOKEN.",
-    403: "the token may not do that: make one with write access at huggingface.co/settings/tokens.",
+    402: "see to the plan of the account that the repository belongs to.",
+    403: "if the token may not do that, make one with write access at huggingface.co/settings/tokens.",
+    413: "what was sent is more than the Hub takes: a smaller --max-shard-size makes smaller files.",
     409: "somebody else is at work on it: run the same command again.",
     412: "somebody else has pushed to it meanwhile: run the same command again.",
     429: "too many requests: wait some minutes, then run the same command again.",

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from marlin_convert import __version__, card
 from marlin_convert.checkpoint import manifest as manifests
 from marlin_convert.errors import ConvertError, SourceError
-from marlin_convert.hub import Source, hub_errors, is_repository
+from marlin_convert.hub import Source, aside, hub_errors, hub_sentence, is_repository
 from marlin_convert.release import Checked, File, Progress, Release, check
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ def _repack(job: Job, format: str, directory: Path) -> None:
     checks = frozenset(verify.CHECKS) - {"generate"}
     task = verify.Job(Source(directory, job.repository, None), checks, torch.device("cpu"))
     done = verify.verify(task)
-    if not done.passed:
+    if not done.verified:
         reasons = [f"{name}: {check.reason}" for name, check in done.checks.items() if check.status == "fail"]
         raise ConvertError(f"the {format} repack does not pass ({'; '.join(reasons)}).", "this is a bug.")
     verify.save(done, task)
@@ -222,7 +222,7 @@ def _publish(job: Job, releases: list[Release]) -> list[Pushed]:
         raise ConvertError("there is no token for the Hub.", "run 'hf auth login', or set HF_TOKEN.")
     for release in releases:
         for name, file in release.files.items():
-            if isinstance(file.content, bytes) and token.encode() in file.content:
+            if file.holds(token.encode()):
                 raise ConvertError(f"{name!r} holds your Hub token.", "remove it; nothing was uploaded.")
     api = HfApi()
     get_session().timeout = PATIENCE
@@ -303,7 +303,11 @@ def _commit(api: "HfApi", job: Job, release: Release, author: str) -> Pushed:
     create_pr = job.create_pr and release.branch == job.branch
     try:
         with hub_errors(job.repository), _xet_errors():
-            api.preupload_lfs_files(job.repository, adds, revision=release.branch, create_pr=create_pr)
+            aside(
+                lambda: api.preupload_lfs_files(
+                    job.repository, adds, revision=release.branch, create_pr=create_pr
+                )
+            )
             for add in adds:
                 if add.upload_info.sha256.hex() != release.files[add.path_in_repo].sha256:
                     raise SourceError(
@@ -400,7 +404,7 @@ def _xet_errors() -> Iterator[None]:
         if isinstance(error, ConvertError) or "xet" not in f"{type(error).__module__} {error}".lower():
             raise
         raise SourceError(
-            f"the upload through Xet failed ({type(error).__name__}).",
+            f"the upload through Xet failed ({type(error).__name__}){hub_sentence(error)}.",
             "if the server has no Xet, set HF_HUB_DISABLE_XET=1; else check the network and run the same "
             "command again.",
         ) from error

@@ -1,5 +1,7 @@
 """A recipe: every choice that decides what a conversion writes. Loaded from YAML, changed by flags."""
 
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.resources import files
@@ -16,6 +18,8 @@ FORMATS = ("marlin", "marlin-24", "gptq", "compressed-tensors", "dense")
 METHODS = ("sparsegpt", "wanda", "magnitude")
 MOST = 10**9  # of anything that is counted
 NESTING_LIMIT = 10
+# What Python makes of the bytes of a file's name that are no text where the locale is another.
+_BYTES = re.compile("[\udc80-\udcff]")
 _HINT = f"the recipe.yaml of any output, and the recipe {DEFAULT}, show every setting."
 
 
@@ -44,7 +48,7 @@ class Recipe:
             "sparsity": (self.sparsity in ("none", "2:4"), "must be none or 2:4"),
             "method": (self.method in METHODS, f"must be one of {', '.join(METHODS)}"),
             "dtype": (self.dtype in ("auto", "float16", "bfloat16"), "must be auto, float16 or bfloat16"),
-            "calibration": (self.calibration.isprintable(), "must be one line of text"),
+            "calibration": (_BYTES.sub("", self.calibration).isprintable(), "must be one line of text"),
             "samples": (1 <= self.samples <= MOST, f"must be at least 1, at most {MOST}"),
             "sequence_length": (1 <= self.sequence_length <= MOST, f"must be at least 1, at most {MOST}"),
             "seed": (-(2**63) <= self.seed < 2**63, "must fit in 64 bits"),
@@ -132,4 +136,6 @@ def _from_settings(settings: Any, source: str) -> Recipe:
             raise ConvertError(
                 f"recipe {source!r}: {name} must be {expected.__name__}, not {value!r}.", _HINT
             )
+    if "calibration" in settings:  # no shell has seen a ~ in it
+        settings["calibration"] = os.path.expanduser(settings["calibration"])  # noqa: PTH111, may be no path
     return Recipe(**settings)

@@ -79,7 +79,7 @@ class Check:
 class Verification:
     """What came of all checks; `manifest_sha256` says of which files, None without a manifest.
 
-    `required` must be able to run, `needed` must pass for the checkpoint to count as verified.
+    `required` must be able to run. `needed`, asked for or not, must pass for the checkpoint to be verified.
     """
 
     checkpoint: str
@@ -95,9 +95,13 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """Whether all that is needed passed, and nothing else failed or was required in vain."""
-        needed = all(self.checks[name].status == "pass" for name in self.needed)
-        return needed and not self.failed and not self.could_not_run
+        """Whether nothing that was asked for failed, or was required in vain: then the exit status is 0."""
+        return not self.failed and not self.could_not_run
+
+    @property
+    def verified(self) -> bool:
+        """Whether the checkpoint counts as verified: all that is needed passed, and nothing else failed."""
+        return self.passed and all(self.checks[name].status == "pass" for name in self.needed)
 
     @property
     def could_not_run(self) -> list[str]:
@@ -112,6 +116,7 @@ class Verification:
             "manifest_sha256": self.manifest_sha256,
             "checks": {name: asdict(check) for name, check in self.checks.items()},
             "passed": self.passed,
+            "verified": self.verified,
         }
 
 
@@ -787,7 +792,7 @@ def text(done: Verification, words: str, *, local: bool, verbose: bool = False) 
     if "text" in figures:
         lines += _figures(figures["source"]["name"], done.checkpoint, figures["text"])
     if not done.failed and not done.could_not_run:
-        ready = local and done.passed and done.manifest_sha256 is not None
+        ready = local and done.verified and done.manifest_sha256 is not None
         lines.append(
             "Next: marlin-convert " + (f"push {words} you/{done.checkpoint}" if ready else f"inspect {words}")
         )

@@ -17,6 +17,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from marlin_convert.cli import main
+from marlin_convert.terminal import AboveBars
 
 
 @pytest.fixture(scope="session")
@@ -76,5 +77,5 @@ def cli() -> Iterator[Callable[..., Result]]:
     yield run
     # the command logs to the stderr of its own run, which is gone now
     for handler in logging.getLogger().handlers[:]:
-        if type(handler) is logging.StreamHandler:
+        if isinstance(handler, AboveBars):
             logging.getLogger().removeHandler(handler)

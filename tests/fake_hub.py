@@ -85,12 +85,14 @@ class Fault:
 
     'drop' closes the connection without an answer, 'drop after' does so when the request has had its effect,
     'truncated' has it and sends half of the body, and 'delay' answers after Hub.delay seconds. An HTTP status
-    ('401', '403', '429', '500', '503') and 'garbage' (200, but not JSON) have no effect.
+    ('401', '403', '429', '500', '503') and 'garbage' (200, but not JSON) have no effect. `said` is what the
+    Hub says with the status, by default what the status is called.
     """
 
     kind: str
     endpoint: str
     times: int = 1
+    said: str = ""
 
 
 @dataclass
@@ -138,13 +140,14 @@ class Commit:
 class Repository:
     """Branches of commits, oldest first; pull request N is the branch 'refs/pr/N'.
 
-    `refusal` is (status, X-Error-Code) for everything of it, `stored` is its LFS storage by sha256, `pulls`
-    are its pull requests as the Hub lists them.
+    `refusal` is (status, X-Error-Code) for everything of it, and `sentence` what is said then; `stored` is
+    its LFS storage by sha256, `pulls` are its pull requests as the Hub lists them.
     """
 
     branches: dict[str, list[Commit]]
     private: bool = False
     refusal: tuple[int, str] | None = None
+    sentence: str = "no"
     stored: dict[str, LFS] = field(default_factory=dict)
     pulls: list[dict[str, Any]] = field(default_factory=list)
 
@@ -316,7 +319,8 @@ class _Handler(BaseHTTPRequestHandler):
             return 200, {"Content-Type": "text/html"}, b"<html>not the Hub</html>"
         if kind.isdigit():
             headers = {"Retry-After": "0"} if kind == "429" else {}
-            return _json({"error": HTTPStatus(int(kind)).phrase}, int(kind), **headers)
+            said = (self.hub.fault and self.hub.fault.said) or HTTPStatus(int(kind)).phrase
+            return _json({"error": said}, int(kind), **headers)
         with self.hub.lock:
             try:
                 if route is None:
@@ -338,7 +342,7 @@ class _Handler(BaseHTTPRequestHandler):
         if found is None or (found.private and not (self.user and self.user.belongs_to(repo))):
             raise _Refused(404, "Repository not found", "RepoNotFound")
         if found.refusal:
-            raise _Refused(found.refusal[0], "no", found.refusal[1])
+            raise _Refused(found.refusal[0], found.sentence, found.refusal[1])
         self.repository = found
 
     def _known(self) -> User:

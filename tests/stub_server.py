@@ -89,12 +89,64 @@ class Answering:
 
     def stream(self, usage: bool = True, end: bool = True) -> None:
         self.start()
-        for number in range(self.tokens):
-            self.send(self.event(number), number)
+        self.events()
         if usage:
             self.part(self.usage())
         if end:
             self.done()
+
+    def roles(self) -> None:
+        """A chunk that only names the role comes long before the first token, one with the end after all."""
+        self.start()
+        self.part(self.data({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}))
+        self.events()
+        self.part(self.data({"choices": [{"index": 0, "delta": {}, "finish_reason": "length"}]}))
+        self.part(self.usage())
+        self.done()
+
+    def thinks(self) -> None:
+        """A model that reasons: text is in one of two fields before it is in the answer, here in a list."""
+        self.start()
+        part = {"type": "text", "text": "word"}
+        kinds = ({"reasoning_content": "word"}, {"reasoning": "word", "content": None}, {"content": [part]})
+        for number in range(self.tokens):
+            delta = kinds[number * len(kinds) // self.tokens]
+            self.send(self.data({"choices": [{"index": 0, "delta": delta}], "error": None}), number)
+        self.done()
+
+    def stops(self) -> None:
+        """Whole by its finish_reason, beside the last text; neither [DONE] nor the end of the body comes."""
+        self.start()
+        self.events(finish_reason="length")
+        self.part(self.usage())
+
+    def halfcounted(self) -> None:
+        self.start()
+        self.events()
+        usage = {"prompt_tokens": None, "completion_tokens": self.tokens}
+        self.part(self.data({"choices": [], "usage": usage}))
+        self.done()
+
+    def strict(self) -> None:
+        """Refuses the first field that it does not know, in the words of one server or another."""
+        for name, body in (
+            ("stream_options", {"detail": [{"loc": ["body", "stream_options"], "msg": "Extra inputs"}]}),
+            ("ignore_eos", {"error": {"message": "Unrecognized argument", "param": "ignore_eos"}}),
+            ("temperature", {"message": "Unsupported value: 'temperature' is 1 here"}),
+            ("max_completion_tokens", {"error": "json: unknown field max_completion_tokens"}),
+        ):
+            if name in self.asked:
+                return self.whole("422 Unprocessable Content", json.dumps(body))
+        return self.stream()
+
+    def older(self) -> None:
+        """Knows max_tokens alone, also in a chat, and passes over what it does not know."""
+        limit = self.asked.get("max_tokens", 9)
+        self.start()
+        for number in range(limit):
+            self.send(self.event(number), number)
+        self.part(self.data({"choices": [], "usage": {"prompt_tokens": 11, "completion_tokens": limit}}))
+        self.done()
 
     def nousage(self) -> None:
         self.stream(usage=False)
@@ -173,14 +225,20 @@ class Answering:
 
     @property
     def tokens(self) -> int:
-        return self.asked["max_completion_tokens" if self.chat else "max_tokens"]
+        return self.asked.get("max_completion_tokens") or self.asked["max_tokens"]
 
     def start(self) -> None:
         self.socket.sendall(HEAD + (b"Transfer-Encoding: chunked\r\n\r\n" if self.chunked else b"\r\n"))
 
-    def event(self, number: int) -> bytes:
+    def events(self, finish_reason: str | None = None) -> None:
+        for number in range(self.tokens):
+            last = number == self.tokens - 1
+            self.send(self.event(number, finish_reason if last else None), number)
+
+    def event(self, number: int, finish_reason: str | None = None) -> bytes:
         text = f" wörd{number}"
-        choice = {"delta": {"content": text}} if self.chat else {"text": text}
+        choice: dict[str, Any] = {"delta": {"content": text}} if self.chat else {"text": text}
+        choice["finish_reason"] = finish_reason
         return self.data({"id": "cmpl-1", "choices": [{"index": 0, **choice}], "usage": None})
 
     def usage(self) -> bytes:

@@ -3,12 +3,16 @@
 import json
 import math
 import random
+import resource
 import signal
+import ssl
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,10 +20,11 @@ import matplotlib.image
 import numpy
 import pytest
 
-from marlin_convert.bench import latencies, prompts, serve
+from marlin_convert.bench import dialect, latencies, prompts, serve
+from marlin_convert.bench.events import Answer, Failed, Listener, sentence
 from marlin_convert.bench.latencies import Load, Report, Served
 from marlin_convert.bench.prompts import Prompts
-from marlin_convert.bench.stream import Answer, Failed, Server
+from marlin_convert.bench.stream import Server
 
 STUB = Path(__file__).with_name("stub_server.py")
 FIRST, GAP = 0.04, 0.01
@@ -128,6 +133,140 @@ def test_times_are_the_servers_own(how, options, stub, cli, tmp_path):
             break
     # 2 ms on a machine of its own; here other tests run beside it
     assert least < 5
+
+
+@pytest.mark.parametrize("how", ["roles", "thinks"])
+def test_the_first_chunk_is_the_first_with_text(how, stub, cli):
+    done = cli(*words(stub.url(how), "--chat", "--json"))
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["median_ttft_ms"] >= 1e3 * FIRST
+    assert found["total_output_tokens"] == 48
+    assert found["median_e2el_ms"] >= 1e3 * (FIRST + 5 * GAP)
+
+
+def test_an_answer_is_whole_by_its_finish_reason(stub, cli):
+    done = cli(*words(stub.url("stops"), "--json"))
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["completed"], found["total_input_tokens"], found["without_usage"]) == (8, 88, 0)
+
+
+def test_half_a_count_is_half_a_count(stub, cli):
+    found = json.loads(cli(*words(stub.url("halfcounted"), "--json")).stdout)
+    assert (found["completed"], found["total_output_tokens"], found["total_input_tokens"]) == (8, 48, 40)
+    assert (found["without_usage"], found["without_prompt_tokens"]) == (0, 8)
+    said = cli(*words(stub.url("halfcounted"))).stdout
+    assert "8 answers came without prompt_tokens: those are as prompts were made" in said
+
+
+def chat(delta: object, **more: object) -> bytes:
+    return b"data: " + json.dumps({"choices": [{"index": 0, "delta": delta}], **more}).encode() + b"\n\n"
+
+
+WORD, DONE = chat({"content": "a"}), b"data: [DONE]\n\n"
+USAGE = b'data: {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 4}}\n\n'
+# Parts of a body that come a second apart, the seconds of its chunks, tokens in and out, chunks with text.
+STREAMS: dict[str, tuple[list[bytes], list[int], tuple[int | None, int | None, int]]] = {
+    "plain": ([WORD, WORD, USAGE, DONE], [0, 1], (3, 4, 2)),
+    "a role first": ([chat({"role": "assistant"}), WORD, WORD, DONE], [1, 2], (None, None, 2)),
+    "a role and no text": ([chat({"role": "assistant", "content": ""}), WORD, DONE], [1], (None, None, 1)),
+    "a delta that is null": ([chat(None), WORD, chat(None), DONE], [1, 2], (None, None, 1)),
+    "part of a letter, held back": ([WORD, chat({"content": ""}), WORD, DONE], [0, 1, 2], (None, None, 2)),
+    "no text at all": ([chat({"content": ""}), chat({}), USAGE, DONE], [0, 1], (3, 4, 0)),
+    "reasoning": (
+        [chat({"reasoning_content": "a"}), chat({"reasoning": "b"}), DONE], [0, 1], (None, None, 2)
+    ),
+    "a list": ([chat({"content": []}), chat({"content": [{"text": "a"}]}), DONE], [1], (None, None, 1)),
+    "a refusal": ([chat({"content": None, "refusal": "no"}), DONE], [0], (None, None, 1)),
+    "several choices": (
+        [b'data: {"choices": [{"index": 0, "text": ""}, {"index": 1, "text": "a"}]}\n\n', DONE],
+        [0], (None, None, 1),
+    ),
+    "no choices": ([b'data: {"choices": [], "filters": []}\n\n', WORD, DONE], [1], (None, None, 1)),
+    "error is null": ([chat({"content": "a"}, error=None), DONE], [0], (None, None, 1)),
+    "usage in every chunk": (
+        [chat({"content": "a"}, usage={"prompt_tokens": 3, "completion_tokens": n}) for n in (1, 2)] + [DONE],
+        [0, 1], (3, 2, 2),
+    ),
+    "usage of zeros": (
+        [WORD, chat(None, usage={"prompt_tokens": 0, "completion_tokens": 0}), DONE], [0, 1], (None, None, 1)
+    ),
+    "usage beside a choice after the end": (
+        [WORD, b'data: {"choices": [{"delta": {}, "finish_reason": "stop"}]}\n\n',
+         chat({}, usage={"completion_tokens": 2}), DONE],
+        [0, 1], (None, 2, 1),
+    ),
+    "no space, CR LF": (
+        [WORD.replace(b": {", b":{").replace(b"\n", b"\r\n"), b"data:[DONE]\r\n"], [0], (None, None, 1)
+    ),
+    "comments and pings": ([b": ping\n\nevent: ping\ndata: {}\n\n", WORD, DONE], [1], (None, None, 1)),
+    "split": ([WORD[:9], WORD[9:30], WORD[30:] + DONE[:7], DONE[7:]], [2], (None, None, 1)),
+    "lines of one event": ([b'data: {"choices":\ndata: [{"text": "a"}]}\n\n', DONE], [0], (None, None, 1)),
+    "an empty line of data": ([b"data:\n\n", WORD, DONE], [1], (None, None, 1)),
+    "no line end at the end": ([WORD, DONE.strip()], [0], (None, None, 1)),
+    "more after the end": ([WORD, DONE + WORD, WORD, b"data: nonsense\n\n"], [0], (None, None, 1)),
+}  # fmt: skip
+
+
+def heard(parts: list[bytes]) -> Answer:
+    answer = Answer(0)
+    listener = Listener(answer, sentence)
+    for second, part in enumerate(parts):
+        listener.hear(part, second)
+    listener.end(len(parts))
+    return answer
+
+
+@pytest.mark.parametrize("how", STREAMS)
+def test_what_is_heard(how):
+    parts, arrivals, (tokens_in, tokens_out, texts) = STREAMS[how]
+    answer = heard(parts)
+    assert answer.arrivals == arrivals
+    assert (answer.prompt_tokens, answer.completion_tokens, answer.texts) == (tokens_in, tokens_out, texts)
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ([WORD], "ended without [DONE] or a finish_reason"),
+        ([b'data: {"error": "busy"}\n\n'], "answered an error in the stream: busy"),
+        (
+            [b'data: {"object": "error", "message": "too long"}\n\n'],
+            "answered an error in the stream: too long",
+        ),
+        ([b'event: error\ndata: {"detail": "gone"}\n\n'], "answered an error in the stream: gone"),
+        ([WORD, b'data: {"choices": [{"text": "", "finish_reason": "abort"}]}\n\n'], "finish_reason abort"),
+        ([b'{"object": "error", "message": "too long"}'], "did not stream: too long"),
+        ([b'data: {"choices": [{"index":\n\n'], "sent what is no event"),
+        ([b"data: " + b"[" * 100_000 + b"\n\n"], "sent what is no event"),
+        ([b"data: [1]\n\n"], "sent what is no event"),
+        ([b"data: " + b"{" * 60_000 + b"\n"] * 20, "sent an event that has no end"),
+        ([chat({"role": "assistant"}), DONE], "answered without a token"),
+    ],
+)
+def test_what_is_no_answer(parts, said):
+    with pytest.raises(Failed) as failed:
+        heard(parts)
+    assert said in str(failed.value)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b'{"error": {"message": "no model", "type": "x", "code": 404}}', "no model"),
+        (b'{"error": "no model"}', "no model"),
+        (b'{"object": "error", "message": "no model", "code": 404}', "no model"),
+        (b'{"detail": "no model"}', "no model"),
+        (b'{"detail": [{"loc": ["body", "n"], "msg": "bad", "input": {"ignore_eos": 1}}]}', "body.n: bad"),
+        (b'{"status": 400, "error": "Bad Request", "message": "no model"}', "Bad Request; no model"),
+        (b"no model", "no model"),
+        (b"{}", "{}"),
+        (b"[" * 100_000, "[" * 100_000),
+    ],
+)
+def test_the_sentence_of_a_refusal(body, said):
+    assert sentence(body) == said
 
 
 def test_requests_arrive_as_a_poisson_process():
@@ -251,6 +390,47 @@ def test_a_file_without_prompts_is_1(content, said, stub, cli, tmp_path):
     assert done.exit_code == 1 and said in done.stderr
 
 
+def test_a_whole_endpoint_says_what_is_asked(stub, cli):
+    chat, plain = f"{stub.url('plain')}/v1/chat/completions", f"{stub.url('plain')}/v1/completions"
+    assert json.loads(cli(*words(chat, "--num-prompts", 1, "--json")).stdout)["backend"] == "openai-chat"
+    assert cli(*words(plain, "--num-prompts", 1)).exit_code == 0
+    assert [one["path"] for one in stub.requests(2)] == [
+        "/plain/v1/chat/completions",
+        "/plain/v1/completions",
+    ]
+    for more in (("--chat",), ("--baseline-url", chat)):
+        done = cli(*words(plain, *more))
+        assert done.exit_code == 2 and "another for /completions" in done.stderr
+
+
+@pytest.mark.parametrize("warmups", [0, 1])
+def test_what_a_server_refuses_is_left_out_and_named(warmups, stub, cli):
+    done = cli(*words(stub.url("strict"), "--chat", "--num-warmups", warmups, "--json"))
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["completed"], found["total_output_tokens"]) == (8, 48)
+    assert found["refused_fields"] == {
+        "stream_options": "body.stream_options: Extra inputs",
+        "ignore_eos": "Unrecognized argument; ignore_eos",
+        "temperature": "Unsupported value: 'temperature' is 1 here",
+        "max_completion_tokens": "json: unknown field max_completion_tokens",
+    }
+    answered = [one for one in stub.requests(8) if one["sent"]]
+    assert {tuple(one["body"]) for one in answered} == {("model", "stream", "messages", "max_tokens")}
+    assert "strict/v1 does not take ignore_eos: Unrecognized argument" in done.stderr
+    said = cli(*words(stub.url("strict"))).stdout
+    assert "  it does not take ignore_eos, it is left out: Unrecognized argument; ignore_eos" in said
+
+
+def test_a_server_that_passes_over_the_limit_is_asked_in_its_older_words(stub, cli):
+    done = cli(*words(stub.url("older"), "--chat", "--num-warmups", 1, "--json"))
+    found = json.loads(done.stdout)
+    assert found["refused_fields"] == {"max_completion_tokens": "asked for 6, it gave 9 tokens"}
+    assert (found["total_output_tokens"], found["of_other_length"]) == (6 * 8, 0)
+    without = cli(*words(stub.url("older"), "--chat")).stdout
+    assert "8 answers have not the 6 tokens that were asked for, but 9" in without
+
+
 # what is said
 
 
@@ -281,7 +461,7 @@ def test_metrics_are_vllms():
     for _ in range(17):
         arrivals = [draw.random()]
         arrivals += [arrivals[-1] + 0.01 * step for step in range(1, 5)]
-        answers.append(Answer(100 + draw.random(), arrivals, usage=(10, 9), texts=5))
+        answers.append(Answer(100 + draw.random(), arrivals, 10, 9, texts=5))
     found = latencies.metrics(served(answers))
     ttfts = [1e3 * one.arrivals[0] for one in answers]
     tpots = [1e3 * (one.arrivals[-1] - one.arrivals[0]) / 8 for one in answers]
@@ -304,7 +484,7 @@ def test_without_usage_chunks_are_counted(stub, cli):
 
 
 def test_an_answer_of_one_token_has_no_time_per_token():
-    found = latencies.metrics(served([Answer(100, [0.5], usage=(10, 1))]))
+    found = latencies.metrics(served([Answer(100, [0.5], 10, 1)]))
     assert (found["mean_tpot_ms"], found["p99_itl_ms"], found["mean_ttft_ms"]) == (None, None, 500)
     report = Report(Load(math.inf, None, 1, False, 0), [served([Answer(100, [0.5])])] * 2)
     assert report.speedups()["mean_tpot_ms"] is None
@@ -318,7 +498,7 @@ def test_a_server_that_was_not_reached_has_no_figures():
 
 
 def test_speed_ups_are_of_times_and_rates():
-    fast, slow = Answer(100, [0.5, 0.6], usage=(10, 2)), Answer(100, [1.5, 1.8], usage=(10, 2))
+    fast, slow = Answer(100, [0.5, 0.6], 10, 2), Answer(100, [1.5, 1.8], 10, 2)
     report = Report(Load(5, None, 2, False, 0), [served([fast]), served([slow], duration=8, busy=0.93)])
     found = report.speedups()
     assert found["median_ttft_ms"] == pytest.approx(3) and found["mean_tpot_ms"] == pytest.approx(3)
@@ -359,19 +539,19 @@ def test_without_matplotlib_the_figure_is_named(stub, cli, tmp_path, monkeypatch
 # what goes wrong
 
 BAD = {
-    "refuses": 'answered 503: {"error": "no Bearer ***"}',
+    "refuses": "answered 503: no Bearer ***",
     "elsewhere": "answered 307: to http://127.0.0.1:1/v1/completions",
-    "page": r"ended without [DONE]: <html> welcome\x1b[2J </html>",
+    "page": r"did not stream: <html> welcome\x1b[2J </html>",
     "noise": "closed the connection in the middle",
     "leaves": "closed the connection in the middle",
     "resets": "closed the connection in the middle: Connection reset by peer",
     "dies": "closed the connection in the middle",
-    "unfinished": "ended without [DONE]",
+    "unfinished": "ended without [DONE] or a finish_reason",
     "garbage": "sent what is no event: {nothing",
     "shapeless": 'sent what is no event: {"choices": {"text": 1}}',
     "endless": "sent an event that has no end",
     "empty": "answered without a token",
-    "breaks": 'answered an error in the stream: {"error": {"message": "out of memory"}}',
+    "breaks": "answered an error in the stream: out of memory",
     "stalls": "did not end in 0.3 s: after 2 chunks",
     "silent": "did not end in 0.3 s: without a chunk",
 }
@@ -398,7 +578,7 @@ def test_some_that_fail_are_counted_and_named(stub, cli):
     assert (found["completed"], found["failed"]) == (6, 3)
     (failure,) = found["failures"]
     assert failure["reason"] == "answered 503" and len(failure["requests"]) == 3
-    assert failure["detail"] == '{"error": "no None"}'
+    assert failure["detail"] == "no None"
 
 
 def test_a_server_that_is_not_there_is_1(cli):
@@ -411,6 +591,65 @@ def test_a_server_that_is_not_there_is_1(cli):
     assert "8 failed: cannot connect; requests 0, 1, 2, 3, 4, 5, 6, 7 (" in done.stdout
 
 
+def test_a_certificate_that_is_not_trusted(cli, tmp_path):
+    """Signed by itself; SSL_CERT_FILE is the way that the hint tells."""
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    make = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-days",
+        "2",
+        "-subj",
+        "/CN=localhost",
+    ]
+    make += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate]
+    subprocess.run(make, check=True, capture_output=True)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n" + WORD * 6 + DONE)
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        command = words(f"https://127.0.0.1:{server.server_port}", "--model", "m")
+        refused = cli(*command)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("SSL_CERT_FILE", str(certificate))
+            trusted = cli(*command)
+        server.shutdown()
+    assert refused.exit_code == 1
+    assert "8 failed: has a certificate that is not trusted" in refused.stdout
+    assert "(self-signed certificate)" in refused.stdout
+    assert "Hint: if it is to be trusted, set SSL_CERT_FILE" in refused.stderr
+    assert trusted.exit_code == 0, trusted.stderr
+
+
+def test_too_few_files_are_this_machines(stub):
+    """So many requests at once that there are no descriptors left for some."""
+    command = words(stub.url("plain"), "--num-prompts", 100, "--json")
+    done = subprocess.run(
+        [sys.executable, "-m", "marlin_convert", *map(str, command)],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60)),
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["completed"] + found["failed"] == 100 and found["failed"] > 20
+    assert [one["reason"] for one in found["failures"]] == [
+        "not sent, for this machine has too many open files"
+    ]
+    assert "Hint: let this machine open more files with 'ulimit -n'" in done.stderr
+
+
 def test_a_server_without_models_is_1(stub, cli):
     done = cli(*words(stub.url("nomodels")))
     assert done.exit_code == 1
@@ -418,8 +657,9 @@ def test_a_server_without_models_is_1(stub, cli):
     assert cli(*words(stub.url("nomodels"), "--model", "m")).exit_code == 0
 
 
-def test_ctrl_c_prints_what_there_is(stub, tmp_path):
-    """A real SIGINT while most of the requests wait."""
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_what_is_interrupted_prints_what_there_is(number, status, stub, tmp_path):
+    """A real signal while most of the requests wait."""
     (tmp_path / "prompts.txt").write_text("once upon a time\n")
     options = ("--max-concurrency", 1, "--num-prompts", 500, "--prompts", tmp_path / "prompts.txt")
     command = words(stub.url("plain"), *options)
@@ -436,9 +676,9 @@ def test_ctrl_c_prints_what_there_is(stub, tmp_path):
             if line.startswith("measuring"):
                 break
         time.sleep(0.5)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         out, rest = process.communicate(timeout=30)
-    assert process.returncode == 130
+    assert process.returncode == status
     assert "Interrupted." in rest and "Traceback" not in rest
     found = json.loads(out)
     assert found["interrupted"] and 1 <= found["completed"] < 50 and found["failed"] == 0
@@ -501,6 +741,15 @@ def test_a_key_that_is_none_is_not_shown(cli, monkeypatch):
         ("http://one:8000", "http://one:8000/v1", 8000),
         ("https://one/api/v1/", "https://one/api/v1", 443),
         ("http://[::1]", "http://[::1]/v1", 80),
+        ("http://one/v2/", "http://one/v2", 80),
+        ("https://one/api/paas/v4", "https://one/api/paas/v4", 443),
+        ("https://one/openai/v1", "https://one/openai/v1", 443),
+        ("https://one/v1beta/openai", "https://one/v1beta/openai", 443),
+        ("https://one/serving/vllm", "https://one/serving/vllm/v1", 443),
+        ("http://one/v1/chat/completions", "http://one/v1", 80),
+        ("http://one/v1/completions/", "http://one/v1", 80),
+        ("http://one/proxy/completions", "http://one/proxy", 80),
+        ("http://one/v1/models", "http://one/v1", 80),
     ],
 )
 def test_addresses(url, shown, port):
@@ -512,7 +761,7 @@ def test_a_bug_in_the_warm_up_is_not_dressed_up_as_an_error(stub, cli, monkeypat
     async def broken(*_: object) -> Answer:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(serve, "generate", broken)
+    monkeypatch.setattr(dialect, "generate", broken)
     with pytest.raises(ZeroDivisionError):
         cli(*words(stub.url("plain"), "--num-warmups", 1))
 

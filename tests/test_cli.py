@@ -1,19 +1,26 @@
 """The command line itself: help, exit codes, what goes to stdout and what to stderr, how options are read."""
 
 import errno
+import fcntl
 import json
 import os
+import pty
 import re
+import shlex
+import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
+from contextlib import suppress
 from pathlib import Path
 
 import click
 import pytest
 
 from marlin_convert import quantize, recipe
-from marlin_convert.cli import main, parse_size, pick_device
+from marlin_convert.cli import going_on, main, parse_size, pick_device
 from marlin_convert.errors import ConvertError
 
 COMMANDS = sorted(main.commands)
@@ -179,28 +186,186 @@ def test_a_difference_that_verify_finds_is_3(cli, tinypy, tmp_path):
     assert "model.safetensors" in result.stdout
 
 
-def test_ctrl_c_is_130(tinypy, tmp_path):
-    """A real SIGINT in the middle of the work: no traceback, no output, the finished blocks kept."""
-    out = tmp_path / "out"
+@pytest.mark.parametrize(
+    ("number", "interrupts", "status"),
+    [
+        (signal.SIGINT, signal.SIG_DFL, 130),
+        (signal.SIGTERM, signal.SIG_IGN, 143),  # as a shell starts what is to run in the background
+        (signal.SIGHUP, signal.SIG_DFL, 129),
+    ],
+)
+def test_what_is_interrupted_goes_on_as_it_says(number, interrupts, status, cli, tinypy, tmp_path):
+    """A real signal: no traceback, no output, the finished blocks kept, and the command that goes on."""
+    out = tmp_path / "a name"
     words = ["quantize", str(tinypy), "-o", str(out), "--samples", "4", "--sequence-length", "128"]
     with subprocess.Popen(
         [sys.executable, "-m", "marlin_convert", *words],
         stderr=subprocess.PIPE,
         text=True,
         # tests that run in the background inherit a SIGINT that is ignored
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, interrupts),
     ) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if line.startswith("block 1 of 4"):
-                process.send_signal(signal.SIGINT)
+                process.send_signal(number)
                 break
         rest = process.stderr.read()
-    assert process.returncode == 130
+    assert process.returncode == status
     assert "Interrupted." in rest
     assert "Traceback" not in rest
     assert not out.exists()
-    assert (tmp_path / "out.partial").exists()
+    assert (tmp_path / "a name.partial").exists()
+    told = re.search("^Hint: go on with: marlin-convert (.*)$", rest, re.MULTILINE)
+    assert told and "--resume" in told[1]
+    again = cli(*shlex.split(told[1]))
+    assert again.exit_code == 0 and "resuming at block" in again.stderr
+
+
+def test_how_an_interrupted_command_goes_on():
+    assert going_on(["quantize", "a b", "-o", "c"]) == (
+        "go on with: marlin-convert quantize --resume 'a b' -o c"
+    )
+    assert going_on(["sparsify", "--resume", "a"]) == "go on with: marlin-convert sparsify --resume a"
+    assert "run the same command again" in (going_on(["push", "a", "b/c"]) or "")
+    assert going_on(["verify", "a"]) is None and going_on([]) is None
+
+
+def test_a_second_sigterm_does_not_cut_the_cleaning_up_short():
+    """Whoever ends a process may do it twice; nohup has SIGHUP ignored, and so it stays."""
+    code = """
+import os, signal, sys
+from marlin_convert.terminal import Ending
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+with Ending() as ending:
+    os.kill(os.getpid(), signal.SIGHUP)
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    except KeyboardInterrupt:
+        os.kill(os.getpid(), signal.SIGTERM)
+        print("cleaned up")
+        sys.exit(ending.status)
+"""
+    done = python("-c", code)
+    assert (done.stdout, done.returncode) == ("cleaned up\n", 143), done.stderr
+
+
+def test_a_terminal_that_is_closed_ends_the_run(tinypy, tmp_path):
+    """SIGHUP comes, and what is written to the terminal from then on fails."""
+    sizes = ("--samples", "16", "--sequence-length", "256")
+    words = [
+        sys.executable,
+        "-m",
+        "marlin_convert",
+        "quantize",
+        str(tinypy),
+        "-o",
+        str(tmp_path / "out"),
+        *sizes,
+    ]
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execv(sys.executable, words)
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    shown = b""
+    while b"1/4" not in shown:
+        shown += os.read(terminal, 1 << 16)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 129
+    assert (tmp_path / "out.partial" / "progress.json").exists()
+
+
+# Every option and argument that may be a path, in whatever command.
+PLACES = {
+    "model", "checkpoint", "source", "baseline", "output", "report", "recipe", "calibration", "text",
+    "tokenizer", "prompts",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", ALL, ids=" ".join)
+def test_a_tilde_that_no_shell_has_seen_is_the_home_directory(words, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x").write_text("")
+    command = ALL[words]
+    with click.Context(command) as context:
+        for one in command.params:
+            of_a_server = words == ("bench", "serve") and one.name == "model"
+            if one.name in PLACES and not of_a_server:
+                assert str(one.type.convert("~/x", one, context)) == str(tmp_path / "x"), one.name
+            else:
+                assert not isinstance(one.type, click.Path), one.name
+
+
+def test_a_tilde_in_a_recipe_is_the_home_directory(cli, tinypy, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("def f(x):\n    return x + 1\n" * 200)
+    (tmp_path / "mine.yaml").write_text(
+        "calibration: ~/text.txt\nsamples: 4\nsequence_length: 64\nsweeps: 0\n"
+    )
+    done = cli("quantize", tinypy, "--output=~/out", "--recipe=~/mine.yaml", "-q")
+    assert done.exit_code == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"text.txt", "mine.yaml", "out"}
+    assert (
+        json.loads((tmp_path / "out" / "marlin_convert.json").read_text())["calibration"]["text"]
+        == "text.txt"
+    )
+
+
+def test_names_that_the_terminal_has_no_letters_for(quantized, tinypy, tmp_path):
+    """The terminal's encoding is latin-1, the name is Chinese, or the locale says that all is ASCII."""
+    named = tmp_path / "modèle 模型"
+    shutil.copytree(quantized("marlin"), named)
+    latin = subprocess.run(
+        [sys.executable, "-m", "marlin_convert", "inspect", str(named)],
+        capture_output=True, encoding="latin-1", env={**os.environ, "PYTHONIOENCODING": "latin-1"},
+    )  # fmt: skip
+    assert latin.returncode == 0, latin.stderr
+    assert latin.stdout.startswith(r"modèle \u6a21\u578b: llama")
+    ascii_only = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    for words in (("verify", "-q"), ("inspect", "--json")):
+        done = python("-m", "marlin_convert", words[0], str(named), words[1], **ascii_only)
+        assert done.returncode == 0, done.stderr
+    # the report of verify names the directory as its bytes mean it, and can be read anywhere
+    assert json.loads((named / "marlin_convert_verify.json").read_text())["checkpoint"] == "modèle 模型"
+    assert json.loads(done.stdout)["verified"]["passed"]
+    text = tmp_path / "tëxt.txt"
+    text.write_text("def f(x):\n    return x + 1\n" * 200)
+    sizes = ("--samples", "4", "--sequence-length", "64", "--recipe", "w4a16-quick", "-q")
+    words = ("quantize", str(tinypy), "-o", str(tmp_path / "oût"), "--calibration", str(text), *sizes)
+    done = python("-m", "marlin_convert", *words, **ascii_only)
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads((tmp_path / "oût" / "marlin_convert.json").read_text())
+    assert manifest["calibration"]["text"] == "tëxt.txt"
+
+
+def test_log_lines_stand_above_the_bar(tinypy, tmp_path):
+    """On a terminal, where each line begins at the left and the bar is below it."""
+    ours, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    sizes = ("--samples", "4", "--sequence-length", "64", "--recipe", "w4a16-quick", "-v")
+    words = [
+        sys.executable,
+        "-m",
+        "marlin_convert",
+        "quantize",
+        str(tinypy),
+        "-o",
+        str(tmp_path / "out"),
+        *sizes,
+    ]
+    shown = b""
+    with subprocess.Popen(words, stdin=its, stdout=its, stderr=its) as process:
+        os.close(its)
+        with suppress(OSError):  # EIO, when the other side is closed
+            while part := os.read(ours, 1 << 16):
+                shown += part
+    os.close(ours)
+    assert process.returncode == 0
+    lines = re.split("[\r\n]+", shown.decode())
+    errors = [line for line in lines if "relative output error" in line]
+    assert len(errors) == 28 and all(line.startswith("model.layers.") for line in errors), errors
+    assert any("4/4" in line for line in lines)
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(cli, tinypy, tmp_path):

@@ -4,12 +4,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import tiny_models
-from fake_hub import Hub, fake_hub
+from fake_hub import Fault, Hub, fake_hub
 
 from marlin_convert.errors import SourceError
 from marlin_convert.hub import Source, resolve
@@ -19,7 +20,7 @@ RESOLVE = """
 import json, sys
 from marlin_convert.calibration import calibrate
 from marlin_convert.errors import ConvertError
-from marlin_convert.hub import resolve
+from marlin_convert.hub import hub_errors, resolve
 for words in json.load(sys.stdin):
     try:
         if words[0] == "text":
@@ -27,6 +28,10 @@ for words in json.load(sys.stdin):
             tokenizer = AutoTokenizer.from_pretrained(words[2])
             found = calibrate(tokenizer, words[1], samples=2, length=16, seed=0)
             answer = {"digest": found.digest, "source": found.source}
+        elif words[0] == "info":
+            from huggingface_hub import HfApi
+            with hub_errors(words[1]):
+                HfApi().model_info(words[1])
         else:
             found = resolve(words[1], words[2], code=words[3])
             answer = {
@@ -38,6 +43,9 @@ for words in json.load(sys.stdin):
         answer = {"error": str(error), "hint": error.hint}
     print(json.dumps(answer))
 """
+
+
+STATUSES = (400, 401, 402, 403, 404, 409, 413, 422, 429, 500)
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +106,15 @@ def answers(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dic
     hub.add("org/model", model)
     hub.add("org/gated", model).refusal = 403, "GatedRepo"
     hub.add("org/broken", model).refusal = 500, "Broken"
+    for status in STATUSES:  # of 429 and above the client asks again and again, with pauses
+        refusing = hub.add(f"org/s{status}", model)
+        refusing.refusal, refusing.sentence = (status, ""), f"you (hf_secret) may not: rule {status}."
+    empty = tmp_path_factory.mktemp("empty")
+    (empty / ".gitattributes").write_text("")
+    hub.add("org/empty", empty)
+    for name in ("a.gguf", "b.gguf", "c.gguf", "README.md"):
+        (empty / name).write_text(name)
+    hub.add("org/others", empty)
     texts = tmp_path_factory.mktemp("texts")
     (texts / "data").mkdir()
     for split in ("train", "test"):
@@ -114,6 +131,12 @@ def answers(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dic
         "gated": ["model", "org/gated", None, False],
         "missing": ["model", "org/nothing", None, False],
         "broken": ["model", "org/broken", None, False],
+        "empty": ["model", "org/empty", None, False],
+        "others": ["model", "org/others", None, False],
+        **{f"info {status}": ["info", f"org/s{status}"] for status in STATUSES},
+        **{
+            f"model {status}": ["model", f"org/s{status}", None, False] for status in STATUSES if status < 429
+        },
         "text": ["text", "hf:org/texts", str(model)],
         "text again": ["text", "hf:org/texts:train", str(model)],
         "other split": ["text", "hf:org/texts:test", str(model)],
@@ -156,7 +179,17 @@ def test_what_the_cache_holds_needs_no_network(answers: dict[str, dict], hub: Hu
         ("gated", "'org/gated' is gated and this token has no access", "hf auth login"),
         ("missing", "no Hub repository 'org/nothing'", "HF_TOKEN"),
         ("revision", "'org/model' has no such revision", "branch"),
-        ("broken", "the Hub did not give it", "network"),
+        (
+            "broken",
+            "is not in the local cache, and the Hub answered 500 for 'org/broken': no.",
+            "again later",
+        ),
+        ("empty", "'org/empty' is empty: nothing has been pushed to it", "--revision"),
+        (
+            "others",
+            "has no config.json: it holds 4 other files, README.md, a.gguf, b.gguf, ...",
+            "--revision",
+        ),
         ("offline", "'org/other' is not in the local cache", "HF_HUB_OFFLINE"),
         ("unreachable", "'org/other' is not in the local cache", "network"),
         ("no dataset", "no Hub repository 'org/none'", "HF_TOKEN"),
@@ -169,9 +202,44 @@ def test_what_cannot_be_had(name: str, said: str, hint: str, answers: dict[str, 
     assert "hf_secret" not in json.dumps(answers[name])
 
 
+@pytest.mark.parametrize("status", STATUSES)
+def test_the_hubs_own_sentence_is_shown(status: int, answers: dict[str, dict]) -> None:
+    """Whatever it answers, without the token that it repeats, and with a hint of ours."""
+    for asked in ("info", "model") if status < 429 else ("info",):
+        answer = answers[f"{asked} {status}"]
+        assert f"you (***) may not: rule {status}." in answer["error"]
+        assert "hf_secret" not in json.dumps(answer)
+        assert answer["hint"] and "uploaded" not in answer["hint"]
+
+
 def test_a_text_of_the_hub(answers: dict[str, dict]) -> None:
     assert answers["text"]["digest"] == answers["text again"]["digest"] != answers["other split"]["digest"]
     assert answers["text"]["source"] == "hf:org/texts"
+
+
+def test_whoever_ends_a_download_does_not_wait_for_it(hub: Hub, tinypy: Path, tmp_path: Path) -> None:
+    """Several files at a time, in threads of the client: of a large model that would be hours."""
+    hub.add("org/large", tinypy)
+    hub.delay, hub.fault = 20, Fault("delay", "resolve", -1)
+    before = hub.endpoints.count("resolve")
+    command = [sys.executable, "-m", "marlin_convert", "quantize", "org/large", "-o", str(tmp_path / "out")]
+    environ = environment(hub, tmp_path / "home", HF_HUB_DISABLE_PROGRESS_BARS="1")
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environ) as process:
+        hub.fault.times = 0  # config.json comes at once, the others do not
+        while hub.endpoints.count("resolve") == before:
+            assert process.poll() is None
+            time.sleep(0.001)
+        hub.fault.times = -1
+        while hub.endpoints.count("resolve") < before + 3:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.terminate()
+        start = time.monotonic()
+        assert process.stderr is not None
+        said = process.stderr.read()
+    hub.fault = None
+    assert time.monotonic() - start < 5
+    assert process.returncode == 143 and "--resume org/large" in said, said
 
 
 def test_a_model_of_the_hub_is_quantized(

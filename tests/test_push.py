@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from fake_hub import LFS, Commit, Fault, Hub, Repository, User, fake_hub
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.manifest import MANIFEST, VERIFIED
 from marlin_convert.checkpoint.reader import Checkpoint
+from marlin_convert.release import PIECE, SMALL
 
 TOKEN = "hf_secret"
 REPO = "alice/tiny-marlin"
@@ -262,6 +264,10 @@ UNVERIFIED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda path: edit(path / VERIFIED, lambda report: report.update(passed=False)),
         "did not pass",
     ),
+    "not all that is needed": (
+        lambda path: edit(path / VERIFIED, lambda report: report.update(verified=False)),
+        "did not pass",
+    ),
     "no report": (lambda path: (path / VERIFIED).write_text("[1]"), "is no report of verify"),
 }
 
@@ -341,6 +347,18 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
         "'NOTICE' holds your Hub token",
     ),
 }
+
+
+def test_a_token_in_a_large_file_is_found_wherever_it_is(hub: Hub, push: Push, checkpoint: Path) -> None:
+    """The first half of it is the end of a piece that is read, in a file that is not kept in memory."""
+    content = b"x" * (SMALL + PIECE - SMALL % PIECE)
+    half = len(TOKEN) // 2
+    content = content[:-half] + TOKEN.encode() + b"x" * PIECE
+    (checkpoint / "merges.txt").write_bytes(content)
+    list_file(checkpoint, "merges.txt", content)
+    done = push(checkpoint, REPO)
+    assert done.returncode == 1 and "'merges.txt' holds your Hub token" in done.stderr, done.stderr
+    assert not hub.requests
 
 
 @pytest.mark.parametrize("case", HOSTILE)
@@ -445,6 +463,18 @@ def test_what_the_hub_refuses(case: str, hub: Hub, push: Push, checkpoint: Path)
     assert all(
         set(one.files) == {".gitattributes"} for name, one in hub.repositories.items() if name not in before
     )
+
+
+@pytest.mark.parametrize(
+    ("status", "hint"), [(400, "mend what"), (403, "write access"), (413, "--max-shard-size")]
+)
+def test_what_the_hub_says_is_shown(status: int, hint: str, hub: Hub, push: Push, checkpoint: Path) -> None:
+    """With a hint of ours, and without the token, which the Hub repeats here."""
+    hub.fault = Fault(str(status), "commit", -1, f"Rule {status} is broken by {TOKEN}, see the page")
+    done = push(checkpoint, REPO)
+    assert done.returncode == 1
+    assert f"answered {status} for {REPO!r}: Rule {status} is broken by ***, see the page." in done.stderr
+    assert re.search(f"^Hint: .*{hint}", done.stderr, re.MULTILINE)
 
 
 def test_an_unreachable_hub(push: Push, checkpoint: Path) -> None:
@@ -590,6 +620,49 @@ def test_large_files_go_up_in_parts(hub: Hub, push: Push, checkpoint: Path) -> N
     assert push(checkpoint, REPO).returncode == 0
     assert hub.endpoints.count("lfs part") == 4 and hub.endpoints.count("lfs complete") == 1
     assert published(hub.repositories[REPO]) == on_disk(checkpoint)
+
+
+def test_ended_by_sigterm_it_leaves_no_repack_behind(hub: Hub, checkpoint: Path, tmp_path: Path) -> None:
+    """What --also repacks is in the temporary directory: of a large model, hundreds of gigabytes."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    words = command("push", checkpoint, REPO, "--also", "gptq", "--dry-run")
+    with subprocess.Popen(
+        words, stderr=subprocess.PIPE, text=True, env=environment(hub, tmp_path, TMPDIR=str(scratch))
+    ) as process:
+        while not list(scratch.rglob("*.safetensors")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        assert process.stderr is not None
+        said = process.stderr.read()
+    assert process.returncode == 143 and "Hint: run the same command again" in said, said
+    assert not list(scratch.glob("marlin-convert-*"))
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_whoever_ends_it_does_not_wait_for_what_is_being_uploaded(
+    number: int, status: int, hub: Hub, quantized: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Several files at a time, in threads of the client: of a large model that would be hours."""
+    shards = tmp_path / "shards"
+    words = command("quantize", quantized("marlin"), "-o", shards, "--max-shard-size", "600KB", "-q")
+    subprocess.run([*words, "--format", "marlin"], check=True)
+    hub.delay_put = 2
+    words = command("push", shards, REPO, "--allow-unverified")
+    with subprocess.Popen(
+        words, stderr=subprocess.PIPE, text=True, env=environment(hub, tmp_path),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:  # fmt: skip
+        while hub.endpoints.count("lfs put") < 3:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(number)
+        start = time.monotonic()
+        assert process.stderr is not None
+        said = process.stderr.read()
+    assert time.monotonic() - start < 5, "a file takes twenty seconds"
+    assert process.returncode == status and "Interrupted." in said and "Traceback" not in said, said
 
 
 def test_killed_while_uploading_it_goes_on_where_it_was(

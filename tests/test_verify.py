@@ -44,6 +44,7 @@ def report(cli) -> Callable[..., dict]:
         result = cli("verify", directory, "--json", "-q", *words)
         report = json.loads(result.stdout)
         assert result.exit_code == (3 if "fail" in statuses(report).values() else 0)
+        assert report["passed"] is (result.exit_code == 0)
         return report
 
     return run
@@ -231,7 +232,7 @@ def test_a_missing_tensor(format, kind, copy, report):
         "codes": f"{Q}.{CODES[format]}",
     }[kind]
     found = report(damage(copy(format), lambda tensors: tensors.pop(name)))
-    assert not found["passed"]
+    assert not found["passed"] and not found["verified"]
     fails(found, "layout" if kind == "scales" else "files", name.rpartition(".")[0])
 
 
@@ -407,11 +408,21 @@ def test_what_engines_fuse_is_in_one_layout(pruned, report):
 
 def test_a_sparse_checkpoint_is_verified_with_its_sparsity(copy, report):
     directory = copy("marlin-24")
-    assert not report(directory, "--checks", "files,layout,numbers")["passed"]
+    assert not report(directory, "--checks", "files,layout,numbers")["verified"]
     assert not (directory / VERIFIED).exists()
-    assert report(directory, "--checks", "files,layout,sparsity,numbers")["passed"]
+    assert report(directory, "--checks", "files,layout,sparsity,numbers")["verified"]
     assert (directory / VERIFIED).exists()
-    assert report(copy("gptq"), "--checks", "files,layout,numbers")["passed"]
+    assert report(copy("gptq"), "--checks", "files,layout,numbers")["verified"]
+
+
+def test_what_was_asked_for_passed_though_it_is_no_whole_verification(copy, report, cli):
+    """`passed` is 0 as an exit status; `verified` says whether the checkpoint may be pushed."""
+    directory = copy("marlin")
+    found = report(directory, "--checks", "files")
+    assert (found["passed"], found["verified"]) == (True, False)
+    assert not (directory / VERIFIED).exists()
+    in_vain = cli("verify", directory, "--checks", "files", "--require-kernel", "--json", "-q")
+    assert in_vain.exit_code == 1 and json.loads(in_vain.stdout)["passed"] is False
 
 
 @pytest.mark.parametrize("claim", [[], {"a": 1}, "2:4 ", 3])

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+from marlin_convert.bench.dialect import INSTEAD
+from marlin_convert.bench.events import Answer, Failed
 from marlin_convert.bench.measurements import table
 from marlin_convert.bench.prompts import Prompts
-from marlin_convert.bench.stream import Answer, Failed
 from marlin_convert.errors import printable
 
 TIMES = {
@@ -36,6 +37,7 @@ class Served:
 
     start, duration  of the run, on the clock of time.perf_counter and in seconds
     busy             the share of one processor that the client took
+    refused          the fields of requests that it does not take, and what it said of them
     """
 
     url: str
@@ -44,6 +46,7 @@ class Served:
     start: float = 0
     duration: float = 0
     busy: float = 0
+    refused: dict[str, str] = field(default_factory=dict)
     answers: dict[int, Answer] = field(default_factory=dict)
     failures: dict[int, Failed] = field(default_factory=dict)
 
@@ -60,13 +63,28 @@ class Served:
 
     @property
     def uncounted(self) -> int:
-        """Answers without the server's count of tokens."""
-        return sum(answer.usage is None for answer in self.answers.values())
+        """Answers without the server's count of their tokens."""
+        return sum(answer.completion_tokens is None for answer in self.answers.values())
+
+    @property
+    def uncounted_prompts(self) -> int:
+        """Answers without the server's count of the tokens of their prompts."""
+        return sum(answer.prompt_tokens is None for answer in self.answers.values())
+
+    def of_other_length(self, number: int) -> list[int]:
+        """The lengths, in order, of the answers that have another number of tokens than they should."""
+        answers = self.answers.values()
+        return sorted(one.output_tokens for one in answers if not one.has_tokens(number))
+
+    @property
+    def hints(self) -> list[str]:
+        """What to do about the failures, each once."""
+        return list(dict.fromkeys(failed.hint for failed in self.failures.values() if failed.hint))
 
     def input_tokens(self, number: int) -> int:
         """Of a request that was answered: as the server counts, else as the prompt was made."""
-        usage = self.answers[number].usage
-        return usage[0] if usage else self.prompts.tokens[number]
+        counted = self.answers[number].prompt_tokens
+        return self.prompts.tokens[number] if counted is None else counted
 
 
 @dataclass(frozen=True)
@@ -195,6 +213,9 @@ def _served_json(load: Load, served: Served, details: bool) -> dict[str, Any]:
         "seed": load.seed,
         "output_len": load.output_tokens,
         "without_usage": served.uncounted,
+        "without_prompt_tokens": served.uncounted_prompts,
+        "of_other_length": len(served.of_other_length(load.output_tokens)),
+        "refused_fields": served.refused,
         "client_busy": served.busy,
         "failures": [
             {"reason": reason, "requests": numbers, "detail": detail}
@@ -236,7 +257,7 @@ def text(report: Report) -> str:
     for served in report.servers:
         total = len(served.prompts.texts)
         done = f"{len(served.answers)} of {total} requests completed in {served.duration:.1f} s"
-        lines += [f"{served.url}: {served.model}, {done}", *_remarks(served)]
+        lines += [f"{served.url}: {served.model}, {done}", *_remarks(served, load)]
     return "\n".join(
         printable(line)
         for line in [
@@ -249,8 +270,11 @@ def text(report: Report) -> str:
     )
 
 
-def _remarks(served: Served) -> list[str]:
+def _remarks(served: Served, load: Load) -> list[str]:
     lines = []
+    for name, said in served.refused.items():
+        instead = f"{INSTEAD[name]} is sent in its place" if INSTEAD[name] else "it is left out"
+        lines.append(f"  it does not take {name}, {instead}: {said}")
     for reason, (numbers, detail) in by_reason(served.failures).items():
         named = ", ".join(map(str, numbers[:10])) + (", ..." if len(numbers) > 10 else "")
         lines.append(
@@ -259,6 +283,16 @@ def _remarks(served: Served) -> list[str]:
     if served.uncounted:
         lines.append(
             f"  {served.uncounted} answers came without usage: their tokens are the chunks with text"
+        )
+    if served.uncounted_prompts > served.uncounted:
+        lines.append(
+            f"  {served.uncounted_prompts} answers came without prompt_tokens: those are as prompts were made"
+        )
+    if lengths := served.of_other_length(load.output_tokens):
+        least, most = lengths[0], lengths[-1]
+        lines.append(
+            f"  {len(lengths)} answers have not the {load.output_tokens} tokens that were asked for, but "
+            + (f"{least} to {most}" if least < most else f"{most}")
         )
     if served.busy > BUSY:
         lines.append(f"  the client took {served.busy:.0%} of a processor: its own work is in these times")

@@ -19,10 +19,12 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
+from marlin_convert.bench.dialect import Dialect
+from marlin_convert.bench.events import Answer, Failed
 from marlin_convert.bench.kernel import results
 from marlin_convert.bench.latencies import Load, Report, Served, as_json
 from marlin_convert.bench.prompts import Prompts, lines_of, load_tokenizer, random_prompts, random_words
-from marlin_convert.bench.stream import Asked, Failed, Server, first_model, generate
+from marlin_convert.bench.stream import Asked, Server, first_model
 from marlin_convert.errors import ConvertError, SourceError
 
 log = logging.getLogger("marlin_convert")
@@ -68,16 +70,17 @@ def run(job: Job, progress: Progress) -> Report:
     with results(job.output, job.overwrite) if job.output else nullcontext() as directory:
         models = _models(job)
         prompts = _prompts(job, models[0])
-        for server, model in zip(job.servers, models, strict=True):
-            _warm_up(job, server, _requests(job, model, prompts)[job.number :])
+        dialects = [Dialect(server) for server in job.servers]
+        for dialect, model in zip(dialects, models, strict=True):
+            _warm_up(job, dialect, _requests(job, model, prompts)[job.number :])
         prompts = replace(prompts, texts=prompts.texts[: job.number], tokens=prompts.tokens[: job.number])
         report = Report(job.load, [])
         try:
-            for server, model in zip(job.servers, models, strict=True):
-                served = Served(server.url, model, prompts)
+            for dialect, model in zip(dialects, models, strict=True):
+                served = Served(dialect.server.url, model, prompts, refused=dialect.refused)
                 report.servers.append(served)
-                log.info("measuring %s: %d requests to %s", server.url, job.number, model)
-                _measure(job, server, _requests(job, model, prompts), served, progress)
+                log.info("measuring %s: %d requests to %s", served.url, job.number, model)
+                _measure(job, dialect, _requests(job, model, prompts), served, progress)
         except KeyboardInterrupt:
             report.interrupted = True
         if directory:
@@ -92,7 +95,9 @@ def _models(job: Job) -> list[str]:
             models.append(asyncio.run(first_model(server, job.timeout)))
         except Failed as failed:
             raise ConvertError(
-                f"{server.url} does not say its model: {failed}.", "check the address, or name it: --model."
+                f"{server.url} does not say its model: {failed}.",
+                failed.hint
+                or "check the address, of which the whole endpoint can be given; or name it: --model.",
             ) from failed
     return models
 
@@ -128,40 +133,47 @@ def _requests(job: Job, model: str, prompts: Prompts) -> list[Asked]:
         else:
             body |= {"prompt": text, "max_tokens": job.load.output_tokens}
         path = "/chat/completions" if job.load.chat else "/completions"
-        asked.append(Asked(path, json.dumps(body).encode()))
+        asked.append(Asked(path, body))
     return asked
 
 
-def _warm_up(job: Job, server: Server, requests: list[Asked]) -> None:
-    """Send requests, all at once; ConvertError if none is answered."""
+def _warm_up(job: Job, dialect: Dialect, requests: list[Asked]) -> None:
+    """Send requests, all at once, and see what the server takes; ConvertError if none is answered."""
 
-    async def send() -> list[object]:
+    async def send() -> list[Answer | BaseException]:
         limit = asyncio.Semaphore(job.load.concurrency or len(requests))
 
-        async def one(asked: Asked) -> None:
+        async def one(asked: Asked) -> Answer:
             async with limit:
-                await generate(server, asked, job.timeout)
+                return await dialect.ask(asked, job.timeout)
 
         return await asyncio.gather(*map(one, requests), return_exceptions=True)
 
     if not requests:
         return
-    log.info("warming up %s: %d requests", server.url, len(requests))
-    failures = [one for one in asyncio.run(send()) if isinstance(one, BaseException)]
-    for error in failures:
-        if not isinstance(error, Failed):
-            raise error
+    url, length = dialect.server.url, job.load.output_tokens
+    log.info("warming up %s: %d requests", url, len(requests))
+    found = asyncio.run(send())
+    for one in found:
+        if isinstance(one, BaseException) and not isinstance(one, Failed):
+            raise one
+    failures = [one for one in found if isinstance(one, Failed)]
     if len(failures) == len(requests):
         raise ConvertError(
-            f"{server.url} answered no request of the warm-up: {failures[0]}.",
-            "check the address, --model and OPENAI_API_KEY; a server that knows only OpenAI's own fields "
+            f"{url} answered no request of the warm-up: {failures[0]}.",
+            failures[0].hint
+            or "check the address, --model and OPENAI_API_KEY; a server that knows only OpenAI's own fields "
             "needs --no-ignore-eos.",
         )
+    ignored = [one for one in found if isinstance(one, Answer) and one.ignores_limit(length)]
+    if job.load.chat and ignored:  # it may know the older name of the limit alone
+        came = ignored[0].output_tokens
+        dialect.refuse("max_completion_tokens", f"asked for {length}, it gave {came} tokens")
     if failures:
         log.warning("%d of %d requests of the warm-up failed: %s", len(failures), len(requests), failures[0])
 
 
-def _measure(job: Job, server: Server, requests: list[Asked], served: Served, progress: Progress) -> None:
+def _measure(job: Job, dialect: Dialect, requests: list[Asked], served: Served, progress: Progress) -> None:
     """Send each request at its time; answers and failures are in `served` as soon as they are there."""
 
     async def send() -> None:
@@ -172,7 +184,7 @@ def _measure(job: Job, server: Server, requests: list[Asked], served: Served, pr
             await asyncio.sleep(served.start + wait - time.perf_counter())
             async with limit:
                 try:
-                    served.answers[number] = await generate(server, requests[number], job.timeout)
+                    served.answers[number] = await dialect.ask(requests[number], job.timeout)
                 except Failed as failed:
                     log.debug("request %d: %s", number, failed)
                     served.failures[number] = failed

@@ -5,39 +5,42 @@ twice the time for every chunk, and the client's time is in what is measured.
 """
 
 import asyncio
+import errno
 import json
+import re
 import ssl
 import textwrap
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
 from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
 import h11
 
+from marlin_convert.bench.events import LONGEST, Answer, Failed, Listener, Refused, sentence
 from marlin_convert.errors import printable
 
 READ = 1 << 16
-# What an event, the list of models or the part of a refusal that is looked at may have at most, in bytes.
-LONGEST = 1 << 20
 
+# What may stand at the end of an address that is a whole endpoint, and whether chats are asked for there.
+ENDPOINTS = {"/chat/completions": True, "/completions": False, "/models": None}
+_VERSION = re.compile(r"v\d+(alpha|beta)?\d*")
 
-class Failed(Exception):
-    """Why a request did not complete: `reason` is what it is counted by, `detail` is of this one."""
-
-    def __init__(self, reason: str, detail: str = ""):
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason = reason
-        self.detail = detail
+_CERTIFICATE_HINT = (
+    "if it is to be trusted, set SSL_CERT_FILE to a PEM file with the certificate that signed its own."
+)
+_FILES_HINT = "let this machine open more files with 'ulimit -n', or send fewer at a time: --max-concurrency."
 
 
 @dataclass(frozen=True)
 class Server:
-    """A server's address, split; `prefix` ends in /v1. The key goes with every request, and nowhere else."""
+    """A server's address, split; requests go to paths under `prefix`, which mostly ends in /v1.
+
+    The key goes with every request, and nowhere else. `chat` is what the address says of the endpoint, if it
+    names one.
+    """
 
     tls: bool
     host: str
@@ -45,10 +48,14 @@ class Server:
     name: str
     prefix: str
     key: str | None = field(default=None, repr=False)
+    chat: bool | None = None
 
     @classmethod
     def at(cls, url: str, key: str | None = None) -> "Server":
-        """The server of an address with or without /v1; ValueError says what is wrong with it, or the key."""
+        """The server of an address; ValueError says what is wrong with it, or the key.
+
+        /v1 is put behind it unless it names a version already, as /api/v3 does, or ends in an endpoint.
+        """
         if not url.isascii() or not url.isprintable() or " " in url:
             raise ValueError("has characters that no address has")
         try:
@@ -65,13 +72,17 @@ class Server:
         if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
             raise ValueError("cannot be asked: OPENAI_API_KEY has characters that no key has")
         tls = parts.scheme == "https"
-        prefix = parts.path.rstrip("/")
-        prefix += "" if prefix.endswith("/v1") else "/v1"
-        return cls(tls, parts.hostname, port or (443 if tls else 80), parts.netloc, prefix, key or None)
+        prefix, chat = parts.path.rstrip("/"), None
+        endpoint = next((one for one in ENDPOINTS if prefix.endswith(one)), None)
+        if endpoint is not None:
+            prefix, chat = prefix.removesuffix(endpoint), ENDPOINTS[endpoint]
+        elif not any(map(_VERSION.fullmatch, prefix.split("/"))):
+            prefix += "/v1"
+        return cls(tls, parts.hostname, port or (443 if tls else 80), parts.netloc, prefix, key or None, chat)
 
     @property
     def url(self) -> str:
-        """The address, with /v1."""
+        """The address that the paths of requests are put behind."""
         return f"http{'s' if self.tls else ''}://{self.name}{self.prefix}"
 
     @cached_property
@@ -80,8 +91,8 @@ class Server:
         return ssl.create_default_context() if self.tls else None
 
     def excerpt(self, body: bytes) -> str:
-        """The beginning of what the server says, in one line, and never the key that it may repeat."""
-        text = body.decode("utf-8", "replace")
+        """The sentence of what the server says, in one line, and never the key that it may repeat."""
+        text = sentence(body)
         if self.key:
             text = text.replace(self.key, "***")
         return printable(textwrap.shorten(text, 200))
@@ -89,49 +100,10 @@ class Server:
 
 @dataclass(frozen=True)
 class Asked:
-    """One request: the path under /v1, and the JSON to post."""
+    """One request: the path under the server's prefix, and the fields of the JSON to post."""
 
     path: str
-    body: bytes
-
-
-@dataclass
-class Answer:
-    """What came back: `start` on the clock of time.perf_counter, arrivals of the chunks in seconds after it.
-
-    A chunk is an event with a choice, whatever its text. `usage` is the server's count of tokens, in and out;
-    `texts` are the chunks with text, which stand for tokens where there is no usage.
-    """
-
-    start: float
-    arrivals: list[float] = field(default_factory=list)
-    usage: tuple[int, int] | None = None
-    texts: int = 0
-
-    @property
-    def ttft(self) -> float:
-        """Seconds to the first chunk."""
-        return self.arrivals[0]
-
-    @property
-    def latency(self) -> float:
-        """Seconds to the last chunk."""
-        return self.arrivals[-1]
-
-    @property
-    def itls(self) -> list[float]:
-        """Seconds between one chunk and the next."""
-        return [after - before for before, after in pairwise(self.arrivals)]
-
-    @property
-    def output_tokens(self) -> int:
-        """As the server counts them, else the chunks with text."""
-        return self.usage[1] if self.usage else self.texts
-
-    @property
-    def tpot(self) -> float | None:
-        """Seconds a token after the first; None where there is no second."""
-        return (self.latency - self.ttft) / (self.output_tokens - 1) if self.output_tokens > 1 else None
+    fields: dict[str, object]
 
 
 class Connection:
@@ -148,7 +120,7 @@ class Connection:
                 server.host, server.port, ssl=server.context
             )
         except OSError as error:
-            raise Failed("cannot connect", error.strerror or str(error)) from error
+            raise _unconnected(error) from error
         return self
 
     async def __aexit__(
@@ -179,7 +151,7 @@ class Connection:
         # a redirection is not followed: it may lead to another host, and the key would go there too
         where = dict(answer.headers).get(b"location") if answer.status_code // 100 == 3 else None
         detail = b"to " + where if where else await self.rest()
-        return Failed(f"answered {answer.status_code}", self._server.excerpt(detail))
+        return Refused(f"answered {answer.status_code}", self._server.excerpt(detail))
 
     async def part(self) -> bytes | None:
         """The next part of the body as soon as it is there; None at the end."""
@@ -208,16 +180,24 @@ class Connection:
         return event
 
 
+def _unconnected(error: OSError) -> Failed:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return Failed("has a certificate that is not trusted", error.verify_message, _CERTIFICATE_HINT)
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return Failed("not sent, for this machine has too many open files", hint=_FILES_HINT)
+    return Failed("cannot connect", error.strerror or str(error))
+
+
 async def generate(server: Server, asked: Asked, timeout: float) -> Answer:
     """Post a request that streams, and note when each chunk comes; Failed if it does not complete.
 
     The clock starts when the request is sent over a connection that is open.
     """
-    answer = Answer(0)
+    answer, body = Answer(0), json.dumps(asked.fields).encode()
     try:
         async with asyncio.timeout(timeout), Connection(server) as connection:
             answer.start = time.perf_counter()
-            await connection.ask("POST", asked.path, asked.body)
+            await connection.ask("POST", asked.path, body)
             await _listen(connection, server, answer)
     except TimeoutError as error:
         chunks = f"after {len(answer.arrivals)} chunks" if answer.arrivals else "without a chunk"
@@ -226,55 +206,18 @@ async def generate(server: Server, asked: Asked, timeout: float) -> Answer:
 
 
 async def _listen(connection: Connection, server: Server, answer: Answer) -> None:
-    lines = _Lines()
-    ended = False
-    while (part := await connection.part()) is not None:
-        now = time.perf_counter() - answer.start
-        for line in lines.of(part):
-            if not line.startswith(b"data:"):  # an empty line, a comment, or the name of an event
-                continue
-            data = line[5:].strip()
-            if data == b"[DONE]":
-                ended = True
-            elif not ended:
-                _note(server, answer, data, now)
-    if not ended:
-        raise Failed("ended without [DONE]", server.excerpt(lines.first))
-    if not answer.arrivals:
-        raise Failed("answered without a token")
-
-
-class _Lines:
-    """Puts lines together again, of which a part of the body may hold several, or a piece of one."""
-
-    def __init__(self) -> None:
-        self.first = b""
-        self._open = b""
-
-    def of(self, part: bytes) -> Iterator[bytes]:
-        """The lines that are complete with this part."""
-        self.first = self.first or part
-        *lines, self._open = (self._open + part).split(b"\n")
-        if len(self._open) > LONGEST:
-            raise Failed("sent an event that has no end")
-        yield from lines
-
-
-def _note(server: Server, answer: Answer, data: bytes, now: float) -> None:
-    """Put an event into the answer; Failed if it is an error, or no event."""
-    try:
-        event = json.loads(data)
-        choices, usage = event.get("choices"), event.get("usage")
-        if "error" in event:
-            raise Failed("answered an error in the stream", server.excerpt(data))
-        if choices:
-            answer.arrivals.append(now)
-            choice = choices[0]
-            answer.texts += bool((choice.get("delta") or {}).get("content") or choice.get("text"))
-        if usage:
-            answer.usage = int(usage["prompt_tokens"]), int(usage["completion_tokens"])
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-        raise Failed("sent what is no event", server.excerpt(data)) from error
+    listener = Listener(answer, server.excerpt)
+    while not listener.done:
+        try:
+            part = await connection.part()
+        except Failed:
+            if answer.finish_reason is None:
+                raise
+            part = None  # all has come but the end of the body
+        if part is None:
+            break
+        listener.hear(part, time.perf_counter() - answer.start)
+    listener.end(time.perf_counter() - answer.start)
 
 
 async def first_model(server: Server, timeout: float) -> str:

@@ -39,6 +39,14 @@ def load(directory: Path) -> dict[str, Any] | None:
     return manifest
 
 
+def is_verified(report: Mapping[str, Any]) -> bool:
+    """Whether a report of `verify` says that the checkpoint counts as verified.
+
+    Where it has no `verified`, it is of a version in which `passed` said that.
+    """
+    return report.get("passed") is True and report.get("verified", True) is True
+
+
 def check_files(directory: Path, manifest: dict[str, Any], ignore: Collection[str] = ()) -> list[str]:
     """Compare every file with the manifest; what is wrong, a line each, without what is named in `ignore`."""
     problems = []

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from marlin_convert.models.blocks import BlockModel
+from marlin_convert.models.memory import free_memory
 
 # Tokens of one micro-batch: enough to fill the device, few enough for a forward's temporaries to stay small.
 TOKENS = {"cpu": 2048, "cuda": 16384}
@@ -74,23 +75,3 @@ class HiddenStates:
         with torch.no_grad():
             for i in range(len(self)):
                 self.put(i, self.forward(i, block, number))
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on a device; for the CPU, what the system calls available."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        meminfo = Path("/proc/meminfo")
-        if meminfo.exists():
-            line = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:"))
-            available = int(line.split()[1]) * 1024
-        return available
-    raise RuntimeError("this system does not say how much memory is free")
-
-
-def memory_for_activations(device: torch.device) -> int:
-    """Bytes of activations that may be kept between the stages of a block."""
-    return free_memory(device) // (2 if device.type == "cuda" else 128)
