@@ -29,6 +29,7 @@ from marlin_convert.checkpoint.unfinished import UnfinishedRun
 from marlin_convert.checkpoint.writer import (
     ShardWriter,
     check_replaceable,
+    check_report,
     publish,
     write_json,
     write_report,
@@ -115,6 +116,7 @@ def quantize(
             files, rows, replayed = _convert(job, plan, weights, calibration, settings, done, progress)
             manifest = _assemble(job, plan, weights, settings, rows, files)
             run.complete({"blocks": plan.blocks, "tensors": len(plan.specs), "linears": rows})
+            check_replaceable(job.output, job.overwrite)  # again: somebody may have put something there
             publish(run.staging, job.output, job.overwrite)
         if job.report is not None:
             hint = "choose another file, or make room; then --resume writes it: the output is complete."
@@ -262,6 +264,8 @@ def _check_output(job: Job, plan: Plan) -> None:
         raise ConvertError(
             f"'{job.output}' cannot be the output: it comes by a rename.", "give a directory to be made."
         )
+    if job.report is not None:
+        check_report(job.report)
     job.run.check_ours()
     if job.resume and job.run.published():
         return

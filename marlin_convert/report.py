@@ -5,6 +5,8 @@ import shlex
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from marlin_convert.checkpoint.manifest import PAGE
+
 if TYPE_CHECKING:
     from marlin_convert.plan import Plan
     from marlin_convert.push import Job as PushJob
@@ -200,7 +202,7 @@ def html(manifest: dict[str, Any]) -> str:
     )
     title = markup.escape(f"{source['name']} in {recipe['format']}, group size {recipe['group_size']}")
     return (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{_STYLE}</style>"
+        f"{PAGE}<title>{title}</title><style>{_STYLE}</style>"
         f"<h1>{title}</h1><p>{markup.escape(manifest['tool'])}, "
         f"{manifest['bits_per_weight']} bits per weight. "
         f"Error: ||x(W - W<sub>q</sub>)|| / ||xW|| on the calibration text.</p>{_plot(rows)}"

@@ -422,7 +422,15 @@ def test_an_output_that_is_there_is_not_lost(measuring, cli, tmp_path):
     assert result.exit_code == 1
     assert "already exists and is not empty" in result.stderr
     assert "Hint: choose another directory, or pass --overwrite." in result.stderr
-    assert cli(*words, "--overwrite").exit_code == 0
+    result = cli(*words, "--overwrite")
+    assert result.exit_code == 1 and "'mine' is there" in result.stderr
+    assert {path.name for path in out.iterdir()} == {"kernel.csv", "mine"}
+    (out / "mine").unlink()
+    (out / "kernel.csv").write_text("my own figures")
+    assert "'kernel.csv' is there" in cli(*words, "--overwrite").stderr
+    assert (out / "kernel.csv").read_text() == "my own figures"
+    (out / "kernel.csv").unlink()
+    assert cli(*words).exit_code == 0 and cli(*words, "--overwrite").exit_code == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert [path.name for path in out.iterdir()] == ["kernel.csv"]
 

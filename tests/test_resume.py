@@ -16,7 +16,7 @@ from unittest.mock import Mock
 import pytest
 import tiny_models
 import torch
-from runs import Start, blocks_done, contents, partial, starter
+from runs import Start, blocks_done, contents, earlier_output, partial, starter
 
 from marlin_convert import quantize as story
 from marlin_convert.checkpoint import writer
@@ -262,8 +262,7 @@ def test_stopped_between_two_renames_the_earlier_output_comes_back(
 ) -> None:
     """Where two names cannot be exchanged there is no output for a moment."""
     output, rename = tmp_path / "out", Path.rename
-    output.mkdir()
-    (output / "earlier.txt").write_text("an earlier output")
+    earlier = earlier_output(output)
 
     def stop(path: Path, target: Path) -> Path:
         if path.name == "checkpoint":
@@ -277,7 +276,7 @@ def test_stopped_between_two_renames_the_earlier_output_comes_back(
     assert not output.exists()
     with pytest.raises(Stopped):
         story.quantize(job(tinypy, output, text, overwrite=True), stop_after(0))
-    assert contents(output) == {"earlier.txt": b"an earlier output"}
+    assert contents(output) == earlier
     assert not partial(output).exists()
     story.quantize(job(tinypy, output, text, overwrite=True))
     assert (output / "config.json").exists()
@@ -396,13 +395,12 @@ def test_a_disk_that_fills_up(
     small_disk: Path, tinypy: Path, text: Path, whole: dict[str, bytes], start: Start, words: list[object]
 ) -> None:
     source, output = contents(tinypy), small_disk / "out"
-    output.mkdir()
-    (output / "earlier.txt").write_text("an earlier output")
+    earlier = earlier_output(output)
     with pytest.raises(ConvertError, match="no space left") as refused:
         story.quantize(job(tinypy, output, text, overwrite=True), stop_after(2, lambda: fill(small_disk)))
     assert "--resume" in (refused.value.hint or "")
     assert contents(tinypy) == source
-    assert contents(output) == {"earlier.txt": b"an earlier output"}
+    assert contents(output) == earlier
     assert blocks_done(output) == 2
     (small_disk / "filler").unlink()
     status, log = start(*words, "-o", output, "--resume", "--overwrite")

@@ -9,7 +9,7 @@
 
 import csv
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -44,6 +44,12 @@ ROOFLINE_BATCHES = tuple(1 << power for power in range(17))
 
 CELLS = "kernel.csv"
 SUSTAINED = "sustained.csv"
+# What a run writes, and words that are in it.
+WRITTEN = {
+    CELLS: ",".join(CELL_COLUMNS),
+    SUSTAINED: ",".join(SLICE_COLUMNS),
+    **dict.fromkeys(("peak.png", "models.png", "roofline.png", "sustained.png"), ""),
+}
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ def run(job: Job) -> Measurements:
     _check_shapes(asked, job.group_size)
     if "sustained" in job.figures:
         read(uuid(job.device))  # better now than after the sweeps
-    with results(job.output, job.overwrite) as directory, torch.cuda.device(job.device):
+    with results(job.output, job.overwrite, WRITTEN) as directory, torch.cuda.device(job.device):
         mine, missing = ours(job.group_size)
         others, absent = peers()
         missing |= absent
@@ -136,13 +142,19 @@ def _check_shapes(asked: Sequence[Sweep], group_size: int) -> None:
 
 
 @contextmanager
-def results(output: Path, overwrite: bool) -> Iterator[Path]:
+def results(output: Path, overwrite: bool, written: Mapping[str, str]) -> Iterator[Path]:
     """A new directory in OUTPUT.partial, which takes the place of `output` in the end.
 
-    If the work does not end, what was measured stays there. ConvertError when one of the two is taken.
+    `written` are the names of the files that may come, and words that are in each of them: an earlier output
+    that holds anything else is not replaced. If the work does not end, what was measured stays there.
+    ConvertError when one of the two is taken.
     """
+
+    def strangers(directory: Path) -> list[str]:
+        return [f"{path.name!r} is there" for path in sorted(directory.iterdir()) if not _is(path, written)]
+
+    check_replaceable(output, overwrite, strangers)
     output = output.resolve()
-    check_replaceable(output, overwrite)
     partial = output.with_name(output.name + ".partial")
     staging = partial / "results"
     try:
@@ -160,8 +172,16 @@ def results(output: Path, overwrite: bool) -> Iterator[Path]:
             staging.rmdir()
             partial.rmdir()
         raise
+    check_replaceable(output, overwrite, strangers)  # again: somebody may have put something there
     publish(staging, output, overwrite)
     remove(partial)
+
+
+def _is(path: Path, written: Mapping[str, str]) -> bool:
+    """Whether this is a file of an earlier run."""
+    if path.is_symlink() or not path.is_file() or path.name not in written:
+        return False
+    return written[path.name].encode() in path.read_bytes()
 
 
 def _append(path: Path, columns: Sequence[str], found: Iterable[Row]) -> None:

@@ -11,7 +11,7 @@ from typing import IO, Any
 from marlin_convert.checkpoint.manifest import MANIFEST, sha256_file
 from marlin_convert.checkpoint.reader import json_file
 from marlin_convert.checkpoint.writer import REPLACED, remove, write_json
-from marlin_convert.errors import ConvertError
+from marlin_convert.errors import ConvertError, SourceError, reading
 
 log = logging.getLogger("marlin_convert")
 
@@ -45,17 +45,40 @@ class UnfinishedRun:
         return sum(path.stat().st_size for path in self.staging.glob("*")) if self.staging.is_dir() else 0
 
     def check_ours(self) -> None:
-        """ConvertError if what stands in the directory's place is not what a run leaves."""
-        if not self.directory.is_symlink() and not self.directory.exists():
+        """ConvertError if what stands in the directory's place is not what a run leaves, and nothing else."""
+        if not os.path.lexists(self.directory):
             return
-        if not self.directory.is_symlink() and self.directory.is_dir():
+        stranger = self._stranger()
+        if stranger is not None:
+            raise ConvertError(
+                f"'{self.directory}' is in the way: it is not an unfinished run ({stranger}).",
+                "move it, or choose another output directory.",
+            )
+
+    def _stranger(self) -> str | None:
+        """What shows that the directory is not only a run's own, None if nothing does."""
+        if self.directory.is_symlink() or not self.directory.is_dir():
+            return "no directory"
+        with reading(self.directory):
             names = {path.name for path in self.directory.iterdir()}
-            if PROGRESS in names or names <= {PROGRESS + ".tmp", LOCK}:
-                return
-        raise ConvertError(
-            f"'{self.directory}' is in the way: it is not an unfinished run.",
-            "move it, or choose another output directory.",
-        )
+        known = {LOCK, PROGRESS + ".tmp"}
+        if PROGRESS in names:
+            known |= {PROGRESS, self.staging.name, REPLACED}
+            try:
+                noted = json_file(self.directory, PROGRESS)
+            except SourceError as error:
+                return str(error).removesuffix(".")
+            done = noted.get("done")
+            if not isinstance(noted.get("settings"), dict) or not isinstance(done, dict):
+                return f"{PROGRESS} is not one of marlin-convert"
+            if type(done.get("blocks")) is not int or not isinstance(done.get("linears"), list):
+                return f"{PROGRESS} is not one of marlin-convert"
+        if names - known:
+            return f"it holds {min(names - known)!r}"
+        lock = self.directory / LOCK
+        if LOCK in names and (lock.is_symlink() or not lock.is_file() or lock.stat().st_size):
+            return f"{LOCK} is not one of marlin-convert"
+        return None
 
     def published(self) -> dict[str, Any] | None:
         """The output's manifest if the run was stopped between its last rename and its clean-up."""
