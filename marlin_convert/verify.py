@@ -5,9 +5,9 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,7 @@ FLOAT16_MAX = torch.finfo(torch.float16).max
 PROBLEMS_SHOWN = 5
 
 Progress = Callable[[range, int], Iterable[int]]
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,33 @@ class Check:
     status: str
     reason: str
     details: dict[str, Any] = field(default_factory=dict)
+
+
+class _CannotRun(Exception):
+    """What a check needs and is not there, in words for its reason."""
+
+
+def _reporting(check: Callable[Concatenate[list[str], P], Check]) -> Callable[P, Check]:
+    """The check, given a list for its problems: what it has put there is reported whatever stops it.
+
+    Stopped before it has found any it is skipped, and said to have `stopped` where that was no _CannotRun.
+    """
+
+    @wraps(check)
+    def run(*args: P.args, **kwargs: P.kwargs) -> Check:
+        problems: list[str] = []
+        try:
+            return check(problems, *args, **kwargs)
+        except _CannotRun as reason:
+            found = Check("skipped", str(reason))
+        except Exception as error:
+            if not isinstance(error, ConvertError | torch.OutOfMemoryError):
+                log.error("the check was stopped by a bug", exc_info=error)
+            said = str(error) if isinstance(error, ConvertError) else f"{type(error).__name__}: {error}"
+            found = Check("skipped", f"it stopped: {said.removesuffix('.')}", {"stopped": True})
+        return _verdict([*problems, f"not finished: {found.reason}"], "") if problems else found
+
+    return run
 
 
 @dataclass(frozen=True)
@@ -161,18 +189,22 @@ def verify(job: Job, progress: Progress = lambda blocks, total: blocks) -> Verif
             done[name] = Check("skipped", "the checkpoint cannot be opened")
         else:
             done[name] = checks[name]()
-    required = frozenset({"kernel"} if job.require_kernel else ())
+    # one that stopped half-way has not passed and found nothing: that is no success
+    required = {name for name, check in done.items() if check.details.get("stopped")}
+    required |= {"kernel"} if job.require_kernel else set()
     needed = {"files", "numbers"}
     if subject is None or subject.weights.scheme is not None:
         needed.add("layout")
     if subject is not None and subject.weights.sparse_linears(manifest):
         needed.add("sparsity")
-    return Verification(job.checkpoint.name, digest, done, required, frozenset(needed))
+    return Verification(job.checkpoint.name, digest, done, frozenset(required), frozenset(needed))
 
 
 def save(done: Verification, job: Job, report: Path | None = None) -> None:
-    """Write the report of a whole verification into a directory that has our manifest, and where asked."""
-    if done.needed <= job.checks and done.manifest_sha256 is not None and job.checkpoint.commit is None:
+    """Write the report of a whole or failed verification beside our manifest, and where it is asked."""
+    # a part of the checks does not take the place of all, unless it takes back that they passed
+    worth_keeping = done.needed <= job.checks or done.failed
+    if worth_keeping and done.manifest_sha256 is not None and job.checkpoint.commit is None:
         try:
             write_json(job.checkpoint.directory / manifests.VERIFIED, done.to_dict())
         except OSError as error:
@@ -195,9 +227,10 @@ def _open(job: Job, manifest: dict[str, Any] | None, problems: list[str]) -> _Su
     try:
         model = module_tree(checkpoint.config, directory, trust_remote_code=job.trust_remote_code)
         return _Subject(Weights(checkpoint), model, manifest)
-    except ConvertError:
+    except ConvertError as error:
         if not problems or "files" not in job.checks:
             raise
+        problems.append(str(error))
         return None
 
 
@@ -224,12 +257,18 @@ def _manifest(job: Job) -> tuple[dict[str, Any] | None, list[str]]:
     if manifest is None or "files" not in job.checks:
         return manifest, []
     ignore = (manifests.VERIFIED, manifests.VERIFIED + ".tmp", CARD)
-    return manifest, manifests.check_files(directory, manifest, ignore)
+    try:
+        return manifest, manifests.check_files(directory, manifest, ignore)
+    except SourceError as error:
+        return manifest, [str(error)]
 
 
-def _check_files(subject: _Subject | None, manifest: dict[str, Any] | None, found: list[str]) -> Check:
+@_reporting
+def _check_files(
+    problems: list[str], subject: _Subject | None, manifest: dict[str, Any] | None, found: list[str]
+) -> Check:
     """Files as in the manifest, tensors as in the architecture, values that float16 can hold."""
-    problems = list(found)
+    problems += found
     counted = [f"{len(manifest['files'])} files" if manifest else "no manifest, so no sha256 to compare"]
     if subject is not None:
         weights = subject.weights
@@ -272,22 +311,24 @@ def _value_problems(checkpoint: Checkpoint, name: str, *, scale: bool) -> list[s
 # layout
 
 
-def _check_layout(subject: _Subject) -> Check:
+@_reporting
+def _check_layout(problems: list[str], subject: _Subject) -> Check:
     """Packed tensors that unpacking and packing leaves as they are; shapes and groups that engines load."""
     weights, model = subject.weights, subject.model
     linears = weights.packed_linears()
     if not linears:
         return Check("skipped", "no linear is packed")
-    problems = _shape_problems(weights, model) + _stage_problems(weights, model)
+    problems += _shape_problems(weights, model)
+    problems += _stage_problems(weights, model)
     notes = set()
     for linear in linears:
         try:
             layer = weights.quantized(linear)
+            problems += _linear_problems(linear, layer, model)
+            found, note = _repack_problems(linear, layer, weights)
         except ConvertError as error:
             problems.append(str(error))
             continue
-        problems += _linear_problems(linear, layer, model)
-        found, note = _repack_problems(linear, layer, weights)
         problems += found
         notes |= {note} if note else set()
     kinds = Counter(weights.scheme_of(linear).format for linear in linears)
@@ -371,14 +412,14 @@ def _repack_problems(linear: str, layer: QuantizedLinear, weights: Weights) -> t
 # sparsity
 
 
-def _check_sparsity(subject: _Subject) -> Check:
+@_reporting
+def _check_sparsity(problems: list[str], subject: _Subject) -> Check:
     """Every quad of every linear that is said to be 2:4, by the layout or by the manifest."""
     weights = subject.weights
     linears = weights.sparse_linears(subject.manifest)
     if not linears:
         return Check("skipped", "nothing is said to be 2:4")
     quads = good = unread = 0
-    problems = []
     for linear in linears:
         try:
             held, crowded = _quads(weights, linear)
@@ -421,14 +462,16 @@ def _quads(weights: Weights, linear: str) -> tuple[Tensor, str | None]:
 # numbers
 
 
-def _check_numbers(job: Job, subject: _Subject, original: _Original | None, progress: Progress) -> Check:
+@_reporting
+def _check_numbers(
+    problems: list[str], job: Job, subject: _Subject, original: _Original | None, progress: Progress
+) -> Check:
     """Products of the packed linears and, beside the source, weights and predictions."""
     rounded = manifests.rounded_to_nearest(subject.manifest or {})
-    problems = [f"{name} was rounded to nearest" for name in rounded] if job.strict else []
+    problems += [f"{name} was rounded to nearest" for name in rounded] if job.strict else []
     if original is None and not subject.weights.packed_linears():
         return Check("skipped", "no linear is packed, and no --source was given")
-    rows, found, unreadable = _compare_weights(job, subject, original)
-    problems += found
+    rows, unreadable = _compare_weights(problems, job, subject, original)
     details: dict[str, Any] = {"tolerance": job.tolerance, "rounded_to_nearest": rounded}
     details["weights"] = [{key: _json_number(value) for key, value in row.items()} for row in rows]
     products = [row["product_error"] for row in rows if "product_error" in row]
@@ -437,7 +480,9 @@ def _check_numbers(job: Job, subject: _Subject, original: _Original | None, prog
         errors = [row["error"] for row in rows if "product_error" in row and "error" in row]
         summary += f"; weight error at most {max(errors, default=0.0):.3f}"
         details["source"] = {"name": original.name}
-        if not unreadable:
+        if unreadable:
+            problems.append("the text was not run: not all weights can be read")
+        else:
             try:
                 text = _run_text(job, subject, original, progress)
             except ConvertError as error:
@@ -451,15 +496,15 @@ def _check_numbers(job: Job, subject: _Subject, original: _Original | None, prog
 
 
 def _compare_weights(
-    job: Job, subject: _Subject, original: _Original | None
-) -> tuple[list[dict[str, Any]], list[str], bool]:
-    """A row of figures for every weight, what is wrong, and whether some could not be compared."""
+    problems: list[str], job: Job, subject: _Subject, original: _Original | None
+) -> tuple[list[dict[str, Any]], bool]:
+    """A row of figures for every weight, and whether some could not be compared."""
     weights, model = subject.weights, subject.model
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     names = [name for name in model.state_dict() if name in weights or name not in tied]
     generator = torch.Generator().manual_seed(0)
     sparse = set(weights.sparse_linears(subject.manifest))
-    rows, problems, unreadable = [], [], False
+    rows, unreadable = [], False
     for name in names:
         linear = name.removesuffix(".weight")
         packed = name.endswith(".weight") and weights.is_packed(linear)
@@ -487,7 +532,7 @@ def _compare_weights(
             problems.append(str(error))
             unreadable = True
         rows.append(row)
-    return rows, problems, unreadable
+    return rows, unreadable
 
 
 def _product_error(layer: QuantizedLinear, generator: torch.Generator) -> float:
@@ -616,7 +661,8 @@ def _on_kernel(
     return LINEARS[layout](**formats.FORMATS[layout].pack(layer), bias=bias).to(device)
 
 
-def _check_kernel(job: Job, subject: _Subject) -> Check:
+@_reporting
+def _check_kernel(problems: list[str], job: Job, subject: _Subject) -> Check:
     """Every packed linear through the kernel, then the whole model, each against its dequantized weights."""
     from marlin_convert.kernels.compile import architecture
 
@@ -633,17 +679,24 @@ def _check_kernel(job: Job, subject: _Subject) -> Check:
         architecture(torch.cuda.get_device_capability(job.device))
     except KernelError as error:
         return Check("skipped", str(error).removesuffix("."))
-    rows, problems = [], []
-    try:
-        for linear, format in layouts.items():
+    rows, refused, worst = [], [], 0.0
+    for linear, format in layouts.items():
+        try:
             found = _kernel_error(subject.weights.quantized(linear), format, job.device)
-            rows.append({"name": linear, "error": _json_number(found)})
-            if not found <= job.tolerance:
-                problems.append(f"{linear}: the kernel is {found:.1e} off, relative; at most {job.tolerance}")
-            log.debug("%s: kernel error %.1e", linear, found)
-        text = _run_kernel(job, subject)
-    except FormatError as error:
-        return Check("skipped", f"the kernel cannot hold it: {error}")
+        except FormatError as error:
+            refused.append(f"{linear}: {error}")
+            continue
+        rows.append({"name": linear, "error": _json_number(found)})
+        worst = found if math.isnan(found) else max(worst, found)
+        if not found <= job.tolerance:
+            problems.append(f"{linear}: the kernel is {found:.1e} off, relative; at most {job.tolerance}")
+        log.debug("%s: kernel error %.1e", linear, found)
+    if refused:
+        raise _CannotRun(
+            f"the kernel cannot hold {len(refused)} of {len(layouts)} linears, the first {refused[0]}; "
+            f"{len(rows)} were compared, the whole model was not run"
+        )
+    text = _run_kernel(job, subject)
     if not text.divergence <= KERNEL_DIVERGENCE:
         problems.append(
             f"the whole model on the kernel has divergence {text.divergence:.1e}, at most {KERNEL_DIVERGENCE}"
@@ -653,7 +706,6 @@ def _check_kernel(job: Job, subject: _Subject) -> Check:
             f"a greedy token on the kernel is {text.margin:.2g} nats less likely than that of the same "
             f"weights dequantized, at most {KERNEL_MARGIN}"
         )
-    worst = max(row["error"] for row in rows)
     summary = (
         f"{len(rows)} linears at {len(BATCHES)} batch sizes on {torch.cuda.get_device_name(job.device)}, "
         f"relative error at most {worst:.1e}; whole model: divergence {text.divergence:.1e}, "
@@ -700,7 +752,8 @@ PROMPTS, PROMPT, ANSWER = 2, 32, 16
 GENERATE_DIFFERENCE = 0.1
 
 
-def _check_generate(job: Job, subject: _Subject) -> Check:
+@_reporting
+def _check_generate(problems: list[str], job: Job, subject: _Subject) -> Check:
     """What transformers makes of the directory: greedy tokens, and how likely they are by our own reading."""
     from transformers import AutoModelForCausalLM
 
@@ -718,12 +771,17 @@ def _check_generate(job: Job, subject: _Subject) -> Check:
         return _verdict([f"transformers cannot load it: {said}"], "")
     loaded = loaded.to(job.device).eval()
     ids = prompts.to(job.device)
-    with torch.inference_mode():
-        answered = loaded.generate(  # type: ignore[operator]
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=ANSWER, min_new_tokens=ANSWER,
-            do_sample=False, eos_token_id=None, pad_token_id=0, output_logits=True,
-            return_dict_in_generate=True,
-        )  # fmt: skip
+    try:
+        with torch.inference_mode():
+            answered = loaded.generate(  # type: ignore[operator]
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=ANSWER, min_new_tokens=ANSWER,
+                do_sample=False, eos_token_id=None, pad_token_id=0, output_logits=True,
+                return_dict_in_generate=True,
+            )  # fmt: skip
+    except (ConvertError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # as above
+        return _verdict([f"transformers cannot run it: {type(error).__name__}: {_first_line(error)}"], "")
     del loaded
     found = torch.stack(answered.logits, 1).float().log_softmax(-1).cpu()
     sequences = answered.sequences.cpu()
@@ -735,7 +793,6 @@ def _check_generate(job: Job, subject: _Subject) -> Check:
     chosen = expected.gather(-1, tokens)[..., 0]
     difference = (found.gather(-1, tokens)[..., 0] - chosen).abs().max().item()
     margin = (expected.amax(-1) - chosen).max().item()
-    problems = []
     if not difference <= GENERATE_DIFFERENCE:
         problems.append(
             f"a token of transformers is {difference:.2g} nats from its likelihood here; at most "
