@@ -37,6 +37,7 @@ from marlin_convert.checkpoint.writer import (
 from marlin_convert.codes import Codes, Repack, Solve
 from marlin_convert.errors import ConvertError, FormatError, SourceError, reading
 from marlin_convert.hub import Source
+from marlin_convert.models.blocks import bf16_units
 from marlin_convert.plan import Plan, make_plan
 from marlin_convert.recipe import Recipe
 from marlin_convert.report import html
@@ -246,8 +247,20 @@ def _settings(job: Job, plan: Plan, weights: Weights, calibration: Calibration |
             "sha256": calibration.digest,
         },
         "device": device,
+        "processor": None if calibration is None else processor(job.device),
         "max_shard_size": job.max_shard_size,
         "trust_remote_code": job.trust_remote_code,
+    }
+
+
+def processor(device: torch.device) -> dict[str, Any] | None:
+    """What sums on a CPU depend on, as torch reports it; nothing of it matters to a GPU."""
+    if device.type != "cpu":
+        return None
+    return {
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "bf16_units": bf16_units(),
     }
 
 

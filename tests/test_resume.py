@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import json
 import os
 import random
 import shutil
@@ -344,6 +345,47 @@ def test_an_unfinished_run_is_not_thrown_away_unasked(stopped: Path, tinypy: Pat
         story.quantize(job(tinypy, stopped, text))
     assert "--resume" in (refused.value.hint or "")
     assert contents(partial(stopped)) == before
+
+
+def test_threads_are_named_where_bytes_depend_on_them(
+    start: Start,
+    words: list[object],
+    whole: dict[str, bytes],
+    quantized: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    """What is solved on a CPU does, and is not gone on with by others; what is repacked does not."""
+    output = tmp_path / "out"
+    repack = f"quantize {quantized('marlin')} --format gptq --device cpu --max-shard-size 1500KB -o".split()
+    status, log = start(*words, "-o", output, kill=PROGRESS)
+    assert status == -signal.SIGKILL, log
+    assert start(*repack, tmp_path / "one")[0] == 0
+    before = contents(partial(output))
+    with starter(tmp_path, OMP_NUM_THREADS="2") as with_two:
+        status, log = with_two(*words, "-o", output, "--resume")
+        assert status == 1 and "processor.threads 1, not 2" in log and "OMP_NUM_THREADS=1" in log
+        assert contents(partial(output)) == before
+        assert with_two(*repack, tmp_path / "two")[0] == 0
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    manifest = json.loads(contents(tmp_path / "one")["marlin_convert.json"])
+    assert manifest["processor"] is None
+    assert start(*words, "-o", output, "--resume")[0] == 0
+    assert contents(output) == whole
+    processor = json.loads(whole["marlin_convert.json"])["processor"]
+    assert processor["threads"] == 1 and processor.keys() == {"threads", "capability", "bf16_units"}
+
+
+@pytest.mark.parametrize("field, value", [("capability", "DEFAULT"), ("bf16_units", "unheard of")])
+def test_another_processor_is_named(
+    field: str, value: str, stopped: Path, tinypy: Path, text: Path, tmp_path: Path
+) -> None:
+    note = partial(stopped) / "progress.json"
+    noted = json.loads(note.read_text())
+    noted["settings"]["processor"][field] = value
+    note.write_text(json.dumps(noted))
+    with pytest.raises(ConvertError, match=f"processor.{field} '{value}'") as refused:
+        story.quantize(job(tinypy, stopped, text, resume=True))
+    assert "a machine like" in (refused.value.hint or "")
 
 
 def test_with_nothing_to_resume_it_starts_afresh(

@@ -106,7 +106,7 @@ class UnfinishedRun:
         for name, then, now in _differences(progress["settings"], settings):
             raise ConvertError(
                 f"cannot resume '{self.directory}': it was started with {name} {then!r}, not {now!r}.",
-                "use the settings it was started with, or remove the directory.",
+                _way_on(name, then),
             )
         digest = progress.get("manifest")
         if digest and not _is(self.staging, digest):
@@ -188,6 +188,15 @@ def _is(directory: Path, digest: str) -> bool:
     """Whether this is the directory whose manifest has that sha256."""
     manifest = directory / MANIFEST
     return manifest.exists() and sha256_file(manifest) == digest
+
+
+def _way_on(name: str, then: Any) -> str:
+    """How to go on with a run that was started with another value of a setting."""
+    if name == "processor.threads":
+        return f"continue with OMP_NUM_THREADS={then}, as sums depend on it, or remove the directory."
+    if name in ("device", "processor") or name.startswith("processor."):
+        return "continue on a machine like the one it was started on, or remove the directory."
+    return "use the settings it was started with, or remove the directory."
 
 
 def _differences(then: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
