@@ -22,7 +22,7 @@ _FILES = [
     "*.model*",
     "*.tiktoken",
     "README.md",
-    "recipe.yaml",
+    "recipe*.yaml",
     # in any case, which the patterns of the client tell apart
     *("".join(f"[{x.upper()}{x}]" if x.isalpha() else x for x in word) + "*"
       for word in ("license", "notice", "use_policy")),

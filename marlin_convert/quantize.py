@@ -19,7 +19,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from marlin_convert import __version__
+from marlin_convert import __version__, provenance
 from marlin_convert.calibration import Calibration, calibrate, load_tokenizer, shown
 from marlin_convert.card import read_facts
 from marlin_convert.checkpoint.linears import Weights
@@ -39,12 +39,10 @@ from marlin_convert.errors import ConvertError, FormatError, SourceError, readin
 from marlin_convert.hub import Source
 from marlin_convert.models.blocks import bf16_units
 from marlin_convert.plan import Plan, make_plan
-from marlin_convert.recipe import Recipe
+from marlin_convert.recipe import Recipe, to_yaml
 from marlin_convert.report import html
 
 log = logging.getLogger("marlin_convert")
-
-RECIPE = "recipe.yaml"
 
 
 @dataclass(frozen=True)
@@ -220,6 +218,11 @@ def _calibration(job: Job, plan: Plan) -> Calibration:
 
 def _settings(job: Job, plan: Plan, weights: Weights, calibration: Calibration | None) -> dict[str, Any]:
     """Everything that decides the bytes of the output; a resumed run must agree in all of it."""
+    before = provenance.earlier(job.source.directory)
+    recipe, text = _published_recipe(plan).to_dict(), _stated(calibration)
+    if plan.repack:
+        recipe = provenance.recipe_of_codes(recipe, before)
+        text = before[-1]["calibration"] if before else None
     device = str(job.device.type)
     if job.device.type == "cuda":
         device = torch.cuda.get_device_name(job.device)
@@ -236,20 +239,27 @@ def _settings(job: Job, plan: Plan, weights: Weights, calibration: Calibration |
             "quantization": weights.scheme.format if weights.scheme else None,
             "fingerprint": weights.checkpoint.fingerprint(),
         },
-        "recipe": _published_recipe(plan).to_dict(),
+        "recipe": recipe,
         "requantized": weights.scheme is not None and job.requantize,
-        "calibration": None
-        if calibration is None
-        else {
-            "text": calibration.source,
-            "samples": len(calibration.ids),
-            "sequence_length": calibration.ids.shape[1],
-            "sha256": calibration.digest,
-        },
+        "repacked": plan.repack,
+        "history": before,
+        "calibration": text,
         "device": device,
         "processor": None if calibration is None else processor(job.device),
         "max_shard_size": job.max_shard_size,
         "trust_remote_code": job.trust_remote_code,
+    }
+
+
+def _stated(calibration: Calibration | None) -> dict[str, Any] | None:
+    """What a manifest says of the text."""
+    if calibration is None:
+        return None
+    return {
+        "text": calibration.source,
+        "samples": len(calibration.ids),
+        "sequence_length": calibration.ids.shape[1],
+        "sha256": calibration.digest,
     }
 
 
@@ -267,6 +277,14 @@ def processor(device: torch.device) -> dict[str, Any] | None:
 def _published_recipe(plan: Plan) -> Recipe:
     """The recipe without the folders of this machine."""
     return plan.recipe.changed({"calibration": shown(plan.recipe.calibration)})
+
+
+def _recipe_text(making: dict[str, Any], *, first: bool) -> str:
+    """A recipe file; it says so where the settings that made the codes are not known."""
+    if not (making["repacked"] and first):
+        return to_yaml(making["recipe"])
+    said = f"The source was {making['source']['quantization']} already, and its codes are kept."
+    return f"# {said}\n# How they were calibrated is not known.\n{to_yaml(making['recipe'])}"
 
 
 def _check_output(job: Job, plan: Plan) -> None:
@@ -312,7 +330,10 @@ def _assemble(
     write_json(staging / "config.json", config)
     if plan.recipe.format == "gptq":
         write_json(staging / "quantize_config.json", plan.quantization_config)
-    (staging / RECIPE).write_text(_published_recipe(plan).dump(), "utf-8")
+    makings = provenance.makings(settings)
+    for number, making in enumerate(makings):
+        name = provenance.recipe_file(number, len(makings))
+        (staging / name).write_text(_recipe_text(making, first=not number), "utf-8")
     for name in weights.checkpoint.companions(code=job.trust_remote_code):
         (staging / name).parent.mkdir(exist_ok=True)
         with reading(weights.checkpoint.directory / name):
@@ -336,5 +357,7 @@ def _assemble(
             name: {"sha256": files[name], "size": (staging / name).stat().st_size} for name in sorted(files)
         },
     }
+    if plan.repack:
+        manifest |= provenance.carried(manifest, job.source.directory)
     write_json(staging / MANIFEST, manifest)
     return manifest

@@ -14,6 +14,8 @@ DEFAULT = "w4a16-g128"
 # "dense" is what sparsify writes
 FORMATS = ("marlin", "marlin-24", "gptq", "compressed-tensors", "dense")
 METHODS = ("sparsegpt", "wanda", "magnitude")
+# The settings that a repack heeds; the others are about how codes are made.
+REPACKED = ("format", "group_size", "skip", "unpruned", "dtype")
 MOST = 10**9  # of anything that is counted
 NESTING_LIMIT = 10
 _HINT = f"the recipe.yaml of any output, and the recipe {DEFAULT}, show every setting."
@@ -65,7 +67,12 @@ class Recipe:
 
     def dump(self) -> str:
         """The recipe as YAML that `load` reads back."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+        return to_yaml(self.to_dict())
+
+
+def to_yaml(settings: Mapping[str, Any]) -> str:
+    """Some settings as YAML that `load` reads back."""
+    return yaml.safe_dump(dict(settings), sort_keys=False)
 
 
 def named_recipes() -> list[str]:
@@ -93,7 +100,7 @@ def load(name_or_file: str) -> Recipe:
     except (yaml.YAMLError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ConvertError(f"recipe {name_or_file!r} cannot be read as YAML: {reason}", _HINT) from error
-    return _from_settings({} if settings is None else settings, name_or_file)
+    return from_settings({} if settings is None else settings, name_or_file)
 
 
 def _yaml(text: str) -> Any:
@@ -111,7 +118,8 @@ def _yaml(text: str) -> Any:
     return settings
 
 
-def _from_settings(settings: Any, source: str) -> Recipe:
+def from_settings(settings: Any, source: str) -> Recipe:
+    """The recipe of settings, with defaults for the others; ConvertError, which names `source`, for none."""
     if not isinstance(settings, dict):
         raise ConvertError(f"recipe {source!r} is not a mapping of settings.", _HINT)
     defaults = {field.name: field.default for field in fields(Recipe)}

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from marlin_convert.checkpoint.manifest import PAGE
+from marlin_convert.recipe import REPACKED
 
 if TYPE_CHECKING:
     from marlin_convert.plan import Plan
@@ -21,7 +22,11 @@ def plan_json(plan: "Plan") -> dict[str, Any]:
     return {
         "format": plan.recipe.format,
         "repack": plan.repack,
-        "recipe": plan.recipe.to_dict(),
+        "recipe": {
+            key: value
+            for key, value in plan.recipe.to_dict().items()
+            if key in REPACKED or not plan.repack  # the others are about what a repack does not do
+        },
         "linears": [
             {
                 "name": fate.linear,
@@ -116,7 +121,7 @@ def summary_text(done: "Report", job: "Job") -> str:
     plan, rows = done.plan, done.manifest["linears"]
     lines = []
     errors = sorted((row for row in rows if "error" in row), key=lambda row: -row["error"])
-    if errors:
+    if errors and not plan.repack:  # those of a repack were found by another run
         mean = sum(row["error"] for row in errors) / len(errors)
         lines.append(f"{'linear':48} {'inputs':>7} {'outputs':>7} {'error':>8}")
         lines += [f"{row['name']:48} {row['k']:7} {row['n']:7} {row['error']:8.4f}" for row in errors[:WORST]]
