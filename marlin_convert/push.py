@@ -7,6 +7,7 @@ refusals are found before anything is uploaded. A branch is then changed by one 
 import hashlib
 import logging
 import re
+import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -127,11 +128,12 @@ def _check_request(job: Job) -> None:
 
 def _prepare(job: Job, stack: ExitStack, progress: Progress) -> tuple[list[Release], list[str]]:
     """The releases, the main one last, and what the user should know of them."""
+    _check_codes(job)
     checked = check(job.checkpoint, progress)
     if checked.unverified is not None and not job.allow_unverified:
         raise ConvertError(
             f"'{job.checkpoint}' is not verified: {checked.unverified}.",
-            f"marlin-convert verify {job.checkpoint} --source MODEL, or publish it anyway with "
+            f"marlin-convert verify {shlex.quote(str(job.checkpoint))} --source MODEL, or publish it anyway with "
             "--allow-unverified; the card will say so.",
         )
     try:
@@ -158,6 +160,17 @@ def _prepare(job: Job, stack: ExitStack, progress: Progress) -> tuple[list[Relea
         releases.append(_release(job, name, repacked, facts, checked))
     unverified = [f"published without verification: {checked.unverified}."] * bool(checked.unverified)
     return [*releases, main], unverified + facts.warnings
+
+
+def _check_codes(job: Job) -> None:
+    """ConvertError for --also of a checkpoint that has no codes: those would be others, solved for here."""
+    recipe = (manifests.load(job.checkpoint) or {}).get("recipe")
+    if job.also and isinstance(recipe, dict) and recipe.get("format") == "dense":
+        raise ConvertError(
+            f"'{job.checkpoint}' is dense: it has no codes that --also could write in another layout.",
+            f"quantize it first: marlin-convert quantize {shlex.quote(str(job.checkpoint))} -o DIR "
+            f"--format {job.also[0]}, and push DIR.",
+        )
 
 
 def _release(job: Job, branch: str, checked: Checked, facts: card.Facts, origin: Checked) -> Release:

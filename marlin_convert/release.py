@@ -148,7 +148,8 @@ def _verification(directory: Path, files: dict[str, File]) -> tuple[dict[str, An
         if report["manifest_sha256"] != files[manifests.MANIFEST].sha256:
             return None, "it has been changed since it was verified"
         missed = [name for name, found in status.items() if found not in ("pass", "skipped")]
-        missed += [name for name in ("files", "layout", "numbers") if status.get(name) in (None, "skipped")]
+        needed = report.get("needed", ("files", "layout", "numbers"))
+        missed += [name for name in needed if status.get(name) in (None, "skipped")]
         if missed or report["passed"] is not True:
             return None, f"{' and '.join(missed) or 'a required check'} did not pass"
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

@@ -139,6 +139,7 @@ class Verification:
             "checkpoint": self.checkpoint,
             "manifest_sha256": self.manifest_sha256,
             "checks": {name: asdict(check) for name, check in self.checks.items()},
+            "needed": sorted(self.needed),
             "passed": self.passed,
         }
 
@@ -844,10 +845,13 @@ def text(done: Verification, words: str, *, local: bool, verbose: bool = False) 
     if "text" in figures:
         lines += _figures(figures["source"]["name"], done.checkpoint, figures["text"])
     if not done.failed and not done.could_not_run:
-        ready = local and done.passed and done.manifest_sha256 is not None
-        lines.append(
-            "Next: marlin-convert " + (f"push {words} you/{done.checkpoint}" if ready else f"inspect {words}")
-        )
+        ours = local and done.manifest_sha256 is not None
+        following = f"inspect {words}"
+        if ours and done.passed:
+            following = f"push {words} you/{done.checkpoint}"
+        elif ours and "numbers" in done.needed and done.checks["numbers"].status == "skipped":
+            following = f"verify {words} --source MODEL"
+        lines.append(f"Next: marlin-convert {following}")
     return "\n".join(printable(line) for line in lines)
 
 

@@ -562,6 +562,41 @@ def test_also_for_stock_engines(hub: Hub, push: Push, run: Push, checkpoint: Pat
     assert not list((tmp_path / "home").glob("marlin-convert-*"))
 
 
+def test_what_was_pruned_goes_up_once_it_is_verified(
+    hub: Hub, push: Push, run: Push, tinypy: Path, tmp_path: Path
+) -> None:
+    """Dense: there is no layout to check and no layout to repack."""
+    pruned = tmp_path / "pruned"
+    short = ("--samples", 4, "--sequence-length", 128)
+    assert run("sparsify", tinypy, "-o", pruned, "--method", "magnitude", *short, "-q").returncode == 0
+    done = run("verify", pruned)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1].endswith(f"verify {pruned} --source MODEL")
+    done = push(pruned, REPO)
+    assert done.returncode == 1 and "numbers did not pass" in done.stderr
+    # of pruning without making up for it, the text is not what is looked at here
+    source = tmp_path / "source"
+    shutil.copytree(pruned, source)
+    done = run("verify", pruned, "--source", source, *short)
+    assert done.returncode == 0, done.stdout
+    assert f"Next: marlin-convert push {pruned} you/pruned" in done.stdout
+    requests = len(hub.requests)
+    done = push(pruned, REPO, "--also", "gptq")
+    assert done.returncode == 1 and "is dense: it has no codes" in done.stderr
+    assert f"quantize {pruned} -o DIR --format gptq" in done.stderr
+    assert len(hub.requests) == requests and "verifying" not in done.stderr
+    done = push(pruned, REPO)
+    assert done.returncode == 0, done.stderr
+    metadata, text = card(hub.repositories[REPO])
+    assert "sparse-24" in metadata["tags"] and "4-bit" not in metadata["tags"]
+    assert "28 pruned, 0 of the blocks left dense" in text and "2:4 in 28 of the pruned linears" in text
+    assert "marlin-convert sparsify MODEL -o DIR --recipe recipe.yaml" in text
+    done = run("verify", REPO, "--source", source, *short)
+    assert done.returncode == 0, done.stdout
+    # a check that it needs, taken out
+    edit(pruned / VERIFIED, lambda report: report["checks"]["sparsity"].update(status="skipped"))
+    assert "sparsity did not pass" in push(pruned, REPO).stderr
+
+
 def test_what_was_pushed_is_verified_and_quantized_by_its_name(
     hub: Hub, push: Push, run: Push, checkpoint: Path, tmp_path: Path
 ) -> None:
