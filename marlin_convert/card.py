@@ -331,7 +331,8 @@ def _making(published: Published) -> str:
     lines = [_table(["", ""], [[name, value] for name, value in rows.items()])]
     lines += [f"- left dense: {_code(name)} ({_line(reason)})" for name, reason in dense.items()]
     lines += [f"- not 2:4: {_code(name)} ({_line(reason)})" for name, reason in unpruned.items()]
-    lines += [f"- left out: {_code(name)}" for name in manifest["left_out"]]
+    named = [*manifest["left_out"], *manifest.get("left_behind", ())]
+    lines += [f"- left out: {_code(name)}" for name in named]
     lines += [f"- rounded to nearest: {_code(row['name'])}" for row in done if row.get("rounded_to_nearest")]
     files = [_code(provenance.recipe_file(number, len(makings))) for number in range(len(makings))]
     again = "\n".join(provenance.commands(manifest))

@@ -133,8 +133,8 @@ def _prepare(job: Job, stack: ExitStack, progress: Progress) -> tuple[list[Relea
     if checked.unverified is not None and not job.allow_unverified:
         raise ConvertError(
             f"'{job.checkpoint}' is not verified: {checked.unverified}.",
-            f"marlin-convert verify {shlex.quote(str(job.checkpoint))} --source MODEL, or publish it anyway with "
-            "--allow-unverified; the card will say so.",
+            f"marlin-convert verify {shlex.quote(str(job.checkpoint))} --source MODEL, or publish it anyway "
+            "with --allow-unverified; the card will say so.",
         )
     try:
         if checked.manifest["recipe"]["format"] in job.also:

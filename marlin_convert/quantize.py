@@ -22,9 +22,10 @@ from torch import Tensor
 from marlin_convert import __version__, provenance
 from marlin_convert.calibration import Calibration, calibrate, load_tokenizer, shown
 from marlin_convert.card import read_facts
+from marlin_convert.checkpoint import remote_code
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.manifest import MANIFEST, sha256_file
-from marlin_convert.checkpoint.reader import Checkpoint
+from marlin_convert.checkpoint.reader import Checkpoint, json_file
 from marlin_convert.checkpoint.unfinished import UnfinishedRun
 from marlin_convert.checkpoint.writer import (
     ShardWriter,
@@ -279,6 +280,38 @@ def _published_recipe(plan: Plan) -> Recipe:
     return plan.recipe.changed({"calibration": shown(plan.recipe.calibration)})
 
 
+def _copy_from_source(job: Job, plan: Plan, checkpoint: Checkpoint) -> list[str]:
+    """Write the config and copy the other files of the source; what of them stays behind.
+
+    Code comes with the words that name it, where it is trusted, or neither does.
+    """
+    source, staging = checkpoint.directory, job.run.staging
+    # _name_or_path is where somebody once had the source
+    left_out = ("quantization_config", "_name_or_path")
+    config = {key: value for key, value in checkpoint.config.items() if key not in left_out}
+    if plan.recipe.dtype != "auto":
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = plan.recipe.dtype
+    if plan.quantization_config is not None:
+        config["quantization_config"] = plan.quantization_config
+    code, behind = remote_code.code_files(checkpoint)
+    named = remote_code.named_in(source)
+    if not job.trust_remote_code:
+        config = remote_code.without_code(config)
+        code, behind = [], [f"{key} of {name}" for name, keys in named.items() for key in keys]
+    write_json(staging / "config.json", config)
+    copied = [*checkpoint.companions(), *code]
+    for name in copied:
+        (staging / name).parent.mkdir(exist_ok=True)
+        if name in named and not job.trust_remote_code:
+            write_json(staging / name, remote_code.without_code(json_file(source, name)))
+            continue
+        with reading(source / name):
+            data = (source / name).read_bytes()
+        (staging / name).write_bytes(data)
+    others = [name for name in checkpoint.others() if name not in copied]
+    return list(dict.fromkeys([*behind, *others]))
+
+
 def _recipe_text(making: dict[str, Any], *, first: bool) -> str:
     """A recipe file; it says so where the settings that made the codes are not known."""
     if not (making["repacked"] and first):
@@ -320,25 +353,13 @@ def _assemble(
 ) -> dict[str, Any]:
     """Put everything but the weights into the output: config, tokenizer, licences, recipe, manifest."""
     staging = job.run.staging
-    # _name_or_path is where somebody once had the source
-    left_out = ("quantization_config", "_name_or_path")
-    config = {key: value for key, value in weights.checkpoint.config.items() if key not in left_out}
-    if plan.recipe.dtype != "auto":
-        config["torch_dtype" if "torch_dtype" in config else "dtype"] = plan.recipe.dtype
-    if plan.quantization_config is not None:
-        config["quantization_config"] = plan.quantization_config
-    write_json(staging / "config.json", config)
+    left_behind = _copy_from_source(job, plan, weights.checkpoint)
     if plan.recipe.format == "gptq":
         write_json(staging / "quantize_config.json", plan.quantization_config)
     makings = provenance.makings(settings)
     for number, making in enumerate(makings):
         name = provenance.recipe_file(number, len(makings))
         (staging / name).write_text(_recipe_text(making, first=not number), "utf-8")
-    for name in weights.checkpoint.companions(code=job.trust_remote_code):
-        (staging / name).parent.mkdir(exist_ok=True)
-        with reading(weights.checkpoint.directory / name):
-            data = (weights.checkpoint.directory / name).read_bytes()
-        (staging / name).write_bytes(data)
     for path in staging.rglob("*"):
         name = path.relative_to(staging).as_posix()
         if path.is_file() and name not in files and name != MANIFEST:
@@ -353,6 +374,7 @@ def _assemble(
         "unpruned": {fate.linear: fate.reason for fate in plan.unpruned},
         "dense": {fate.linear: fate.reason for fate in plan.dense},
         "left_out": list(plan.left_out),
+        "left_behind": left_behind,
         "files": {
             name: {"sha256": files[name], "size": (staging / name).stat().st_size} for name in sorted(files)
         },

@@ -130,6 +130,8 @@ def summary_text(done: "Report", job: "Job") -> str:
     lines += [f"not 2:4: {fate.linear}, as {fate.format} ({fate.reason})" for fate in plan.unpruned]
     lines += [f"{_left(plan)}: {fate.linear} ({fate.reason})" for fate in plan.dense]
     lines += left_out(plan)
+    if done.manifest["left_behind"]:
+        lines.append(f"not copied from the source: {', '.join(done.manifest['left_behind'])}")
     lines += [f"note: {note}" for note in plan.notes]
     what = (
         "pruned to 2:4" if plan.recipe.format == "dense" else f"at {plan.bits_per_weight:.3f} bits per weight"
@@ -205,6 +207,9 @@ def html(manifest: dict[str, Any]) -> str:
     dense = "".join(
         f"<li>{markup.escape(name)}: {markup.escape(reason)}" for name, reason in manifest["dense"].items()
     )
+    behind = [f"tensor {name}" for name in manifest["left_out"]] + manifest["left_behind"]
+    behind += [f"{name} is not 2:4 ({reason})" for name, reason in manifest["unpruned"].items()]
+    left = "".join(f"<li>{markup.escape(name)}" for name in behind)
     title = markup.escape(f"{source['name']} in {recipe['format']}, group size {recipe['group_size']}")
     return (
         f"{PAGE}<title>{title}</title><style>{_STYLE}</style>"
@@ -212,6 +217,7 @@ def html(manifest: dict[str, Any]) -> str:
         f"{manifest['bits_per_weight']} bits per weight. "
         f"Error: ||x(W - W<sub>q</sub>)|| / ||xW|| on the calibration text.</p>{_plot(rows)}"
         f"<p>Left dense: {'' if dense else 'nothing'}</p><ul>{dense}</ul>"
+        f"<p>Left out, or not as asked: {'' if left else 'nothing'}</p><ul>{left}</ul>"
         f"<table><tr><th>linear<th>inputs<th>outputs<th>error<th>{table}</table></html>\n"
     )
 
