@@ -130,7 +130,8 @@ class Published:
     report: dict[str, Any] | None
     origin: dict[str, Any]  # the manifest of the checkpoint whose codes these are: its own, but for --also
     measured: dict[str, Any] | None  # the report about that one
-    also: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()  # branches with the same codes in other layouts
+    older: tuple[str, ...] = ()  # branches of earlier pushes, of other codes for all that is known
 
     @property
     def format(self) -> str:
@@ -301,7 +302,11 @@ def _serving(published: Published) -> str:
         also=also,
     )
     others = [name for name in published.also if published.format not in OURS]
-    return text + (f"\nOther layouts of the same codes: branches {', '.join(others)}.\n" if others else "")
+    text += f"\nOther layouts of the same codes: branches {', '.join(others)}.\n" if others else ""
+    if published.older:
+        names = ", ".join(_code(name) for name in published.older)
+        text += f"\nOf an earlier push, and not made from these files: the branches {names}.\n"
+    return text
 
 
 def _making(published: Published) -> str:

@@ -71,6 +71,22 @@ def resolve(model: str, revision: str | None = None, *, code: bool = False) -> S
     return Source(directory, model, directory.name)
 
 
+def remote_files(source: Source) -> set[str]:
+    """The names of all files of a Hub model at its commit; SourceError if the Hub does not say."""
+    from huggingface_hub import HfApi
+
+    with hub_errors(source.name):
+        return set(HfApi().list_repo_files(source.name, revision=source.commit))
+
+
+def fetch(source: Source, name: str) -> None:
+    """Have one more file of a Hub model beside the others; SourceError says why it cannot be had."""
+    from huggingface_hub import hf_hub_download
+
+    with hub_errors(source.name):
+        hf_hub_download(source.name, name, revision=source.commit)
+
+
 def is_hub_id(name: object) -> bool:
     """Whether `name` could be a model on the Hub: namespace/name, or name alone for the oldest ones."""
     return isinstance(name, str) and _REPOSITORY.fullmatch(name) is not None

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("marlin_convert")
 
+# Layouts that --also writes, each to a branch of its name.
+ALSO = ("gptq", "compressed-tensors")
+
 # What a repository has of its own; it stays as it is.
 KEPT = ".gitattributes"
 
@@ -183,10 +186,11 @@ def _release(job: Job, branch: str, checked: Checked, facts: card.Facts, origin:
         report=checked.report,
         origin=origin.manifest,
         measured=origin.report,
-        also=job.also if checked is origin else (),
+        also=tuple(name for name in ALSO if name in job.also) if checked is origin else (),
     )
-    text = File.of(card.write(published, facts).encode())
-    return Release(branch, published.format, {card.CARD: text, **checked.files}, checked.left)
+    release = Release(published, facts, checked.files, checked.left)
+    assert release.card  # written now: what it lacks is found before anybody is asked
+    return release
 
 
 def _repack(job: Job, format: str, directory: Path) -> None:
@@ -248,6 +252,7 @@ def _publish(job: Job, releases: list[Release]) -> list[Pushed]:
         with hub_errors(job.base_model):
             api.model_info(job.base_model)
     _open_repository(api, job)
+    releases[-1] = _naming_branches(api, job, releases[-1])
     return [_commit(api, job, release, identity["name"]) for release in releases]
 
 
@@ -295,6 +300,30 @@ def _open_repository(api: "HfApi", job: Job) -> None:
             f"{repository!r} exists and is {'private' if private else 'public'}.",
             "--private and --public are for a new repository; change this one on its page.",
         )
+
+
+def _naming_branches(api: "HfApi", job: Job, release: Release) -> Release:
+    """The main release with a card that names the branches of earlier --also as well, for what they are."""
+    digest = release.checked[manifests.MANIFEST].sha256
+    also, older = set(job.also), []
+    with hub_errors(job.repository):
+        there = {ref.name for ref in api.list_repo_refs(job.repository).branches}
+        for branch in [name for name in ALSO if name in there - also - {job.branch}]:
+            head, tree = _tree(api, job.repository, branch)
+            if manifests.MANIFEST not in tree:
+                continue
+            path = Path(api.hf_hub_download(job.repository, manifests.MANIFEST, revision=head))
+            source = (manifests.load(path.parent) or {}).get("source")
+            if isinstance(source, dict) and source.get("manifest") == digest:
+                also.add(branch)
+            else:
+                older.append(branch)
+    if older:
+        log.warning("not of these codes, and named as older: the branches %s", " and ".join(older))
+    published = replace(
+        release.published, also=tuple(name for name in ALSO if name in also), older=tuple(older)
+    )
+    return replace(release, published=published)
 
 
 def _commit(api: "HfApi", job: Job, release: Release, author: str) -> Pushed:

@@ -22,6 +22,7 @@ from torch import Tensor
 from marlin_convert import __version__, provenance
 from marlin_convert.calibration import Calibration, calibrate, load_tokenizer, shown
 from marlin_convert.card import read_facts
+from marlin_convert.checkpoint import manifest as manifests
 from marlin_convert.checkpoint import remote_code
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.manifest import MANIFEST, sha256_file
@@ -238,6 +239,8 @@ def _settings(job: Job, plan: Plan, weights: Weights, calibration: Calibration |
             "name": job.source.name,
             "commit": job.source.commit,
             "quantization": weights.scheme.format if weights.scheme else None,
+            # tells whether this was made from a very checkpoint of ours
+            "manifest": sha256_file(job.source.directory / MANIFEST) if before else None,
             "fingerprint": weights.checkpoint.fingerprint(),
         },
         "recipe": recipe,
@@ -309,6 +312,10 @@ def _copy_from_source(job: Job, plan: Plan, checkpoint: Checkpoint) -> list[str]
             data = (source / name).read_bytes()
         (staging / name).write_bytes(data)
     others = [name for name in checkpoint.others() if name not in copied]
+    if (
+        ours := manifests.load(source)
+    ) is not None:  # what somebody has put beside our files is no part of it
+        others = [name for name in others if name in ours["files"]]
     return list(dict.fromkeys([*behind, *others]))
 
 

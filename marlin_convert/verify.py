@@ -18,12 +18,12 @@ from marlin_convert.calibration import Calibration, calibrate, load_tokenizer
 from marlin_convert.card import CARD
 from marlin_convert.checkpoint import manifest as manifests
 from marlin_convert.checkpoint.linears import Weights
-from marlin_convert.checkpoint.reader import Checkpoint
+from marlin_convert.checkpoint.reader import PICKLES, Checkpoint
 from marlin_convert.checkpoint.writer import to_json, write_json, write_report
 from marlin_convert.errors import ConvertError, FormatError, KernelError, SourceError, printable
 from marlin_convert.evaluate import Comparison, compare, log_probabilities
 from marlin_convert.formats import bounds
-from marlin_convert.hub import Source
+from marlin_convert.hub import Source, fetch, remote_files
 from marlin_convert.models.architectures import architecture_of
 from marlin_convert.models.blocks import BlockModel, block_linears, module_tree
 from marlin_convert.plan import check_names
@@ -42,6 +42,9 @@ PRUNED_WEIGHT_ERROR = 0.9
 OUTPUT_ERROR = 1.0
 # How far perplexity may rise over the source's.
 PERPLEXITY = 2.0
+
+# What may lie beside the files of a manifest.
+BESIDE = (manifests.VERIFIED, manifests.VERIFIED + ".tmp", CARD)
 
 FLOAT16_MAX = torch.finfo(torch.float16).max
 PROBLEMS_SHOWN = 5
@@ -165,14 +168,14 @@ class _Subject:
 def verify(job: Job, progress: Progress = lambda blocks, total: blocks) -> Verification:
     """Run the checks; ConvertError when the checkpoint or the source is nothing that can be checked."""
     original = _open_original(job) if job.source and "numbers" in job.checks else None
-    manifest, problems = _manifest(job)
+    manifest, problems, unseen = _manifest(job)
     digest = None
     if manifest is not None:
         digest = manifests.sha256_file(job.checkpoint.directory / manifests.MANIFEST)
     subject = _open(job, manifest, problems)
 
     checks: dict[str, Callable[[], Check]] = {
-        "files": partial(_check_files, subject, manifest, problems),
+        "files": partial(_check_files, subject, manifest, problems, unseen),
     }
     if subject is not None:
         checks["layout"] = partial(_check_layout, subject)
@@ -248,25 +251,48 @@ def _open_original(job: Job) -> _Original:
 # files
 
 
-def _manifest(job: Job) -> tuple[dict[str, Any] | None, list[str]]:
-    """The manifest, and what is wrong with it or, if the files are checked, with them."""
+def _manifest(job: Job) -> tuple[dict[str, Any] | None, list[str], str | None]:
+    """The manifest, what is wrong with it or with its files, if they are checked, and what went unseen."""
     directory = job.checkpoint.directory
     try:
         manifest = manifests.load(directory)
     except SourceError as error:
-        return None, [str(error)]
+        return None, [str(error)], None
     if manifest is None or "files" not in job.checks:
-        return manifest, []
-    ignore = (manifests.VERIFIED, manifests.VERIFIED + ".tmp", CARD)
+        return manifest, [], None
+    problems, unseen = [], None
+    if job.checkpoint.commit is not None:
+        try:
+            problems += _compare_with_repository(job.checkpoint, manifest)
+        except SourceError as error:
+            unseen = f"what else is in the repository was not looked at: {str(error).removesuffix('.')}"
     try:
-        return manifest, manifests.check_files(directory, manifest, ignore)
+        problems += manifests.check_files(directory, manifest, BESIDE)
     except SourceError as error:
-        return manifest, [str(error)]
+        problems.append(str(error))
+    return manifest, problems, unseen
+
+
+def _compare_with_repository(checkpoint: Source, manifest: dict[str, Any]) -> list[str]:
+    """What a repository has beside the files of its manifest; those that are not here are fetched.
+
+    Only what a conversion needs is fetched to begin with. Code is looked at here, not run.
+    """
+    there = remote_files(checkpoint)
+    for name in sorted(there & manifest["files"].keys()):
+        if not name.endswith(PICKLES) and not (checkpoint.directory / name).exists():
+            fetch(checkpoint, name)
+    added = there - manifest["files"].keys() - {manifests.MANIFEST, *manifests.COPY_KEEPING, *BESIDE}
+    return [f"{name!r} is in the repository and not in the manifest" for name in sorted(added)]
 
 
 @_reporting
 def _check_files(
-    problems: list[str], subject: _Subject | None, manifest: dict[str, Any] | None, found: list[str]
+    problems: list[str],
+    subject: _Subject | None,
+    manifest: dict[str, Any] | None,
+    found: list[str],
+    unseen: str | None,
 ) -> Check:
     """Files as in the manifest, tensors as in the architecture, values that float16 can hold."""
     problems += found
@@ -283,6 +309,8 @@ def _check_files(
             if name not in left_out:
                 problems += _value_problems(weights.checkpoint, name, scale=name in packed)
         counted.append(f"{len(weights.checkpoint.tensors)} tensors")
+    if unseen is not None:
+        counted.append(unseen)
     return _verdict(problems, ", ".join(counted), manifest=manifest is not None)
 
 
