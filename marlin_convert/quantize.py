@@ -104,10 +104,15 @@ def quantize(
     Whatever stops it, the source and an earlier output stay as they are, and what is finished can be resumed.
     """
     started = time.monotonic()
+    run = job.run
+    if not job.resume:
+        try:
+            run.tidy()
+        except OSError as error:
+            raise _disk_error(job, error) from error
     weights, plan = plan_job(job)
     calibration = None if plan.repack else _calibration(job, plan)
     settings = _settings(job, plan, weights, calibration)
-    run = job.run
     done = run.earlier(settings, resume=job.resume, discard=job.overwrite)
     replayed = 0
     manifest = run.published() if job.resume else None

@@ -284,6 +284,30 @@ def test_stopped_between_two_renames_the_earlier_output_comes_back(
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
+def test_what_a_kill_leaves_of_a_replaced_output_goes_with_the_next_run(
+    start: Start, words: list[object], whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Its removal comes after two others, of what there is not."""
+    output = tmp_path / "out"
+    for number in range(2):
+        earlier_output(output)
+        place = ("marlin_convert.checkpoint.unfinished:remove", -3)
+        status, log = start(*words, "-o", output, "--overwrite", kill=place)
+        assert status == -signal.SIGKILL, log
+        assert contents(output) == whole
+        assert (partial(output) / "checkpoint" / "earlier.txt").exists()
+        if number:  # with the new output moved away
+            output.rename(tmp_path / "elsewhere")
+            status, log = start(*words, "-o", output)
+            assert status == 0, log
+            assert contents(output) == whole
+        else:
+            status, log = start(*words, "-o", output)
+            assert status == 1 and "already exists" in log
+        assert not partial(output).exists()
+        shutil.rmtree(output)
+
+
 def test_a_report_that_could_not_be_written_is_written_by_a_resume(
     tinypy: Path, text: Path, tmp_path: Path
 ) -> None:

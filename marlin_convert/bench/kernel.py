@@ -9,6 +9,7 @@
 
 import csv
 import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from marlin_convert.bench.multipliers import CUBLAS, DENSE, Multiplier, ours, pe
 from marlin_convert.bench.shapes import MODELS, SQUARES, Shape, ideal
 from marlin_convert.bench.sustained import Slice, read, sustain, uuid
 from marlin_convert.bench.timing import Cell, ceilings, measure
-from marlin_convert.checkpoint.writer import check_replaceable, publish, remove
+from marlin_convert.checkpoint.writer import REPLACED, check_replaceable, publish, remove
 from marlin_convert.errors import ConvertError, FormatError
 from marlin_convert.formats import marlin
 
@@ -153,10 +154,13 @@ def results(output: Path, overwrite: bool, written: Mapping[str, str]) -> Iterat
     def strangers(directory: Path) -> list[str]:
         return [f"{path.name!r} is there" for path in sorted(directory.iterdir()) if not _is(path, written)]
 
-    check_replaceable(output, overwrite, strangers)
-    output = output.resolve()
+    if not output.is_symlink():  # which is refused below, by its own name
+        output = output.resolve()
     partial = output.with_name(output.name + ".partial")
-    staging = partial / "results"
+    staging, aside = partial / "results", partial / REPLACED
+    if aside.is_dir() and not aside.is_symlink() and not strangers(aside):
+        _tidy(output, partial)
+    check_replaceable(output, overwrite, strangers)
     try:
         partial.mkdir(parents=True)
     except FileExistsError as error:
@@ -174,7 +178,17 @@ def results(output: Path, overwrite: bool, written: Mapping[str, str]) -> Iterat
         raise
     check_replaceable(output, overwrite, strangers)  # again: somebody may have put something there
     publish(staging, output, overwrite)
+    if staging.exists():
+        staging.rename(aside)  # from now on it is known for what it is, wherever this is stopped
     remove(partial)
+
+
+def _tidy(output: Path, partial: Path) -> None:
+    """Put back or remove the earlier results of a run that was stopped while it replaced them."""
+    if not os.path.lexists(output):
+        (partial / REPLACED).rename(output)
+    elif [path.name for path in partial.iterdir()] == [REPLACED]:
+        remove(partial)
 
 
 def _is(path: Path, written: Mapping[str, str]) -> bool:

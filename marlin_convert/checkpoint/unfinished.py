@@ -87,6 +87,14 @@ class UnfinishedRun:
         digest = json_file(self.directory, PROGRESS).get("manifest")
         return json_file(self.output, MANIFEST) if digest and _is(self.output, digest) else None
 
+    def tidy(self) -> None:
+        """Remove what a run has left that ended before it had anything, or after its output was complete."""
+        if not os.path.lexists(self.directory) or self._stranger() is not None:
+            return
+        if not self.blocks or self.published() is not None:
+            self._lock()
+            self.forget()
+
     def earlier(self, settings: dict[str, Any], *, resume: bool, discard: bool) -> dict[str, Any]:
         """What is done already and can be gone on from: nothing, unless `resume`.
 
@@ -95,6 +103,10 @@ class UnfinishedRun:
         nothing: dict[str, Any] = {"blocks": 0, "tensors": 0, "linears": []}
         if not self.blocks:
             return nothing
+        progress = json_file(self.directory, PROGRESS)
+        digest = progress.get("manifest")
+        if digest and not _is(self.staging, digest):
+            return nothing  # it was published, and moved away or replaced since
         if not resume:
             if not discard:
                 raise ConvertError(
@@ -102,15 +114,11 @@ class UnfinishedRun:
                     "continue it with --resume, or remove the directory.",
                 )
             return nothing
-        progress = json_file(self.directory, PROGRESS)
         for name, then, now in _differences(progress["settings"], settings):
             raise ConvertError(
                 f"cannot resume '{self.directory}': it was started with {name} {then!r}, not {now!r}.",
                 _way_on(name, then),
             )
-        digest = progress.get("manifest")
-        if digest and not _is(self.staging, digest):
-            return nothing  # it was published, and moved away since
         log.info("resuming at block %d", self.blocks)
         return progress["done"]
 
