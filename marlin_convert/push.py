@@ -214,7 +214,12 @@ def _repack(job: Job, format: str, directory: Path) -> None:
     task = verify.Job(Source(directory, job.repository, None), checks, torch.device("cpu"))
     done = verify.verify(task)
     if not done.passed:
-        reasons = [f"{name}: {check.reason}" for name, check in done.checks.items() if check.status == "fail"]
+        wanted = done.needed | done.required
+        reasons = [
+            f"{name}: {check.reason}"
+            for name, check in done.checks.items()
+            if check.status == "fail" or (check.status == "skipped" and name in wanted)
+        ]
         raise ConvertError(f"the {format} repack does not pass ({'; '.join(reasons)}).", "this is a bug.")
     verify.save(done, task)
     ours, theirs = Weights(Checkpoint.open(job.checkpoint)), Weights(Checkpoint.open(directory))

@@ -104,6 +104,7 @@ def quantize(
     Whatever stops it, the source and an earlier output stay as they are, and what is finished can be resumed.
     """
     started = time.monotonic()
+    _check_names(job)
     run = job.run
     if not job.resume:
         try:
@@ -332,7 +333,7 @@ def _recipe_text(making: dict[str, Any], *, first: bool) -> str:
     return f"# {said}\n# How they were calibrated is not known.\n{to_yaml(making['recipe'])}"
 
 
-def _check_output(job: Job, plan: Plan) -> None:
+def _check_names(job: Job) -> None:
     output, source = job.output.resolve(), job.source.directory.resolve()
     if output == source or source in output.parents or output in source.parents:
         raise ConvertError(f"'{job.output}' overlaps the source.", "choose another directory.")
@@ -340,13 +341,22 @@ def _check_output(job: Job, plan: Plan) -> None:
         raise ConvertError(
             f"'{job.output}' cannot be the output: it comes by a rename.", "give a directory to be made."
         )
+    if job.report is not None and output in job.report.resolve().parents:
+        raise ConvertError(
+            f"the report '{job.report}' would be a file of the output that its manifest does not know.",
+            "choose a file beside the output for --report.",
+        )
+
+
+def _check_output(job: Job, plan: Plan) -> None:
+    _check_names(job)
     if job.report is not None:
         check_report(job.report)
     job.run.check_ours()
     if job.resume and job.run.published():
         return
     check_replaceable(job.output, job.overwrite)
-    place = next(parent for parent in output.parents if parent.exists())
+    place = next(parent for parent in job.output.resolve().parents if parent.exists())
     free = shutil.disk_usage(place).free
     if plan.output_bytes > free + job.run.staged_bytes:
         raise ConvertError(

@@ -152,3 +152,18 @@ def test_a_report_replaces_a_report_only(quantize: Callable[..., Result], tmp_pa
     refused = quantize("--report", report, "--overwrite")
     assert refused.exit_code == 1 and "is no report of marlin-convert" in refused.stderr
     assert report.read_text() == "<!doctype html><title>Thesis</title>"
+    refused = quantize("--report", tmp_path / "out" / "report.html", "--overwrite")
+    assert refused.exit_code == 1 and "would be a file of the output" in refused.stderr
+
+
+def test_a_report_of_verify_replaces_a_report_only(
+    cli: Cli, quantize: Callable[..., Result], tmp_path: Path
+) -> None:
+    report = tmp_path / "report.json"
+    assert quantize("-q").exit_code == 0
+    for _ in range(2):
+        assert cli("verify", tmp_path / "out", "--report", report, "-q").exit_code == 0
+    report.write_text('{"results": "of four years"}')
+    refused = cli("verify", tmp_path / "out", "--report", report, "-q")
+    assert refused.exit_code == 1 and "is no report of marlin-convert" in refused.stderr
+    assert report.read_text() == '{"results": "of four years"}'

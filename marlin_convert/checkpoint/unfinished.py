@@ -17,6 +17,8 @@ log = logging.getLogger("marlin_convert")
 
 PROGRESS = "progress.json"
 LOCK = "lock"
+# Of models/hidden.py, which unlinks it as soon as it is there; a kill may come between the two.
+HIDDEN_STATES = "hidden_states.bin"
 
 
 class UnfinishedRun:
@@ -63,7 +65,7 @@ class UnfinishedRun:
             names = {path.name for path in self.directory.iterdir()}
         known = {LOCK, PROGRESS + ".tmp"}
         if PROGRESS in names:
-            known |= {PROGRESS, self.staging.name, REPLACED}
+            known |= {PROGRESS, self.staging.name, REPLACED, HIDDEN_STATES}
             try:
                 noted = json_file(self.directory, PROGRESS)
             except SourceError as error:
