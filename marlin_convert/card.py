@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from marlin_convert import provenance
 from marlin_convert.checkpoint import manifest as manifests
 from marlin_convert.checkpoint.reader import belongs
 from marlin_convert.errors import ConvertError
@@ -129,7 +130,8 @@ class Published:
     report: dict[str, Any] | None
     origin: dict[str, Any]  # the manifest of the checkpoint whose codes these are: its own, but for --also
     measured: dict[str, Any] | None  # the report about that one
-    also: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()  # branches with the same codes in other layouts
+    older: tuple[str, ...] = ()  # branches of earlier pushes, of other codes for all that is known
 
     @property
     def format(self) -> str:
@@ -141,9 +143,11 @@ def read_facts(directory: Path) -> dict[str, Any]:
     """What a model's card says under the names of FACTS; without a card, what our manifest keeps of one."""
     found = _metadata_of(directory / CARD) if belongs(directory / CARD, directory) else {}
     if not found and (manifest := manifests.load(directory)):
-        source = _object(manifest.get("source"))
-        found = _object(source.get("card"))
-        found |= {"base_model": _base_model(source, found), "base_model_relation": "quantized"}
+        found = _object(_object(manifest.get("source")).get("card"))
+        found |= {
+            "base_model": _base_model(provenance.earlier(directory)),
+            "base_model_relation": "quantized",
+        }
     facts = {name: found[name] for name in FACTS if found.get(name) is not None}
     for name in [name for name, value in facts.items() if not _usable(value)]:
         log.warning("the card of the source gives no usable %s", name)
@@ -185,7 +189,7 @@ def facts(manifest: dict[str, Any], base_model: str | None, license: str | None)
         warnings.append("the license is not known and left out of the card: give it with --license.")
     elif stated["license"] == "other" and "license_name" not in stated:
         warnings.append("the license is 'other' without a name: the source's card does not give it.")
-    base = base_model or _base_model(source, known)
+    base = base_model or _base_model(provenance.steps(manifest))
     if base is None:
         warnings.append("the original is not known on the Hub: give its id with --base-model.")
     return Facts(
@@ -193,13 +197,25 @@ def facts(manifest: dict[str, Any], base_model: str | None, license: str | None)
     )
 
 
-def _base_model(source: dict[str, Any], known: dict[str, Any]) -> str | None:
-    """The Hub id of the original: of a quantized source, what its own card names."""
-    names = [source.get("name")] if source.get("commit") else []
-    if source.get("quantization"):
-        stated = known.get("base_model")
-        names = [*(stated if isinstance(stated, list) and len(stated) == 1 else [stated]), *names]
-    return next((name for name in names if is_hub_id(name)), None)
+def _base_model(steps: list[dict[str, Any]]) -> str | None:
+    """The Hub id of the model whose weights were rounded or pruned last, or of the one it was made from.
+
+    Of a source that was quantized already it is what that one's own card names.
+    """
+    named: list[Any] = []
+    for number, step in reversed(list(enumerate(steps))):
+        source = step["source"]
+        own = [source.get("name")] if source.get("commit") else []
+        if not source.get("quantization"):
+            named = [*own, *named]
+        else:
+            stated = _object(source.get("card")).get("base_model")
+            stated = stated[0] if isinstance(stated, list) and len(stated) == 1 else stated
+            # only what nobody of us has made is an original
+            named += [stated, *own] if not number else [stated]
+        if own and not source.get("quantization"):
+            break
+    return next((name for name in named if is_hub_id(name)), None)
 
 
 def _usable(value: Any) -> bool:
@@ -254,7 +270,9 @@ def _overview(published: Published, facts: Facts) -> str:
     recipe, manifest = published.manifest["recipe"], published.manifest
     base = facts.base_model
     original = (
-        f"[{base}](https://huggingface.co/{base})" if base else _code(published.origin["source"]["name"])
+        f"[{base}](https://huggingface.co/{base})"
+        if base
+        else _code(provenance.makings(manifest)[0]["source"]["name"])
     )
     if published.format == "dense":
         return (
@@ -284,34 +302,32 @@ def _serving(published: Published) -> str:
         also=also,
     )
     others = [name for name in published.also if published.format not in OURS]
-    return text + (f"\nOther layouts of the same codes: branches {', '.join(others)}.\n" if others else "")
+    text += f"\nOther layouts of the same codes: branches {', '.join(others)}.\n" if others else ""
+    if published.older:
+        names = ", ".join(_code(name) for name in published.older)
+        text += f"\nOf an earlier push, and not made from these files: the branches {names}.\n"
+    return text
 
 
 def _making(published: Published) -> str:
-    manifest, origin = published.manifest, published.origin
-    source, recipe, text = origin["source"], origin["recipe"], origin.get("calibration")
+    manifest = published.manifest
+    makings = provenance.makings(manifest)
+    source = makings[0]["source"]
     commit = source.get("commit")
-    rows = {
-        "source": _code(source["name"]) + (f" at commit {_code(commit)}" if commit else ", a directory"),
-        "tool": _code(manifest["tool"]),
-        "versions": _line(", ".join(f"{name} {value}" for name, value in origin["versions"].items())),
-        "recipe": _code(", ".join(f"{name} {value}" for name, value in recipe.items() if name != "format")),
-    }
-    if source.get("quantization") and not origin.get("requantized"):
-        rows["codes"] = (
-            f"kept from the source, which was {_code(source['quantization'])}; nothing was calibrated"
-        )
-    if text:
-        rows["calibration"] = (
-            f"{text['samples']} x {text['sequence_length']} tokens of {_code(text['text'])}, "
-            f"token ids sha256 {_code(text['sha256'])}"
-        )
-    packed, dense = manifest["linears"], manifest["dense"]
-    rows["linears"] = f"{len(packed)} packed, {len(dense)} of the blocks left dense"
+    rows = {"source": _code(source["name"]) + (f" at commit {_code(commit)}" if commit else ", a directory")}
+    for number, step in enumerate(makings):
+        of = "" if len(makings) == 1 else f"{number + 1}. "
+        rows |= {f"{of}{name}": text for name, text in _step(step, first=not number).items()}
+    if manifest.get("repacked") and provenance.steps(manifest)[:-1]:
+        layout = manifest["source"]["quantization"]
+        rows["repacked"] = f"from {_code(layout)} by {_code(manifest['tool'])}: the same codes"
+    done, dense = manifest["linears"], manifest["dense"]
+    what = "pruned" if published.format == "dense" else "packed"
+    rows["linears"] = f"{len(done)} {what}, {len(dense)} of the blocks left dense"
     unpruned = _object(manifest.get("unpruned"))
     if manifest.get("sparsity") == manifests.SPARSITY:
-        rows["sparsity"] = f"2:4 in {len(packed) - len(unpruned)} of the packed linears"
-    errors = [row["error"] for row in origin["linears"] if "error" in row]
+        rows["sparsity"] = f"2:4 in {len(done) - len(unpruned)} of the {what} linears"
+    errors = [row["error"] for row in done if "error" in row]
     if errors:
         rows["error"] = (
             f"{sum(errors) / len(errors):.4f} on average, {max(errors):.4f} at worst: relative error of a "
@@ -320,17 +336,40 @@ def _making(published: Published) -> str:
     lines = [_table(["", ""], [[name, value] for name, value in rows.items()])]
     lines += [f"- left dense: {_code(name)} ({_line(reason)})" for name, reason in dense.items()]
     lines += [f"- not 2:4: {_code(name)} ({_line(reason)})" for name, reason in unpruned.items()]
-    lines += [f"- left out: {_code(name)}" for name in manifest["left_out"]]
-    lines += [
-        f"- rounded to nearest: {_code(row['name'])}"
-        for row in origin["linears"]
-        if row.get("rounded_to_nearest")
-    ]
-    model = f"{source['name']} --revision {commit}" if commit and is_hub_id(source["name"]) else "MODEL"
+    named = [*manifest["left_out"], *manifest.get("left_behind", ())]
+    lines += [f"- left out: {_code(name)}" for name in named]
+    lines += [f"- rounded to nearest: {_code(row['name'])}" for row in done if row.get("rounded_to_nearest")]
+    files = [_code(provenance.recipe_file(number, len(makings))) for number in range(len(makings))]
+    again = "\n".join(provenance.commands(manifest))
     return "\n".join(lines) + (
-        f"\n\nTo make it again, with `recipe.yaml` of this repository:\n\n```\n"
-        f"marlin-convert quantize {model} -o DIR --recipe recipe.yaml\n```\n"
+        f"\n\nTo make it again, with {' and '.join(files)} of this repository:\n\n```\n{again}\n```\n"
     )
+
+
+def _step(step: dict[str, Any], *, first: bool) -> dict[str, str]:
+    """What there is to say of one of the steps that make a checkpoint."""
+    if step["repacked"] and not first:
+        return {"codes": f"of the step before, as {_code(step['recipe']['format'])}"}
+    recipe, text, processor = step["recipe"], step["calibration"], _object(step["processor"])
+    rows = {
+        "tool": _code(step["tool"]),
+        "versions": _line(", ".join(f"{name} {value}" for name, value in step["versions"].items())),
+        "recipe": _code(", ".join(f"{name} {value}" for name, value in recipe.items() if name != "format")),
+    }
+    if step["repacked"]:
+        rows["codes"] = (
+            f"kept from the source, which was {_code(step['source']['quantization'])} already; how they were "
+            "calibrated is not known"
+        )
+    if text:
+        rows["calibration"] = (
+            f"{text['samples']} x {text['sequence_length']} tokens of {_code(text['text'])}, "
+            f"token ids sha256 {_code(text['sha256'])}"
+        )
+    if not step["repacked"]:
+        named = [str(step["device"]), *(f"{name} {value}" for name, value in processor.items())]
+        rows["computed on"] = _code(", ".join(named))
+    return rows
 
 
 def _quality(published: Published) -> str:
@@ -363,9 +402,11 @@ def _quality(published: Published) -> str:
 
 def _check(published: Published, facts: Facts) -> str:
     revision = "" if published.branch == "main" else f" --revision {published.branch}"
-    commit = published.origin["source"].get("commit")
+    commits = {
+        step["source"]["name"]: step["source"].get("commit") for step in provenance.steps(published.manifest)
+    }
     source = ""
-    if facts.base_model and commit and facts.base_model == published.origin["source"]["name"]:
+    if facts.base_model and (commit := commits.get(facts.base_model)):
         source = f" --source {facts.base_model} --source-revision {commit}"
     return f"```\nmarlin-convert verify {published.repository}{revision}{source}\n```\n"
 

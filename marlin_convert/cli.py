@@ -290,7 +290,7 @@ def conversion_options(command: Callable) -> Callable:
             "--max-shard-size", default="5GB", show_default=True, callback=parse_size, help="Largest file."
         ),
         click.option("--resume", is_flag=True, help="Continue an interrupted run."),
-        click.option("--overwrite", is_flag=True, help="Replace the output once the new one is complete."),
+        click.option("--overwrite", is_flag=True, help="Replace an earlier output once this is complete."),
         click.option(
             "--trust-remote-code", is_flag=True, help="Allow code from the model repository to run."
         ),
@@ -536,9 +536,12 @@ def verify(
     """
     set_up_logging(quiet, verbose)
     from marlin_convert import verify as story
+    from marlin_convert.checkpoint import writer
     from marlin_convert.hub import resolve
 
     check_report(report)
+    if report:
+        writer.check_report(report)
     code = settings["trust_remote_code"]
     job = story.Job(
         checkpoint=resolve(checkpoint, revision, code=code),
@@ -710,7 +713,7 @@ def parse_counts(
     help="Of load, for sustained.",
 )
 @click.option("--device", default="auto", show_default=True, metavar="auto|cuda[:N]", help="What to measure.")
-@click.option("--overwrite", is_flag=True, help="Replace the output once the new one is complete.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier output once this is complete.")
 @output_options
 def bench_kernel(
     output: Path,
@@ -850,7 +853,7 @@ def parse_positive(context: click.Context, parameter: click.Parameter, value: fl
     help="Longest time for one request.",
 )
 @click.option("-o", "--output", type=Place(path_type=Path), help="Directory to write. Must not exist.")
-@click.option("--overwrite", is_flag=True, help="Replace the output once the new one is complete.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier output once this is complete.")
 @output_options
 def bench_serve(
     url: "Server",
@@ -925,7 +928,7 @@ def bench_serve(
     "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute."
 )
 @click.option("-o", "--output", type=Place(path_type=Path), help="Directory to write. Must not exist.")
-@click.option("--overwrite", is_flag=True, help="Replace the output once the new one is complete.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier output once this is complete.")
 @output_options
 def bench_latency(
     checkpoint: str,

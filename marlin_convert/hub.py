@@ -28,7 +28,7 @@ _FILES = [
     "*.model*",
     "*.tiktoken",
     "README.md",
-    "recipe.yaml",
+    "recipe*.yaml",
     # in any case, which the patterns of the client tell apart
     *("".join(f"[{x.upper()}{x}]" if x.isalpha() else x for x in word) + "*"
       for word in ("license", "notice", "use_policy")),
@@ -102,6 +102,22 @@ def _no_model(repository: str, revision: str | None) -> SourceError:
         f"{', '.join(sorted(names)[:3])}{more}.",
         "check its name and --revision; a model has its config.json beside its safetensors.",
     )
+
+
+def remote_files(source: Source) -> set[str]:
+    """The names of all files of a Hub model at its commit; SourceError if the Hub does not say."""
+    from huggingface_hub import HfApi
+
+    with hub_errors(source.name):
+        return set(HfApi().list_repo_files(source.name, revision=source.commit))
+
+
+def fetch(source: Source, name: str) -> None:
+    """Have one more file of a Hub model beside the others; SourceError says why it cannot be had."""
+    from huggingface_hub import hf_hub_download
+
+    with hub_errors(source.name):
+        hf_hub_download(source.name, name, revision=source.commit)
 
 
 def is_hub_id(name: object) -> bool:

@@ -5,6 +5,7 @@ import shlex
 from math import prod
 from typing import Any
 
+from marlin_convert import provenance
 from marlin_convert.checkpoint import manifest as manifests
 from marlin_convert.checkpoint.reader import Checkpoint, TensorInfo, json_file
 from marlin_convert.errors import printable
@@ -52,6 +53,8 @@ def inspect(source: Source) -> dict[str, Any]:
         "shards": len(checkpoint.weight_files),
         "bytes": sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()),
         **{key: manifest.get(key) for key in ("tool", "source", "recipe", "calibration")},
+        "history": provenance.earlier(directory)[:-1],
+        "original": _original(manifest),
         "rounded_to_nearest": manifests.rounded_to_nearest(manifest),
         "verified": _verified(source),
     }
@@ -118,6 +121,14 @@ def _dense(checkpoint: Checkpoint, reasons: dict[str, Any], pruned: list[str]) -
     return {name: reasons.get(name) for name in names if name not in pruned}
 
 
+def _original(manifest: dict[str, Any]) -> str | None:
+    """What it was made from in the first place, None if the manifest does not say."""
+    try:
+        return provenance.original(manifest)
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return None
+
+
 def _verified(source: Source) -> dict[str, Any] | None:
     """The last verification, and whether it was of the manifest that is there now."""
     if not (source.directory / manifests.VERIFIED).exists():
@@ -163,6 +174,8 @@ def text(found: dict[str, Any], checkpoint: str, *, verbose: bool = False) -> st
         source, recipe = _object(found["source"]), _object(found["recipe"])
         commit = f" at {source['commit']}" if source.get("commit") else ""
         lines.append(f"made by      {found['tool']} from {source.get('name')}{commit}")
+        if found["original"] not in (None, f"{source.get('name')}{commit}"):
+            lines.append(f"original     {found['original']}")
         lines.append("recipe       " + ", ".join(f"{key} {value}" for key, value in recipe.items()))
     lines += [f"  rounded to nearest: {name}" for name in found["rounded_to_nearest"]]
     lines.append(f"verified     {_verdict(found['verified'])}")

@@ -7,6 +7,7 @@ refusals are found before anything is uploaded. A branch is then changed by one 
 import hashlib
 import logging
 import re
+import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
 
 log = logging.getLogger("marlin_convert")
+
+# Layouts that --also writes, each to a branch of its name.
+ALSO = ("gptq", "compressed-tensors")
 
 # What a repository has of its own; it stays as it is.
 KEPT = ".gitattributes"
@@ -127,12 +131,13 @@ def _check_request(job: Job) -> None:
 
 def _prepare(job: Job, stack: ExitStack, progress: Progress) -> tuple[list[Release], list[str]]:
     """The releases, the main one last, and what the user should know of them."""
+    _check_codes(job)
     checked = check(job.checkpoint, progress)
     if checked.unverified is not None and not job.allow_unverified:
         raise ConvertError(
             f"'{job.checkpoint}' is not verified: {checked.unverified}.",
-            f"marlin-convert verify {job.checkpoint} --source MODEL, or publish it anyway with "
-            "--allow-unverified; the card will say so.",
+            f"marlin-convert verify {shlex.quote(str(job.checkpoint))} --source MODEL, or publish it anyway "
+            "with --allow-unverified; the card will say so.",
         )
     try:
         if checked.manifest["recipe"]["format"] in job.also:
@@ -160,6 +165,17 @@ def _prepare(job: Job, stack: ExitStack, progress: Progress) -> tuple[list[Relea
     return [*releases, main], unverified + facts.warnings
 
 
+def _check_codes(job: Job) -> None:
+    """ConvertError for --also of a checkpoint that has no codes: those would be others, solved for here."""
+    recipe = (manifests.load(job.checkpoint) or {}).get("recipe")
+    if job.also and isinstance(recipe, dict) and recipe.get("format") == "dense":
+        raise ConvertError(
+            f"'{job.checkpoint}' is dense: it has no codes that --also could write in another layout.",
+            f"quantize it first: marlin-convert quantize {shlex.quote(str(job.checkpoint))} -o DIR "
+            f"--format {job.also[0]}, and push DIR.",
+        )
+
+
 def _release(job: Job, branch: str, checked: Checked, facts: card.Facts, origin: Checked) -> Release:
     """What a branch will hold; `origin` is the checkpoint that was given, whose codes these are."""
     published = card.Published(
@@ -170,10 +186,11 @@ def _release(job: Job, branch: str, checked: Checked, facts: card.Facts, origin:
         report=checked.report,
         origin=origin.manifest,
         measured=origin.report,
-        also=job.also if checked is origin else (),
+        also=tuple(name for name in ALSO if name in job.also) if checked is origin else (),
     )
-    text = File.of(card.write(published, facts).encode())
-    return Release(branch, published.format, {card.CARD: text, **checked.files}, checked.left)
+    release = Release(published, facts, checked.files, checked.left)
+    assert release.card  # written now: what it lacks is found before anybody is asked
+    return release
 
 
 def _repack(job: Job, format: str, directory: Path) -> None:
@@ -197,7 +214,12 @@ def _repack(job: Job, format: str, directory: Path) -> None:
     task = verify.Job(Source(directory, job.repository, None), checks, torch.device("cpu"))
     done = verify.verify(task)
     if not done.verified:
-        reasons = [f"{name}: {check.reason}" for name, check in done.checks.items() if check.status == "fail"]
+        wanted = done.needed | done.required
+        reasons = [
+            f"{name}: {check.reason}"
+            for name, check in done.checks.items()
+            if check.status == "fail" or (check.status == "skipped" and name in wanted)
+        ]
         raise ConvertError(f"the {format} repack does not pass ({'; '.join(reasons)}).", "this is a bug.")
     verify.save(done, task)
     ours, theirs = Weights(Checkpoint.open(job.checkpoint)), Weights(Checkpoint.open(directory))
@@ -235,6 +257,7 @@ def _publish(job: Job, releases: list[Release]) -> list[Pushed]:
         with hub_errors(job.base_model):
             api.model_info(job.base_model)
     _open_repository(api, job)
+    releases[-1] = _naming_branches(api, job, releases[-1])
     return [_commit(api, job, release, identity["name"]) for release in releases]
 
 
@@ -282,6 +305,30 @@ def _open_repository(api: "HfApi", job: Job) -> None:
             f"{repository!r} exists and is {'private' if private else 'public'}.",
             "--private and --public are for a new repository; change this one on its page.",
         )
+
+
+def _naming_branches(api: "HfApi", job: Job, release: Release) -> Release:
+    """The main release with a card that names the branches of earlier --also as well, for what they are."""
+    digest = release.checked[manifests.MANIFEST].sha256
+    also, older = set(job.also), []
+    with hub_errors(job.repository):
+        there = {ref.name for ref in api.list_repo_refs(job.repository).branches}
+        for branch in [name for name in ALSO if name in there - also - {job.branch}]:
+            head, tree = _tree(api, job.repository, branch)
+            if manifests.MANIFEST not in tree:
+                continue
+            path = Path(api.hf_hub_download(job.repository, manifests.MANIFEST, revision=head))
+            source = (manifests.load(path.parent) or {}).get("source")
+            if isinstance(source, dict) and source.get("manifest") == digest:
+                also.add(branch)
+            else:
+                older.append(branch)
+    if older:
+        log.warning("not of these codes, and named as older: the branches %s", " and ".join(older))
+    published = replace(
+        release.published, also=tuple(name for name in ALSO if name in also), older=tuple(older)
+    )
+    return replace(release, published=published)
 
 
 def _commit(api: "HfApi", job: Job, release: Release, author: str) -> Pushed:

@@ -19,16 +19,19 @@ import torch
 import transformers
 from torch import Tensor
 
-from marlin_convert import __version__
+from marlin_convert import __version__, provenance
 from marlin_convert.calibration import Calibration, calibrate, load_tokenizer, shown
 from marlin_convert.card import read_facts
+from marlin_convert.checkpoint import manifest as manifests
+from marlin_convert.checkpoint import remote_code
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.manifest import MANIFEST, sha256_file
-from marlin_convert.checkpoint.reader import Checkpoint
+from marlin_convert.checkpoint.reader import Checkpoint, json_file
 from marlin_convert.checkpoint.unfinished import UnfinishedRun
 from marlin_convert.checkpoint.writer import (
     ShardWriter,
     check_replaceable,
+    check_report,
     publish,
     write_json,
     write_report,
@@ -36,13 +39,12 @@ from marlin_convert.checkpoint.writer import (
 from marlin_convert.codes import Codes, Repack, Solve
 from marlin_convert.errors import ConvertError, FormatError, SourceError, reading
 from marlin_convert.hub import Source
+from marlin_convert.models.blocks import bf16_units
 from marlin_convert.plan import Plan, make_plan
-from marlin_convert.recipe import Recipe
+from marlin_convert.recipe import Recipe, to_yaml
 from marlin_convert.report import html
 
 log = logging.getLogger("marlin_convert")
-
-RECIPE = "recipe.yaml"
 
 
 @dataclass(frozen=True)
@@ -102,10 +104,16 @@ def quantize(
     Whatever stops it, the source and an earlier output stay as they are, and what is finished can be resumed.
     """
     started = time.monotonic()
+    _check_names(job)
+    run = job.run
+    if not job.resume:
+        try:
+            run.tidy()
+        except OSError as error:
+            raise _disk_error(job, error) from error
     weights, plan = plan_job(job)
     calibration = None if plan.repack else _calibration(job, plan)
     settings = _settings(job, plan, weights, calibration)
-    run = job.run
     done = run.earlier(settings, resume=job.resume, discard=job.overwrite)
     replayed = 0
     manifest = run.published() if job.resume else None
@@ -115,6 +123,7 @@ def quantize(
             files, rows, replayed = _convert(job, plan, weights, calibration, settings, done, progress)
             manifest = _assemble(job, plan, weights, settings, rows, files)
             run.complete({"blocks": plan.blocks, "tensors": len(plan.specs), "linears": rows})
+            check_replaceable(job.output, job.overwrite)  # again: somebody may have put something there
             publish(run.staging, job.output, job.overwrite)
         if job.report is not None:
             hint = "choose another file, or make room; then --resume writes it: the output is complete."
@@ -217,6 +226,11 @@ def _calibration(job: Job, plan: Plan) -> Calibration:
 
 def _settings(job: Job, plan: Plan, weights: Weights, calibration: Calibration | None) -> dict[str, Any]:
     """Everything that decides the bytes of the output; a resumed run must agree in all of it."""
+    before = provenance.earlier(job.source.directory)
+    recipe, text = _published_recipe(plan).to_dict(), _stated(calibration)
+    if plan.repack:
+        recipe = provenance.recipe_of_codes(recipe, before)
+        text = before[-1]["calibration"] if before else None
     device = str(job.device.type)
     if job.device.type == "cuda":
         device = torch.cuda.get_device_name(job.device)
@@ -231,21 +245,42 @@ def _settings(job: Job, plan: Plan, weights: Weights, calibration: Calibration |
             "name": job.source.name,
             "commit": job.source.commit,
             "quantization": weights.scheme.format if weights.scheme else None,
+            # tells whether this was made from a very checkpoint of ours
+            "manifest": sha256_file(job.source.directory / MANIFEST) if before else None,
             "fingerprint": weights.checkpoint.fingerprint(),
         },
-        "recipe": _published_recipe(plan).to_dict(),
+        "recipe": recipe,
         "requantized": weights.scheme is not None and job.requantize,
-        "calibration": None
-        if calibration is None
-        else {
-            "text": calibration.source,
-            "samples": len(calibration.ids),
-            "sequence_length": calibration.ids.shape[1],
-            "sha256": calibration.digest,
-        },
+        "repacked": plan.repack,
+        "history": before,
+        "calibration": text,
         "device": device,
+        "processor": None if calibration is None else processor(job.device),
         "max_shard_size": job.max_shard_size,
         "trust_remote_code": job.trust_remote_code,
+    }
+
+
+def _stated(calibration: Calibration | None) -> dict[str, Any] | None:
+    """What a manifest says of the text."""
+    if calibration is None:
+        return None
+    return {
+        "text": calibration.source,
+        "samples": len(calibration.ids),
+        "sequence_length": calibration.ids.shape[1],
+        "sha256": calibration.digest,
+    }
+
+
+def processor(device: torch.device) -> dict[str, Any] | None:
+    """What sums on a CPU depend on, as torch reports it; nothing of it matters to a GPU."""
+    if device.type != "cpu":
+        return None
+    return {
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "bf16_units": bf16_units(),
     }
 
 
@@ -254,7 +289,51 @@ def _published_recipe(plan: Plan) -> Recipe:
     return plan.recipe.changed({"calibration": shown(plan.recipe.calibration)})
 
 
-def _check_output(job: Job, plan: Plan) -> None:
+def _copy_from_source(job: Job, plan: Plan, checkpoint: Checkpoint) -> list[str]:
+    """Write the config and copy the other files of the source; what of them stays behind.
+
+    Code comes with the words that name it, where it is trusted, or neither does.
+    """
+    source, staging = checkpoint.directory, job.run.staging
+    # _name_or_path is where somebody once had the source
+    left_out = ("quantization_config", "_name_or_path")
+    config = {key: value for key, value in checkpoint.config.items() if key not in left_out}
+    if plan.recipe.dtype != "auto":
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = plan.recipe.dtype
+    if plan.quantization_config is not None:
+        config["quantization_config"] = plan.quantization_config
+    code, behind = remote_code.code_files(checkpoint)
+    named = remote_code.named_in(source)
+    if not job.trust_remote_code:
+        config = remote_code.without_code(config)
+        code, behind = [], [f"{key} of {name}" for name, keys in named.items() for key in keys]
+    write_json(staging / "config.json", config)
+    copied = [*checkpoint.companions(), *code]
+    for name in copied:
+        (staging / name).parent.mkdir(exist_ok=True)
+        if name in named and not job.trust_remote_code:
+            write_json(staging / name, remote_code.without_code(json_file(source, name)))
+            continue
+        with reading(source / name):
+            data = (source / name).read_bytes()
+        (staging / name).write_bytes(data)
+    others = [name for name in checkpoint.others() if name not in copied]
+    if (
+        ours := manifests.load(source)
+    ) is not None:  # what somebody has put beside our files is no part of it
+        others = [name for name in others if name in ours["files"]]
+    return list(dict.fromkeys([*behind, *others]))
+
+
+def _recipe_text(making: dict[str, Any], *, first: bool) -> str:
+    """A recipe file; it says so where the settings that made the codes are not known."""
+    if not (making["repacked"] and first):
+        return to_yaml(making["recipe"])
+    said = f"The source was {making['source']['quantization']} already, and its codes are kept."
+    return f"# {said}\n# How they were calibrated is not known.\n{to_yaml(making['recipe'])}"
+
+
+def _check_names(job: Job) -> None:
     output, source = job.output.resolve(), job.source.directory.resolve()
     if output == source or source in output.parents or output in source.parents:
         raise ConvertError(f"'{job.output}' overlaps the source.", "choose another directory.")
@@ -262,11 +341,22 @@ def _check_output(job: Job, plan: Plan) -> None:
         raise ConvertError(
             f"'{job.output}' cannot be the output: it comes by a rename.", "give a directory to be made."
         )
+    if job.report is not None and output in job.report.resolve().parents:
+        raise ConvertError(
+            f"the report '{job.report}' would be a file of the output that its manifest does not know.",
+            "choose a file beside the output for --report.",
+        )
+
+
+def _check_output(job: Job, plan: Plan) -> None:
+    _check_names(job)
+    if job.report is not None:
+        check_report(job.report)
     job.run.check_ours()
     if job.resume and job.run.published():
         return
     check_replaceable(job.output, job.overwrite)
-    place = next(parent for parent in output.parents if parent.exists())
+    place = next(parent for parent in job.output.resolve().parents if parent.exists())
     free = shutil.disk_usage(place).free
     if plan.output_bytes > free + job.run.staged_bytes:
         raise ConvertError(
@@ -285,22 +375,13 @@ def _assemble(
 ) -> dict[str, Any]:
     """Put everything but the weights into the output: config, tokenizer, licences, recipe, manifest."""
     staging = job.run.staging
-    # _name_or_path is where somebody once had the source
-    left_out = ("quantization_config", "_name_or_path")
-    config = {key: value for key, value in weights.checkpoint.config.items() if key not in left_out}
-    if plan.recipe.dtype != "auto":
-        config["torch_dtype" if "torch_dtype" in config else "dtype"] = plan.recipe.dtype
-    if plan.quantization_config is not None:
-        config["quantization_config"] = plan.quantization_config
-    write_json(staging / "config.json", config)
+    left_behind = _copy_from_source(job, plan, weights.checkpoint)
     if plan.recipe.format == "gptq":
         write_json(staging / "quantize_config.json", plan.quantization_config)
-    (staging / RECIPE).write_text(_published_recipe(plan).dump(), "utf-8")
-    for name in weights.checkpoint.companions(code=job.trust_remote_code):
-        (staging / name).parent.mkdir(exist_ok=True)
-        with reading(weights.checkpoint.directory / name):
-            data = (weights.checkpoint.directory / name).read_bytes()
-        (staging / name).write_bytes(data)
+    makings = provenance.makings(settings)
+    for number, making in enumerate(makings):
+        name = provenance.recipe_file(number, len(makings))
+        (staging / name).write_text(_recipe_text(making, first=not number), "utf-8")
     for path in staging.rglob("*"):
         name = path.relative_to(staging).as_posix()
         if path.is_file() and name not in files and name != MANIFEST:
@@ -315,9 +396,12 @@ def _assemble(
         "unpruned": {fate.linear: fate.reason for fate in plan.unpruned},
         "dense": {fate.linear: fate.reason for fate in plan.dense},
         "left_out": list(plan.left_out),
+        "left_behind": left_behind,
         "files": {
             name: {"sha256": files[name], "size": (staging / name).stat().st_size} for name in sorted(files)
         },
     }
+    if plan.repack:
+        manifest |= provenance.carried(manifest, job.source.directory)
     write_json(staging / MANIFEST, manifest)
     return manifest

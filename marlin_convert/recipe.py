@@ -16,6 +16,8 @@ DEFAULT = "w4a16-g128"
 # "dense" is what sparsify writes
 FORMATS = ("marlin", "marlin-24", "gptq", "compressed-tensors", "dense")
 METHODS = ("sparsegpt", "wanda", "magnitude")
+# The settings that a repack heeds; the others are about how codes are made.
+REPACKED = ("format", "group_size", "skip", "unpruned", "dtype")
 MOST = 10**9  # of anything that is counted
 NESTING_LIMIT = 10
 # What Python makes of the bytes of a file's name that are no text where the locale is another.
@@ -69,7 +71,12 @@ class Recipe:
 
     def dump(self) -> str:
         """The recipe as YAML that `load` reads back."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+        return to_yaml(self.to_dict())
+
+
+def to_yaml(settings: Mapping[str, Any]) -> str:
+    """Some settings as YAML that `load` reads back."""
+    return yaml.safe_dump(dict(settings), sort_keys=False)
 
 
 def named_recipes() -> list[str]:
@@ -97,7 +104,7 @@ def load(name_or_file: str) -> Recipe:
     except (yaml.YAMLError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ConvertError(f"recipe {name_or_file!r} cannot be read as YAML: {reason}", _HINT) from error
-    return _from_settings({} if settings is None else settings, name_or_file)
+    return from_settings({} if settings is None else settings, name_or_file)
 
 
 def _yaml(text: str) -> Any:
@@ -115,7 +122,8 @@ def _yaml(text: str) -> Any:
     return settings
 
 
-def _from_settings(settings: Any, source: str) -> Recipe:
+def from_settings(settings: Any, source: str) -> Recipe:
+    """The recipe of settings, with defaults for the others; ConvertError, which names `source`, for none."""
     if not isinstance(settings, dict):
         raise ConvertError(f"recipe {source!r} is not a mapping of settings.", _HINT)
     defaults = {field.name: field.default for field in fields(Recipe)}

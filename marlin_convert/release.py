@@ -6,10 +6,11 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from marlin_convert.card import CARD
+from marlin_convert.card import CARD, Facts, Published, write
 from marlin_convert.checkpoint import manifest as manifests
 from marlin_convert.checkpoint.reader import PICKLES
 from marlin_convert.errors import SourceError
@@ -56,12 +57,27 @@ class File:
 
 @dataclass(frozen=True)
 class Release:
-    """What one branch will hold, and the files of the checkpoint's directory that stay here."""
+    """What one branch will hold and its card says, and the files of the directory that stay here."""
 
-    branch: str
-    format: str
-    files: dict[str, File]
+    published: Published
+    facts: Facts
+    checked: dict[str, File]
     left: list[str]
+
+    @cached_property
+    def files(self) -> dict[str, File]:
+        """Every file, with the card."""
+        return {CARD: File.of(write(self.published, self.facts).encode()), **self.checked}
+
+    @property
+    def branch(self) -> str:
+        """Where it goes."""
+        return self.published.branch
+
+    @property
+    def format(self) -> str:
+        """Its layout."""
+        return self.published.format
 
     @property
     def card(self) -> str:
@@ -166,7 +182,8 @@ def _verification(directory: Path, files: dict[str, File]) -> tuple[dict[str, An
         if report["manifest_sha256"] != files[manifests.MANIFEST].sha256:
             return None, "it has been changed since it was verified"
         missed = [name for name, found in status.items() if found not in ("pass", "skipped")]
-        missed += [name for name in ("files", "layout", "numbers") if status.get(name) in (None, "skipped")]
+        needed = report.get("needed", ("files", "layout", "numbers"))
+        missed += [name for name in needed if status.get(name) in (None, "skipped")]
         if missed or not manifests.is_verified(report):
             return None, f"{' and '.join(missed) or 'a required check'} did not pass"
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

@@ -5,6 +5,9 @@ import shlex
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from marlin_convert.checkpoint.manifest import PAGE
+from marlin_convert.recipe import REPACKED
+
 if TYPE_CHECKING:
     from marlin_convert.plan import Plan
     from marlin_convert.push import Job as PushJob
@@ -19,7 +22,11 @@ def plan_json(plan: "Plan") -> dict[str, Any]:
     return {
         "format": plan.recipe.format,
         "repack": plan.repack,
-        "recipe": plan.recipe.to_dict(),
+        "recipe": {
+            key: value
+            for key, value in plan.recipe.to_dict().items()
+            if key in REPACKED or not plan.repack  # the others are about what a repack does not do
+        },
         "linears": [
             {
                 "name": fate.linear,
@@ -114,7 +121,7 @@ def summary_text(done: "Report", job: "Job") -> str:
     plan, rows = done.plan, done.manifest["linears"]
     lines = []
     errors = sorted((row for row in rows if "error" in row), key=lambda row: -row["error"])
-    if errors:
+    if errors and not plan.repack:  # those of a repack were found by another run
         mean = sum(row["error"] for row in errors) / len(errors)
         lines.append(f"{'linear':48} {'inputs':>7} {'outputs':>7} {'error':>8}")
         lines += [f"{row['name']:48} {row['k']:7} {row['n']:7} {row['error']:8.4f}" for row in errors[:WORST]]
@@ -123,6 +130,8 @@ def summary_text(done: "Report", job: "Job") -> str:
     lines += [f"not 2:4: {fate.linear}, as {fate.format} ({fate.reason})" for fate in plan.unpruned]
     lines += [f"{_left(plan)}: {fate.linear} ({fate.reason})" for fate in plan.dense]
     lines += left_out(plan)
+    if done.manifest["left_behind"]:
+        lines.append(f"not copied from the source: {', '.join(done.manifest['left_behind'])}")
     lines += [f"note: {note}" for note in plan.notes]
     what = (
         "pruned to 2:4" if plan.recipe.format == "dense" else f"at {plan.bits_per_weight:.3f} bits per weight"
@@ -198,13 +207,17 @@ def html(manifest: dict[str, Any]) -> str:
     dense = "".join(
         f"<li>{markup.escape(name)}: {markup.escape(reason)}" for name, reason in manifest["dense"].items()
     )
+    behind = [f"tensor {name}" for name in manifest["left_out"]] + manifest["left_behind"]
+    behind += [f"{name} is not 2:4 ({reason})" for name, reason in manifest["unpruned"].items()]
+    left = "".join(f"<li>{markup.escape(name)}" for name in behind)
     title = markup.escape(f"{source['name']} in {recipe['format']}, group size {recipe['group_size']}")
     return (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{_STYLE}</style>"
+        f"{PAGE}<title>{title}</title><style>{_STYLE}</style>"
         f"<h1>{title}</h1><p>{markup.escape(manifest['tool'])}, "
         f"{manifest['bits_per_weight']} bits per weight. "
         f"Error: ||x(W - W<sub>q</sub>)|| / ||xW|| on the calibration text.</p>{_plot(rows)}"
         f"<p>Left dense: {'' if dense else 'nothing'}</p><ul>{dense}</ul>"
+        f"<p>Left out, or not as asked: {'' if left else 'nothing'}</p><ul>{left}</ul>"
         f"<table><tr><th>linear<th>inputs<th>outputs<th>error<th>{table}</table></html>\n"
     )
 

@@ -5,9 +5,9 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,12 @@ from marlin_convert.calibration import Calibration, calibrate, load_tokenizer
 from marlin_convert.card import CARD
 from marlin_convert.checkpoint import manifest as manifests
 from marlin_convert.checkpoint.linears import Weights
-from marlin_convert.checkpoint.reader import Checkpoint
+from marlin_convert.checkpoint.reader import PICKLES, Checkpoint
 from marlin_convert.checkpoint.writer import to_json, write_json, write_report
 from marlin_convert.errors import ConvertError, FormatError, KernelError, SourceError, printable
 from marlin_convert.evaluate import Comparison, compare, log_probabilities
 from marlin_convert.formats import bounds
-from marlin_convert.hub import Source
+from marlin_convert.hub import Source, fetch, remote_files
 from marlin_convert.models.architectures import architecture_of
 from marlin_convert.models.blocks import BlockModel, block_linears, module_tree
 from marlin_convert.plan import check_names
@@ -43,10 +43,14 @@ OUTPUT_ERROR = 1.0
 # How far perplexity may rise over the source's.
 PERPLEXITY = 2.0
 
+# What may lie beside the files of a manifest.
+BESIDE = (manifests.VERIFIED, manifests.VERIFIED + ".tmp", CARD)
+
 FLOAT16_MAX = torch.finfo(torch.float16).max
 PROBLEMS_SHOWN = 5
 
 Progress = Callable[[range, int], Iterable[int]]
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,33 @@ class Check:
     status: str
     reason: str
     details: dict[str, Any] = field(default_factory=dict)
+
+
+class _CannotRun(Exception):
+    """What a check needs and is not there, in words for its reason."""
+
+
+def _reporting(check: Callable[Concatenate[list[str], P], Check]) -> Callable[P, Check]:
+    """The check, given a list for its problems: what it has put there is reported whatever stops it.
+
+    Stopped before it has found any it is skipped, and said to have `stopped` where that was no _CannotRun.
+    """
+
+    @wraps(check)
+    def run(*args: P.args, **kwargs: P.kwargs) -> Check:
+        problems: list[str] = []
+        try:
+            return check(problems, *args, **kwargs)
+        except _CannotRun as reason:
+            found = Check("skipped", str(reason))
+        except Exception as error:
+            if not isinstance(error, ConvertError | torch.OutOfMemoryError):
+                log.error("the check was stopped by a bug", exc_info=error)
+            said = str(error) if isinstance(error, ConvertError) else f"{type(error).__name__}: {error}"
+            found = Check("skipped", f"it stopped: {said.removesuffix('.')}", {"stopped": True})
+        return _verdict([*problems, f"not finished: {found.reason}"], "") if problems else found
+
+    return run
 
 
 @dataclass(frozen=True)
@@ -115,6 +146,7 @@ class Verification:
             "checkpoint": self.checkpoint,
             "manifest_sha256": self.manifest_sha256,
             "checks": {name: asdict(check) for name, check in self.checks.items()},
+            "needed": sorted(self.needed),
             "passed": self.passed,
             "verified": self.verified,
         }
@@ -141,14 +173,14 @@ class _Subject:
 def verify(job: Job, progress: Progress = lambda blocks, total: blocks) -> Verification:
     """Run the checks; ConvertError when the checkpoint or the source is nothing that can be checked."""
     original = _open_original(job) if job.source and "numbers" in job.checks else None
-    manifest, problems = _manifest(job)
+    manifest, problems, unseen = _manifest(job)
     digest = None
     if manifest is not None:
         digest = manifests.sha256_file(job.checkpoint.directory / manifests.MANIFEST)
     subject = _open(job, manifest, problems)
 
     checks: dict[str, Callable[[], Check]] = {
-        "files": partial(_check_files, subject, manifest, problems),
+        "files": partial(_check_files, subject, manifest, problems, unseen),
     }
     if subject is not None:
         checks["layout"] = partial(_check_layout, subject)
@@ -166,18 +198,22 @@ def verify(job: Job, progress: Progress = lambda blocks, total: blocks) -> Verif
             done[name] = Check("skipped", "the checkpoint cannot be opened")
         else:
             done[name] = checks[name]()
-    required = frozenset({"kernel"} if job.require_kernel else ())
+    # one that stopped half-way has not passed and found nothing: that is no success
+    required = {name for name, check in done.items() if check.details.get("stopped")}
+    required |= {"kernel"} if job.require_kernel else set()
     needed = {"files", "numbers"}
     if subject is None or subject.weights.scheme is not None:
         needed.add("layout")
     if subject is not None and subject.weights.sparse_linears(manifest):
         needed.add("sparsity")
-    return Verification(job.checkpoint.name, digest, done, required, frozenset(needed))
+    return Verification(job.checkpoint.name, digest, done, frozenset(required), frozenset(needed))
 
 
 def save(done: Verification, job: Job, report: Path | None = None) -> None:
-    """Write the report of a whole verification into a directory that has our manifest, and where asked."""
-    if done.needed <= job.checks and done.manifest_sha256 is not None and job.checkpoint.commit is None:
+    """Write the report of a whole or failed verification beside our manifest, and where it is asked."""
+    # a part of the checks does not take the place of all, unless it takes back that they passed
+    worth_keeping = done.needed <= job.checks or done.failed
+    if worth_keeping and done.manifest_sha256 is not None and job.checkpoint.commit is None:
         try:
             write_json(job.checkpoint.directory / manifests.VERIFIED, done.to_dict())
         except OSError as error:
@@ -200,9 +236,10 @@ def _open(job: Job, manifest: dict[str, Any] | None, problems: list[str]) -> _Su
     try:
         model = module_tree(checkpoint.config, directory, trust_remote_code=job.trust_remote_code)
         return _Subject(Weights(checkpoint), model, manifest)
-    except ConvertError:
+    except ConvertError as error:
         if not problems or "files" not in job.checks:
             raise
+        problems.append(str(error))
         return None
 
 
@@ -219,22 +256,51 @@ def _open_original(job: Job) -> _Original:
 # files
 
 
-def _manifest(job: Job) -> tuple[dict[str, Any] | None, list[str]]:
-    """The manifest, and what is wrong with it or, if the files are checked, with them."""
+def _manifest(job: Job) -> tuple[dict[str, Any] | None, list[str], str | None]:
+    """The manifest, what is wrong with it or with its files, if they are checked, and what went unseen."""
     directory = job.checkpoint.directory
     try:
         manifest = manifests.load(directory)
     except SourceError as error:
-        return None, [str(error)]
+        return None, [str(error)], None
     if manifest is None or "files" not in job.checks:
-        return manifest, []
-    ignore = (manifests.VERIFIED, manifests.VERIFIED + ".tmp", CARD)
-    return manifest, manifests.check_files(directory, manifest, ignore)
+        return manifest, [], None
+    problems, unseen = [], None
+    if job.checkpoint.commit is not None:
+        try:
+            problems += _compare_with_repository(job.checkpoint, manifest)
+        except SourceError as error:
+            unseen = f"what else is in the repository was not looked at: {str(error).removesuffix('.')}"
+    try:
+        problems += manifests.check_files(directory, manifest, BESIDE)
+    except SourceError as error:
+        problems.append(str(error))
+    return manifest, problems, unseen
 
 
-def _check_files(subject: _Subject | None, manifest: dict[str, Any] | None, found: list[str]) -> Check:
+def _compare_with_repository(checkpoint: Source, manifest: dict[str, Any]) -> list[str]:
+    """What a repository has beside the files of its manifest; those that are not here are fetched.
+
+    Only what a conversion needs is fetched to begin with. Code is looked at here, not run.
+    """
+    there = remote_files(checkpoint)
+    for name in sorted(there & manifest["files"].keys()):
+        if not name.endswith(PICKLES) and not (checkpoint.directory / name).exists():
+            fetch(checkpoint, name)
+    added = there - manifest["files"].keys() - {manifests.MANIFEST, *manifests.COPY_KEEPING, *BESIDE}
+    return [f"{name!r} is in the repository and not in the manifest" for name in sorted(added)]
+
+
+@_reporting
+def _check_files(
+    problems: list[str],
+    subject: _Subject | None,
+    manifest: dict[str, Any] | None,
+    found: list[str],
+    unseen: str | None,
+) -> Check:
     """Files as in the manifest, tensors as in the architecture, values that float16 can hold."""
-    problems = list(found)
+    problems += found
     counted = [f"{len(manifest['files'])} files" if manifest else "no manifest, so no sha256 to compare"]
     if subject is not None:
         weights = subject.weights
@@ -248,6 +314,8 @@ def _check_files(subject: _Subject | None, manifest: dict[str, Any] | None, foun
             if name not in left_out:
                 problems += _value_problems(weights.checkpoint, name, scale=name in packed)
         counted.append(f"{len(weights.checkpoint.tensors)} tensors")
+    if unseen is not None:
+        counted.append(unseen)
     return _verdict(problems, ", ".join(counted), manifest=manifest is not None)
 
 
@@ -277,22 +345,24 @@ def _value_problems(checkpoint: Checkpoint, name: str, *, scale: bool) -> list[s
 # layout
 
 
-def _check_layout(subject: _Subject) -> Check:
+@_reporting
+def _check_layout(problems: list[str], subject: _Subject) -> Check:
     """Packed tensors that unpacking and packing leaves as they are; shapes and groups that engines load."""
     weights, model = subject.weights, subject.model
     linears = weights.packed_linears()
     if not linears:
         return Check("skipped", "no linear is packed")
-    problems = _shape_problems(weights, model) + _stage_problems(weights, model)
+    problems += _shape_problems(weights, model)
+    problems += _stage_problems(weights, model)
     notes = set()
     for linear in linears:
         try:
             layer = weights.quantized(linear)
+            problems += _linear_problems(linear, layer, model)
+            found, note = _repack_problems(linear, layer, weights)
         except ConvertError as error:
             problems.append(str(error))
             continue
-        problems += _linear_problems(linear, layer, model)
-        found, note = _repack_problems(linear, layer, weights)
         problems += found
         notes |= {note} if note else set()
     kinds = Counter(weights.scheme_of(linear).format for linear in linears)
@@ -376,14 +446,14 @@ def _repack_problems(linear: str, layer: QuantizedLinear, weights: Weights) -> t
 # sparsity
 
 
-def _check_sparsity(subject: _Subject) -> Check:
+@_reporting
+def _check_sparsity(problems: list[str], subject: _Subject) -> Check:
     """Every quad of every linear that is said to be 2:4, by the layout or by the manifest."""
     weights = subject.weights
     linears = weights.sparse_linears(subject.manifest)
     if not linears:
         return Check("skipped", "nothing is said to be 2:4")
     quads = good = unread = 0
-    problems = []
     for linear in linears:
         try:
             held, crowded = _quads(weights, linear)
@@ -426,14 +496,16 @@ def _quads(weights: Weights, linear: str) -> tuple[Tensor, str | None]:
 # numbers
 
 
-def _check_numbers(job: Job, subject: _Subject, original: _Original | None, progress: Progress) -> Check:
+@_reporting
+def _check_numbers(
+    problems: list[str], job: Job, subject: _Subject, original: _Original | None, progress: Progress
+) -> Check:
     """Products of the packed linears and, beside the source, weights and predictions."""
     rounded = manifests.rounded_to_nearest(subject.manifest or {})
-    problems = [f"{name} was rounded to nearest" for name in rounded] if job.strict else []
+    problems += [f"{name} was rounded to nearest" for name in rounded] if job.strict else []
     if original is None and not subject.weights.packed_linears():
         return Check("skipped", "no linear is packed, and no --source was given")
-    rows, found, unreadable = _compare_weights(job, subject, original)
-    problems += found
+    rows, unreadable = _compare_weights(problems, job, subject, original)
     details: dict[str, Any] = {"tolerance": job.tolerance, "rounded_to_nearest": rounded}
     details["weights"] = [{key: _json_number(value) for key, value in row.items()} for row in rows]
     products = [row["product_error"] for row in rows if "product_error" in row]
@@ -442,7 +514,9 @@ def _check_numbers(job: Job, subject: _Subject, original: _Original | None, prog
         errors = [row["error"] for row in rows if "product_error" in row and "error" in row]
         summary += f"; weight error at most {max(errors, default=0.0):.3f}"
         details["source"] = {"name": original.name}
-        if not unreadable:
+        if unreadable:
+            problems.append("the text was not run: not all weights can be read")
+        else:
             try:
                 text = _run_text(job, subject, original, progress)
             except ConvertError as error:
@@ -456,15 +530,15 @@ def _check_numbers(job: Job, subject: _Subject, original: _Original | None, prog
 
 
 def _compare_weights(
-    job: Job, subject: _Subject, original: _Original | None
-) -> tuple[list[dict[str, Any]], list[str], bool]:
-    """A row of figures for every weight, what is wrong, and whether some could not be compared."""
+    problems: list[str], job: Job, subject: _Subject, original: _Original | None
+) -> tuple[list[dict[str, Any]], bool]:
+    """A row of figures for every weight, and whether some could not be compared."""
     weights, model = subject.weights, subject.model
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     names = [name for name in model.state_dict() if name in weights or name not in tied]
     generator = torch.Generator().manual_seed(0)
     sparse = set(weights.sparse_linears(subject.manifest))
-    rows, problems, unreadable = [], [], False
+    rows, unreadable = [], False
     for name in names:
         linear = name.removesuffix(".weight")
         packed = name.endswith(".weight") and weights.is_packed(linear)
@@ -492,7 +566,7 @@ def _compare_weights(
             problems.append(str(error))
             unreadable = True
         rows.append(row)
-    return rows, problems, unreadable
+    return rows, unreadable
 
 
 def _product_error(layer: QuantizedLinear, generator: torch.Generator) -> float:
@@ -621,7 +695,8 @@ def _on_kernel(
     return LINEARS[layout](**formats.FORMATS[layout].pack(layer), bias=bias).to(device)
 
 
-def _check_kernel(job: Job, subject: _Subject) -> Check:
+@_reporting
+def _check_kernel(problems: list[str], job: Job, subject: _Subject) -> Check:
     """Every packed linear through the kernel, then the whole model, each against its dequantized weights."""
     from marlin_convert.kernels.compile import architecture
 
@@ -638,17 +713,24 @@ def _check_kernel(job: Job, subject: _Subject) -> Check:
         architecture(torch.cuda.get_device_capability(job.device))
     except KernelError as error:
         return Check("skipped", str(error).removesuffix("."))
-    rows, problems = [], []
-    try:
-        for linear, format in layouts.items():
+    rows, refused, worst = [], [], 0.0
+    for linear, format in layouts.items():
+        try:
             found = _kernel_error(subject.weights.quantized(linear), format, job.device)
-            rows.append({"name": linear, "error": _json_number(found)})
-            if not found <= job.tolerance:
-                problems.append(f"{linear}: the kernel is {found:.1e} off, relative; at most {job.tolerance}")
-            log.debug("%s: kernel error %.1e", linear, found)
-        text = _run_kernel(job, subject)
-    except FormatError as error:
-        return Check("skipped", f"the kernel cannot hold it: {error}")
+        except FormatError as error:
+            refused.append(f"{linear}: {error}")
+            continue
+        rows.append({"name": linear, "error": _json_number(found)})
+        worst = found if math.isnan(found) else max(worst, found)
+        if not found <= job.tolerance:
+            problems.append(f"{linear}: the kernel is {found:.1e} off, relative; at most {job.tolerance}")
+        log.debug("%s: kernel error %.1e", linear, found)
+    if refused:
+        raise _CannotRun(
+            f"the kernel cannot hold {len(refused)} of {len(layouts)} linears, the first {refused[0]}; "
+            f"{len(rows)} were compared, the whole model was not run"
+        )
+    text = _run_kernel(job, subject)
     if not text.divergence <= KERNEL_DIVERGENCE:
         problems.append(
             f"the whole model on the kernel has divergence {text.divergence:.1e}, at most {KERNEL_DIVERGENCE}"
@@ -658,7 +740,6 @@ def _check_kernel(job: Job, subject: _Subject) -> Check:
             f"a greedy token on the kernel is {text.margin:.2g} nats less likely than that of the same "
             f"weights dequantized, at most {KERNEL_MARGIN}"
         )
-    worst = max(row["error"] for row in rows)
     summary = (
         f"{len(rows)} linears at {len(BATCHES)} batch sizes on {torch.cuda.get_device_name(job.device)}, "
         f"relative error at most {worst:.1e}; whole model: divergence {text.divergence:.1e}, "
@@ -705,7 +786,8 @@ PROMPTS, PROMPT, ANSWER = 2, 32, 16
 GENERATE_DIFFERENCE = 0.1
 
 
-def _check_generate(job: Job, subject: _Subject) -> Check:
+@_reporting
+def _check_generate(problems: list[str], job: Job, subject: _Subject) -> Check:
     """What transformers makes of the directory: greedy tokens, and how likely they are by our own reading."""
     from transformers import AutoModelForCausalLM
 
@@ -723,12 +805,17 @@ def _check_generate(job: Job, subject: _Subject) -> Check:
         return _verdict([f"transformers cannot load it: {said}"], "")
     loaded = loaded.to(job.device).eval()
     ids = prompts.to(job.device)
-    with torch.inference_mode():
-        answered = loaded.generate(  # type: ignore[operator]
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=ANSWER, min_new_tokens=ANSWER,
-            do_sample=False, eos_token_id=None, pad_token_id=0, output_logits=True,
-            return_dict_in_generate=True,
-        )  # fmt: skip
+    try:
+        with torch.inference_mode():
+            answered = loaded.generate(  # type: ignore[operator]
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=ANSWER, min_new_tokens=ANSWER,
+                do_sample=False, eos_token_id=None, pad_token_id=0, output_logits=True,
+                return_dict_in_generate=True,
+            )  # fmt: skip
+    except (ConvertError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # as above
+        return _verdict([f"transformers cannot run it: {type(error).__name__}: {_first_line(error)}"], "")
     del loaded
     found = torch.stack(answered.logits, 1).float().log_softmax(-1).cpu()
     sequences = answered.sequences.cpu()
@@ -740,7 +827,6 @@ def _check_generate(job: Job, subject: _Subject) -> Check:
     chosen = expected.gather(-1, tokens)[..., 0]
     difference = (found.gather(-1, tokens)[..., 0] - chosen).abs().max().item()
     margin = (expected.amax(-1) - chosen).max().item()
-    problems = []
     if not difference <= GENERATE_DIFFERENCE:
         problems.append(
             f"a token of transformers is {difference:.2g} nats from its likelihood here; at most "
@@ -792,10 +878,13 @@ def text(done: Verification, words: str, *, local: bool, verbose: bool = False) 
     if "text" in figures:
         lines += _figures(figures["source"]["name"], done.checkpoint, figures["text"])
     if not done.failed and not done.could_not_run:
-        ready = local and done.verified and done.manifest_sha256 is not None
-        lines.append(
-            "Next: marlin-convert " + (f"push {words} you/{done.checkpoint}" if ready else f"inspect {words}")
-        )
+        ours = local and done.manifest_sha256 is not None
+        following = f"inspect {words}"
+        if ours and done.verified:
+            following = f"push {words} you/{done.checkpoint}"
+        elif ours and "numbers" in done.needed and done.checks["numbers"].status == "skipped":
+            following = f"verify {words} --source MODEL"
+        lines.append(f"Next: marlin-convert {following}")
     return "\n".join(printable(line) for line in lines)
 
 

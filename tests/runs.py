@@ -1,5 +1,6 @@
 """Command lines in processes of their own, which are killed or meet a failing disk where they are told."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -132,6 +133,15 @@ def contents(directory: Path) -> dict[str, bytes]:
         for path in sorted(directory.rglob("*"))
         if path.is_file()
     }
+
+
+def earlier_output(directory: Path) -> dict[str, bytes]:
+    """Make what an earlier run might have written, of a file and its manifest; its contents."""
+    directory.mkdir(parents=True)
+    (directory / "earlier.txt").write_text("an earlier output")
+    entry = {"sha256": hashlib.sha256(b"an earlier output").hexdigest(), "size": 17}
+    (directory / "marlin_convert.json").write_text(json.dumps({"files": {"earlier.txt": entry}}))
+    return contents(directory)
 
 
 def partial(output: Path) -> Path:

@@ -14,6 +14,7 @@ import tiny_models
 import torch
 import transformers
 from click.testing import Result
+from runs import earlier_output
 from safetensors.torch import load_file, save_file
 
 Cli = Callable[..., Result]
@@ -517,10 +518,9 @@ def test_a_failure_leaves_an_earlier_output(cli: Cli, good: Path, text: Path, tm
     model = Path(shutil.copytree(good, tmp_path / "model"))
     spoil("model.norm.weight", torch.nan)(model)
     output = tmp_path / "out"
-    output.mkdir()
-    (output / "earlier.txt").write_text("earlier")
-    refused(cli, model, output, "--overwrite", "--calibration", text)
-    assert contents(output) == {"earlier.txt": b"earlier"}
+    earlier = earlier_output(output)
+    assert "NaN" in refused(cli, model, output, "--overwrite", "--calibration", text)
+    assert contents(output) == earlier
 
 
 def test_a_report_where_none_can_be_written(cli: Cli, good: Path, text: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 import subprocess
 import sys
 import time
@@ -422,9 +423,38 @@ def test_an_output_that_is_there_is_not_lost(measuring, cli, tmp_path):
     assert result.exit_code == 1
     assert "already exists and is not empty" in result.stderr
     assert "Hint: choose another directory, or pass --overwrite." in result.stderr
-    assert cli(*words, "--overwrite").exit_code == 0
+    result = cli(*words, "--overwrite")
+    assert result.exit_code == 1 and "'mine' is there" in result.stderr
+    assert {path.name for path in out.iterdir()} == {"kernel.csv", "mine"}
+    (out / "mine").unlink()
+    (out / "kernel.csv").write_text("my own figures")
+    assert "'kernel.csv' is there" in cli(*words, "--overwrite").stderr
+    assert (out / "kernel.csv").read_text() == "my own figures"
+    (out / "kernel.csv").unlink()
+    assert cli(*words).exit_code == 0 and cli(*words, "--overwrite").exit_code == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert [path.name for path in out.iterdir()] == ["kernel.csv"]
+
+
+def test_what_a_kill_leaves_of_replaced_results_goes_with_the_next_run(measuring, cli, tmp_path):
+    out, aside = tmp_path / "out", tmp_path / "out.partial" / "replaced"
+    words = ("bench", "kernel", "-o", out, "--shapes", "8B.o", "--batch-sizes", "1")
+    assert cli(*words).exit_code == 0
+    # stopped while they were removed
+    shutil.copytree(out, aside)
+    assert cli(*words, "--overwrite").exit_code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    # between two renames
+    aside.parent.mkdir()
+    out.rename(aside)
+    result = cli(*words)
+    assert result.exit_code == 1 and "already exists" in result.stderr
+    assert (out / "kernel.csv").exists()
+    # and what only looks like it
+    aside.mkdir(exist_ok=True, parents=True)
+    (aside / "mine").touch()
+    assert "is in the way" in cli(*words, "--overwrite").stderr
+    assert (aside / "mine").exists()
 
 
 def test_what_an_interrupted_run_has_measured_stays(measuring, cli, tmp_path, monkeypatch):

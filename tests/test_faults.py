@@ -18,7 +18,7 @@ import pytest
 import tiny_models
 import torch
 from fake_hub import Hub, fake_hub
-from runs import Fault, Start, partial, starter
+from runs import Fault, Start, earlier_output, partial, starter
 
 # As in failing_disk.c.
 READING, WRITING = 1, 2
@@ -118,6 +118,7 @@ class Scene:
         status, log = self.run("quantize")
         assert status == 0, log
         (self.disk / "out").rename(root / "quantized")
+        (self.disk / "report").rename(root / "report")
         status, log = self.run("quantize", "--format", "gptq", kill=("marlin_convert.quantize:publish", -1))
         assert status == -signal.SIGKILL, log
         partial(self.disk / "out").rename(root / "abandoned")
@@ -137,11 +138,9 @@ class Scene:
         shutil.rmtree(self.disk)
         (self.disk / "tmp").mkdir(parents=True)
         if "{disk}/report" in words:
-            (self.disk / "report").write_text("an earlier report")
+            shutil.copyfile(self.root / "report", self.disk / "report")
         if "--overwrite" in words:
-            (self.disk / "out" / "folder").mkdir(parents=True)
-            (self.disk / "out" / "config.json").write_text("earlier")
-            (self.disk / "out" / "folder" / "other.txt").write_text("earlier")
+            earlier_output(self.disk / "out")
             shutil.copytree(self.root / "abandoned", partial(self.disk / "out"))
         if "{disk}/checkpoint" in words:
             shutil.copytree(self.root / "quantized", self.disk / "checkpoint")

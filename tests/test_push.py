@@ -566,7 +566,14 @@ def test_a_pull_request_and_not_a_second_one(
     assert published(repository, "refs/pr/1") == on_disk(checkpoint)
 
 
-def test_also_for_stock_engines(hub: Hub, push: Push, run: Push, checkpoint: Path, tmp_path: Path) -> None:
+def test_also_for_stock_engines(
+    hub: Hub,
+    push: Push,
+    run: Push,
+    checkpoint: Path,
+    checkpoints: tuple[Path, Path],
+    tmp_path: Path,
+) -> None:
     done = push(checkpoint, REPO, "--also", "gptq,compressed-tensors")
     assert done.returncode == 0, done.stderr
     repository = hub.repositories[REPO]
@@ -585,11 +592,59 @@ def test_also_for_stock_engines(hub: Hub, push: Push, run: Push, checkpoint: Pat
         for linear in ours.packed_linears():
             assert (ours.quantized(linear).codes == theirs.quantized(linear).codes).all()
         assert run("verify", REPO, "--revision", branch, "-q").returncode == 0
-    # the same again: no commit on any branch, and nothing left in the temporary directory
+    # the same again, and without --also: no commit on any branch, and nothing left in the temporary directory
     before = {name: len(commits) for name, commits in repository.branches.items()}
-    assert push(checkpoint, REPO, "--also", "gptq,compressed-tensors").returncode == 0
+    for words in (("--also", "compressed-tensors,gptq"), ()):
+        done = push(checkpoint, REPO, *words)
+        assert done.returncode == 0 and "(unchanged)" in done.stdout, done.stderr
     assert {name: len(commits) for name, commits in repository.branches.items()} == before
     assert not list((tmp_path / "home").glob("marlin-convert-*"))
+    # other codes: what is there of the earlier ones is named as that
+    done = push(checkpoints[1], REPO)
+    assert done.returncode == 0 and "named as older: the branches gptq and compressed-tensors" in done.stderr
+    text = card(repository)[1]
+    assert "not made from these files: the branches `gptq`, `compressed-tensors`" in text
+    assert "The same codes are in layouts" not in text
+    done = push(checkpoints[1], REPO, "--also", "gptq")
+    assert done.returncode == 0, done.stderr
+    text = card(repository)[1]
+    assert "stock engines load: `--revision gptq`." in text
+    assert "not made from these files: the branches `compressed-tensors`" in text
+
+
+def test_what_was_pruned_goes_up_once_it_is_verified(
+    hub: Hub, push: Push, run: Push, tinypy: Path, tmp_path: Path
+) -> None:
+    """Dense: there is no layout to check and no layout to repack."""
+    pruned = tmp_path / "pruned"
+    short = ("--samples", 4, "--sequence-length", 128)
+    assert run("sparsify", tinypy, "-o", pruned, "--method", "magnitude", *short, "-q").returncode == 0
+    done = run("verify", pruned)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1].endswith(f"verify {pruned} --source MODEL")
+    done = push(pruned, REPO)
+    assert done.returncode == 1 and "numbers did not pass" in done.stderr
+    # of pruning without making up for it, the text is not what is looked at here
+    source = tmp_path / "source"
+    shutil.copytree(pruned, source)
+    done = run("verify", pruned, "--source", source, *short)
+    assert done.returncode == 0, done.stdout
+    assert f"Next: marlin-convert push {pruned} you/pruned" in done.stdout
+    requests = len(hub.requests)
+    done = push(pruned, REPO, "--also", "gptq")
+    assert done.returncode == 1 and "is dense: it has no codes" in done.stderr
+    assert f"quantize {pruned} -o DIR --format gptq" in done.stderr
+    assert len(hub.requests) == requests and "verifying" not in done.stderr
+    done = push(pruned, REPO)
+    assert done.returncode == 0, done.stderr
+    metadata, text = card(hub.repositories[REPO])
+    assert "sparse-24" in metadata["tags"] and "4-bit" not in metadata["tags"]
+    assert "28 pruned, 0 of the blocks left dense" in text and "2:4 in 28 of the pruned linears" in text
+    assert "marlin-convert sparsify MODEL -o DIR --recipe recipe.yaml" in text
+    done = run("verify", REPO, "--source", source, *short)
+    assert done.returncode == 0, done.stdout
+    # a check that it needs, taken out
+    edit(pruned / VERIFIED, lambda report: report["checks"]["sparsity"].update(status="skipped"))
+    assert "sparsity did not pass" in push(pruned, REPO).stderr
 
 
 def test_what_was_pushed_is_verified_and_quantized_by_its_name(
@@ -610,6 +665,33 @@ def test_what_was_pushed_is_verified_and_quantized_by_its_name(
     history.append(Commit("theirs", history[-1].files | {"config.json": config}, history[-1].oid))
     done = run("verify", REPO)
     assert done.returncode == 3 and "'config.json' has sha256" in done.stdout
+
+
+def test_what_was_added_to_a_repository_is_found(
+    hub: Hub, push: Push, run: Push, checkpoint: Path, tmp_path: Path
+) -> None:
+    """Also what nobody here would download."""
+    (checkpoint / "tokenization_x.py").write_bytes(b"content")
+    list_file(checkpoint, "tokenization_x.py")
+    edit(checkpoint / MANIFEST, lambda manifest: manifest.update(trust_remote_code=True))
+    vouch(checkpoint)
+    assert push(checkpoint, REPO).returncode == 0
+    done = run("verify", REPO)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not list((tmp_path / "home").rglob("*.pyc"))
+    history = hub.repositories[REPO].branches["main"]
+    before = history[-1]
+    more = {"pytorch_model.bin": b"a pickle", "onnx/model.onnx": b"other weights"}
+    history.append(Commit("theirs", before.files | more, before.oid))
+    done = run("verify", REPO)
+    assert done.returncode == 3, done.stdout + done.stderr
+    for name in more:
+        assert f"'{name}' is in the repository and not in the manifest" in done.stdout
+    assert not list((tmp_path / "home").rglob("pytorch_model.bin"))
+    # a commit that is as it was pushed; and where the Hub cannot be asked, that is said
+    assert run("verify", REPO, "--revision", before.oid).returncode == 0
+    done = run("verify", REPO, "--revision", before.oid, HF_HUB_OFFLINE="1")
+    assert done.returncode == 0 and "was not looked at" in done.stdout, done.stdout + done.stderr
 
 
 # interruptions

@@ -13,6 +13,7 @@ import pytest
 import tiny_models
 import torch
 from click.testing import Result
+from runs import earlier_output
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -287,11 +288,10 @@ def test_another_dtype_for_what_stays_dense(
 
 
 def test_an_earlier_output_is_replaced_only_if_asked(quantize: Callable[..., Result], tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old.txt").write_text("old")
+    earlier_output(tmp_path / "out")
     assert quantize().exit_code == 1
     assert quantize("--overwrite").exit_code == 0
-    assert not (tmp_path / "out" / "old.txt").exists()
+    assert not (tmp_path / "out" / "earlier.txt").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import json
 import os
 import random
 import shutil
@@ -16,7 +17,7 @@ from unittest.mock import Mock
 import pytest
 import tiny_models
 import torch
-from runs import Start, blocks_done, contents, partial, starter
+from runs import Start, blocks_done, contents, earlier_output, partial, starter
 
 from marlin_convert import quantize as story
 from marlin_convert.checkpoint import writer
@@ -262,8 +263,7 @@ def test_stopped_between_two_renames_the_earlier_output_comes_back(
 ) -> None:
     """Where two names cannot be exchanged there is no output for a moment."""
     output, rename = tmp_path / "out", Path.rename
-    output.mkdir()
-    (output / "earlier.txt").write_text("an earlier output")
+    earlier = earlier_output(output)
 
     def stop(path: Path, target: Path) -> Path:
         if path.name == "checkpoint":
@@ -277,11 +277,35 @@ def test_stopped_between_two_renames_the_earlier_output_comes_back(
     assert not output.exists()
     with pytest.raises(Stopped):
         story.quantize(job(tinypy, output, text, overwrite=True), stop_after(0))
-    assert contents(output) == {"earlier.txt": b"an earlier output"}
+    assert contents(output) == earlier
     assert not partial(output).exists()
     story.quantize(job(tinypy, output, text, overwrite=True))
     assert (output / "config.json").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+def test_what_a_kill_leaves_of_a_replaced_output_goes_with_the_next_run(
+    start: Start, words: list[object], whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Its removal comes after two others, of what there is not."""
+    output = tmp_path / "out"
+    for number in range(2):
+        earlier_output(output)
+        place = ("marlin_convert.checkpoint.unfinished:remove", -3)
+        status, log = start(*words, "-o", output, "--overwrite", kill=place)
+        assert status == -signal.SIGKILL, log
+        assert contents(output) == whole
+        assert (partial(output) / "checkpoint" / "earlier.txt").exists()
+        if number:  # with the new output moved away
+            output.rename(tmp_path / "elsewhere")
+            status, log = start(*words, "-o", output)
+            assert status == 0, log
+            assert contents(output) == whole
+        else:
+            status, log = start(*words, "-o", output)
+            assert status == 1 and "already exists" in log
+        assert not partial(output).exists()
+        shutil.rmtree(output)
 
 
 def test_a_report_that_could_not_be_written_is_written_by_a_resume(
@@ -347,6 +371,47 @@ def test_an_unfinished_run_is_not_thrown_away_unasked(stopped: Path, tinypy: Pat
     assert contents(partial(stopped)) == before
 
 
+def test_threads_are_named_where_bytes_depend_on_them(
+    start: Start,
+    words: list[object],
+    whole: dict[str, bytes],
+    quantized: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    """What is solved on a CPU does, and is not gone on with by others; what is repacked does not."""
+    output = tmp_path / "out"
+    repack = f"quantize {quantized('marlin')} --format gptq --device cpu --max-shard-size 1500KB -o".split()
+    status, log = start(*words, "-o", output, kill=PROGRESS)
+    assert status == -signal.SIGKILL, log
+    assert start(*repack, tmp_path / "one")[0] == 0
+    before = contents(partial(output))
+    with starter(tmp_path, OMP_NUM_THREADS="2") as with_two:
+        status, log = with_two(*words, "-o", output, "--resume")
+        assert status == 1 and "processor.threads 1, not 2" in log and "OMP_NUM_THREADS=1" in log
+        assert contents(partial(output)) == before
+        assert with_two(*repack, tmp_path / "two")[0] == 0
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    manifest = json.loads(contents(tmp_path / "one")["marlin_convert.json"])
+    assert manifest["processor"] is None
+    assert start(*words, "-o", output, "--resume")[0] == 0
+    assert contents(output) == whole
+    processor = json.loads(whole["marlin_convert.json"])["processor"]
+    assert processor["threads"] == 1 and processor.keys() == {"threads", "capability", "bf16_units"}
+
+
+@pytest.mark.parametrize("field, value", [("capability", "DEFAULT"), ("bf16_units", "unheard of")])
+def test_another_processor_is_named(
+    field: str, value: str, stopped: Path, tinypy: Path, text: Path, tmp_path: Path
+) -> None:
+    note = partial(stopped) / "progress.json"
+    noted = json.loads(note.read_text())
+    noted["settings"]["processor"][field] = value
+    note.write_text(json.dumps(noted))
+    with pytest.raises(ConvertError, match=f"processor.{field} '{value}'") as refused:
+        story.quantize(job(tinypy, stopped, text, resume=True))
+    assert "a machine like" in (refused.value.hint or "")
+
+
 def test_with_nothing_to_resume_it_starts_afresh(
     tinypy: Path, text: Path, tmp_path: Path, whole: dict[str, bytes], start: Start, words: list[object]
 ) -> None:
@@ -396,13 +461,12 @@ def test_a_disk_that_fills_up(
     small_disk: Path, tinypy: Path, text: Path, whole: dict[str, bytes], start: Start, words: list[object]
 ) -> None:
     source, output = contents(tinypy), small_disk / "out"
-    output.mkdir()
-    (output / "earlier.txt").write_text("an earlier output")
+    earlier = earlier_output(output)
     with pytest.raises(ConvertError, match="no space left") as refused:
         story.quantize(job(tinypy, output, text, overwrite=True), stop_after(2, lambda: fill(small_disk)))
     assert "--resume" in (refused.value.hint or "")
     assert contents(tinypy) == source
-    assert contents(output) == {"earlier.txt": b"an earlier output"}
+    assert contents(output) == earlier
     assert blocks_done(output) == 2
     (small_disk / "filler").unlink()
     status, log = start(*words, "-o", output, "--resume", "--overwrite")

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,12 +12,15 @@ import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
 
+from marlin_convert import verify as story
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.manifest import MANIFEST, VERIFIED
 from marlin_convert.checkpoint.reader import Checkpoint
+from marlin_convert.errors import FormatError
 from marlin_convert.evaluate import compare
 from marlin_convert.formats import FORMATS as LAYOUTS
 from marlin_convert.formats import Scheme, marlin, marlin_24
+from marlin_convert.hub import Source
 from marlin_convert.kernels.matmul import Marlin24Linear, MarlinLinear
 from marlin_convert.models.blocks import BlockModel
 from marlin_convert.verify import _kernel_error, _OnKernel
@@ -592,3 +595,66 @@ def test_text_that_is_too_short(quantized, tinypy, tmp_path, cli):
     words = ("--source", tinypy, "--text", tmp_path / "short.txt")
     result = cli("verify", quantized("marlin"), *words)
     assert result.exit_code == 1 and "16384" in result.stderr
+
+
+# What was found is reported, whatever comes after it
+
+
+def test_a_kernel_that_is_wrong_and_then_refuses(quantized, monkeypatch):
+    """There is no GPU here: what it would say of two linears is made up, the check is not."""
+    said = iter([0.7, FormatError("marlin needs outputs divisible by 64, has 96")])
+
+    def kernel_error(*_: object) -> float:
+        found = next(said, 0.0)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(story, "_kernel_error", kernel_error)
+    source = Source(quantized("marlin"), "marlin", None)
+    job = story.Job(source, frozenset({"kernel"}), torch.device("cuda"))
+    done = story.verify(job)
+    check = done.checks["kernel"]
+    assert check.status == "fail" and done.failed
+    wrong, unfinished = check.details["problems"]
+    assert "the kernel is 7.0e-01 off" in wrong
+    assert "cannot hold 1 of 28 linears" in unfinished and "27 were compared" in unfinished
+
+
+@pytest.mark.parametrize("tolerance, status", [(1e-30, "fail"), (1e-3, "skipped")])
+def test_memory_that_runs_out_half_way(tolerance, status, quantized, tinypy):
+    """It hides nothing that was found, and is no success."""
+
+    def run_out(blocks: range, total: int) -> Iterator[int]:
+        yield from blocks[:1]
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    directory = quantized("marlin")
+    job = story.Job(
+        Source(directory, "marlin", None), frozenset({"files", "numbers"}), torch.device("cpu"),
+        source=Source(tinypy, "tinypy", None), tolerance=tolerance, samples=2, sequence_length=64,
+    )  # fmt: skip
+    done = story.verify(job, run_out)
+    check = done.checks["numbers"]
+    assert check.status == status and not done.passed
+    assert "CUDA out of memory" in " ".join([check.reason, *check.details.get("problems", [])])
+    assert done.failed == (status == "fail") and done.could_not_run == ["numbers"] * (status == "skipped")
+    if status == "fail":
+        assert len(check.details["problems"]) == 29
+
+
+def test_a_config_that_is_another_and_means_no_model(copy, report):
+    directory = copy("marlin")
+    edit_json(directory / "config.json", model_type="mamba")
+    fails(report(directory), "files", "'config.json' has", "mamba")
+
+
+def test_a_difference_takes_back_an_earlier_pass(copy, report):
+    directory = copy("marlin")
+    assert report(directory)["passed"]
+    report(directory, "--checks", "numbers")
+    assert json.loads((directory / VERIFIED).read_text())["passed"], "a part does not take the place of all"
+    fails(report(directory, "--checks", "numbers", "--tolerance", 1e-30), "numbers")
+    assert not json.loads((directory / VERIFIED).read_text())["passed"]

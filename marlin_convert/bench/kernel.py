@@ -9,7 +9,8 @@
 
 import csv
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -30,7 +31,7 @@ from marlin_convert.bench.multipliers import CUBLAS, DENSE, Multiplier, ours, pe
 from marlin_convert.bench.shapes import MODELS, SQUARES, Shape, ideal
 from marlin_convert.bench.sustained import Slice, read, sustain, uuid
 from marlin_convert.bench.timing import Cell, ceilings, measure
-from marlin_convert.checkpoint.writer import check_replaceable, publish, remove
+from marlin_convert.checkpoint.writer import REPLACED, check_replaceable, publish, remove
 from marlin_convert.errors import ConvertError, FormatError
 from marlin_convert.formats import marlin
 
@@ -44,6 +45,12 @@ ROOFLINE_BATCHES = tuple(1 << power for power in range(17))
 
 CELLS = "kernel.csv"
 SUSTAINED = "sustained.csv"
+# What a run writes, and words that are in it.
+WRITTEN = {
+    CELLS: ",".join(CELL_COLUMNS),
+    SUSTAINED: ",".join(SLICE_COLUMNS),
+    **dict.fromkeys(("peak.png", "models.png", "roofline.png", "sustained.png"), ""),
+}
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,7 @@ def run(job: Job) -> Measurements:
     _check_shapes(asked, job.group_size)
     if "sustained" in job.figures:
         read(uuid(job.device))  # better now than after the sweeps
-    with results(job.output, job.overwrite) as directory, torch.cuda.device(job.device):
+    with results(job.output, job.overwrite, WRITTEN) as directory, torch.cuda.device(job.device):
         mine, missing = ours(job.group_size)
         others, absent = peers()
         missing |= absent
@@ -136,15 +143,24 @@ def _check_shapes(asked: Sequence[Sweep], group_size: int) -> None:
 
 
 @contextmanager
-def results(output: Path, overwrite: bool) -> Iterator[Path]:
+def results(output: Path, overwrite: bool, written: Mapping[str, str]) -> Iterator[Path]:
     """A new directory in OUTPUT.partial, which takes the place of `output` in the end.
 
-    If the work does not end, what was measured stays there. ConvertError when one of the two is taken.
+    `written` are the names of the files that may come, and words that are in each of them: an earlier output
+    that holds anything else is not replaced. If the work does not end, what was measured stays there.
+    ConvertError when one of the two is taken.
     """
-    output = output.resolve()
-    check_replaceable(output, overwrite)
+
+    def strangers(directory: Path) -> list[str]:
+        return [f"{path.name!r} is there" for path in sorted(directory.iterdir()) if not _is(path, written)]
+
+    if not output.is_symlink():  # which is refused below, by its own name
+        output = output.resolve()
     partial = output.with_name(output.name + ".partial")
-    staging = partial / "results"
+    staging, aside = partial / "results", partial / REPLACED
+    if aside.is_dir() and not aside.is_symlink() and not strangers(aside):
+        _tidy(output, partial)
+    check_replaceable(output, overwrite, strangers)
     try:
         partial.mkdir(parents=True)
     except FileExistsError as error:
@@ -160,8 +176,26 @@ def results(output: Path, overwrite: bool) -> Iterator[Path]:
             staging.rmdir()
             partial.rmdir()
         raise
+    check_replaceable(output, overwrite, strangers)  # again: somebody may have put something there
     publish(staging, output, overwrite)
+    if staging.exists():
+        staging.rename(aside)  # from now on it is known for what it is, wherever this is stopped
     remove(partial)
+
+
+def _tidy(output: Path, partial: Path) -> None:
+    """Put back or remove the earlier results of a run that was stopped while it replaced them."""
+    if not os.path.lexists(output):
+        (partial / REPLACED).rename(output)
+    elif [path.name for path in partial.iterdir()] == [REPLACED]:
+        remove(partial)
+
+
+def _is(path: Path, written: Mapping[str, str]) -> bool:
+    """Whether this is a file of an earlier run."""
+    if path.is_symlink() or not path.is_file() or path.name not in written:
+        return False
+    return written[path.name].encode() in path.read_bytes()
 
 
 def _append(path: Path, columns: Sequence[str], found: Iterable[Row]) -> None:

@@ -27,6 +27,11 @@ log = logging.getLogger("marlin_convert")
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 
+RESULT = "latency.json"
+FIGURE = "latency.png"
+# What a run writes, and words that are in it.
+WRITTEN = {RESULT: '"first_ms":', FIGURE: ""}
+
 # Times that a batch is answered, of which the median counts; the first answer is not timed.
 REPEATS = 5
 
@@ -54,15 +59,15 @@ def run(job: Job, output: Path | None = None, overwrite: bool = False) -> Latenc
     """
     if output is None:
         return _run(job)
-    with results(output, overwrite) as directory:
+    with results(output, overwrite, WRITTEN) as directory:
         found = _run(job)
-        write_json(directory / "latency.json", to_dict(found))
+        write_json(directory / RESULT, to_dict(found))
         if find_spec("matplotlib") is None:
             log.warning("latency not drawn: pip install 'marlin-convert[bench]' brings matplotlib")
         else:
             from marlin_convert.bench import figures
 
-            figures.latency(found).savefig(directory / "latency.png", dpi=150)
+            figures.latency(found).savefig(directory / FIGURE, dpi=150)
     return found
 
 

@@ -31,6 +31,8 @@ log = logging.getLogger("marlin_convert")
 
 RESULT = "result.json"
 FIGURE = "serve.png"
+# What a run writes, and words that are in it.
+WRITTEN = {RESULT: '"undrawn":', FIGURE: ""}
 
 Progress = Callable[[Iterator, int], Iterable]
 
@@ -67,7 +69,7 @@ def run(job: Job, progress: Progress) -> Report:
 
     ConvertError when the output is taken, there are no prompts, or a server cannot be asked at all.
     """
-    with results(job.output, job.overwrite) if job.output else nullcontext() as directory:
+    with results(job.output, job.overwrite, WRITTEN) if job.output else nullcontext() as directory:
         models = _models(job)
         prompts = _prompts(job, models[0])
         dialects = [Dialect(server) for server in job.servers]

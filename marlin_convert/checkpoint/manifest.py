@@ -13,6 +13,10 @@ MANIFEST = "marlin_convert.json"
 # What `verify` found, beside the manifest and about it; no file of it.
 VERIFIED = "marlin_convert_verify.json"
 
+# How the reports begin that --report writes: the page of a conversion, and what `verify` found.
+PAGE = "<!doctype html><html lang=en><meta charset=utf-8><meta name=generator content=marlin-convert>"
+REPORTS = (PAGE, '{\n  "tool": "marlin-convert ')
+
 # What a manifest calls the sparsity of linears of which two weights in four are left.
 SPARSITY = "2:4"
 
@@ -61,10 +65,28 @@ def check_files(directory: Path, manifest: dict[str, Any], ignore: Collection[st
             problems.append(f"{name!r} is a link leading out of the directory, or no regular file")
         elif (size := path.stat().st_size) != entry["size"]:
             problems.append(f"{name!r} has {size} bytes, not {entry['size']}")
-        elif (digest := sha256_file(path)) != entry["sha256"]:
-            problems.append(f"{name!r} has sha256 {digest}, not {entry['sha256']}")
+        else:
+            try:
+                digest = sha256_file(path)
+            except SourceError as error:  # one file that cannot be read hides nothing of the others
+                problems.append(str(error))
+                continue
+            if digest != entry["sha256"]:
+                problems.append(f"{name!r} has sha256 {digest}, not {entry['sha256']}")
     extra = found - manifest["files"].keys() - {MANIFEST, *ignore}
     return problems + [f"{name!r} is not in the manifest" for name in sorted(extra)]
+
+
+def strangers(directory: Path) -> list[str]:
+    """What is in a directory that no conversion of ours has written, or has changed since, a line each."""
+    try:
+        manifest = load(directory)
+    except SourceError as error:
+        return [str(error).removesuffix(".")]
+    if manifest is None:
+        return [f"it has no {MANIFEST}"]
+    keeping = [f"{name!r} is there" for name in COPY_KEEPING if os.path.lexists(directory / name)]
+    return keeping + check_files(directory, manifest, (VERIFIED, VERIFIED + ".tmp"))
 
 
 def rounded_to_nearest(manifest: dict[str, Any]) -> list[str]:

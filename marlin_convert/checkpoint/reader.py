@@ -71,6 +71,18 @@ COMPANIONS = (
     "use_policy*",
 )
 
+# What an output has of its own, or what is of no use without a source's weights.
+DESCRIBING = (
+    ".*",
+    "README.md",
+    "config.json",
+    "*.safetensors.index.json",
+    "quantize_config.json",
+    "quant_config.json",
+    "marlin_convert*.json",
+    "recipe*.yaml",
+)
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -172,23 +184,33 @@ class Checkpoint:
                 view = view[count:]
         return raw.view(info.dtype).reshape(info.shape)
 
-    def companions(self, *, code: bool = False) -> list[str]:
+    def companions(self) -> list[str]:
         """Name the files to carry over unchanged: tokenizer, generation, chat template and license files.
 
-        `code` adds the Python files beside them. Names are relative, with '/' for the one folder there may be
-        (additional_chat_templates).
+        Names are relative, with '/' for the one folder there may be (additional_chat_templates).
         """
         paths = [*self.directory.glob("*"), *self.directory.glob("additional_chat_templates/*.jinja")]
         names = {path.relative_to(self.directory).as_posix(): path for path in paths}
         return sorted(
             name
             for name, path in names.items()
-            if any(fnmatchcase(name.lower(), pattern) for pattern in (*COMPANIONS, *["*.py"] * code))
+            if any(fnmatchcase(name.lower(), pattern) for pattern in COMPANIONS)
             and not path.name.startswith(".")
             and path.name.isprintable()
-            and (code or path.suffix.lower() != ".py")
-            and path.suffix.lower() not in (".safetensors", *PICKLES)
+            and path.suffix.lower() not in (".py", ".safetensors", *PICKLES)
             and belongs(path, self.directory)
+        )
+
+    def others(self) -> list[str]:
+        """Name the files beside the weights but for those that describe them and how they were made."""
+        known = {path.name for path in self.weight_files}
+        return sorted(
+            path.name
+            for path in self.directory.iterdir()
+            if path.is_file()
+            and path.name not in known
+            and path.name.isprintable()
+            and not any(fnmatchcase(path.name, pattern) for pattern in DESCRIBING)
         )
 
     def fingerprint(self) -> str:

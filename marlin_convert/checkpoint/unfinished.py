@@ -11,12 +11,14 @@ from typing import IO, Any
 from marlin_convert.checkpoint.manifest import MANIFEST, sha256_file
 from marlin_convert.checkpoint.reader import json_file
 from marlin_convert.checkpoint.writer import REPLACED, remove, write_json
-from marlin_convert.errors import ConvertError
+from marlin_convert.errors import ConvertError, SourceError, reading
 
 log = logging.getLogger("marlin_convert")
 
 PROGRESS = "progress.json"
 LOCK = "lock"
+# Of models/hidden.py, which unlinks it as soon as it is there; a kill may come between the two.
+HIDDEN_STATES = "hidden_states.bin"
 
 
 class UnfinishedRun:
@@ -45,17 +47,40 @@ class UnfinishedRun:
         return sum(path.stat().st_size for path in self.staging.glob("*")) if self.staging.is_dir() else 0
 
     def check_ours(self) -> None:
-        """ConvertError if what stands in the directory's place is not what a run leaves."""
-        if not self.directory.is_symlink() and not self.directory.exists():
+        """ConvertError if what stands in the directory's place is not what a run leaves, and nothing else."""
+        if not os.path.lexists(self.directory):
             return
-        if not self.directory.is_symlink() and self.directory.is_dir():
+        stranger = self._stranger()
+        if stranger is not None:
+            raise ConvertError(
+                f"'{self.directory}' is in the way: it is not an unfinished run ({stranger}).",
+                "move it, or choose another output directory.",
+            )
+
+    def _stranger(self) -> str | None:
+        """What shows that the directory is not only a run's own, None if nothing does."""
+        if self.directory.is_symlink() or not self.directory.is_dir():
+            return "no directory"
+        with reading(self.directory):
             names = {path.name for path in self.directory.iterdir()}
-            if PROGRESS in names or names <= {PROGRESS + ".tmp", LOCK}:
-                return
-        raise ConvertError(
-            f"'{self.directory}' is in the way: it is not an unfinished run.",
-            "move it, or choose another output directory.",
-        )
+        known = {LOCK, PROGRESS + ".tmp"}
+        if PROGRESS in names:
+            known |= {PROGRESS, self.staging.name, REPLACED, HIDDEN_STATES}
+            try:
+                noted = json_file(self.directory, PROGRESS)
+            except SourceError as error:
+                return str(error).removesuffix(".")
+            done = noted.get("done")
+            if not isinstance(noted.get("settings"), dict) or not isinstance(done, dict):
+                return f"{PROGRESS} is not one of marlin-convert"
+            if type(done.get("blocks")) is not int or not isinstance(done.get("linears"), list):
+                return f"{PROGRESS} is not one of marlin-convert"
+        if names - known:
+            return f"it holds {min(names - known)!r}"
+        lock = self.directory / LOCK
+        if LOCK in names and (lock.is_symlink() or not lock.is_file() or lock.stat().st_size):
+            return f"{LOCK} is not one of marlin-convert"
+        return None
 
     def published(self) -> dict[str, Any] | None:
         """The output's manifest if the run was stopped between its last rename and its clean-up."""
@@ -63,6 +88,14 @@ class UnfinishedRun:
             return None
         digest = json_file(self.directory, PROGRESS).get("manifest")
         return json_file(self.output, MANIFEST) if digest and _is(self.output, digest) else None
+
+    def tidy(self) -> None:
+        """Remove what a run has left that ended before it had anything, or after its output was complete."""
+        if not os.path.lexists(self.directory) or self._stranger() is not None:
+            return
+        if not self.blocks or self.published() is not None:
+            self._lock()
+            self.forget()
 
     def earlier(self, settings: dict[str, Any], *, resume: bool, discard: bool) -> dict[str, Any]:
         """What is done already and can be gone on from: nothing, unless `resume`.
@@ -72,6 +105,10 @@ class UnfinishedRun:
         nothing: dict[str, Any] = {"blocks": 0, "tensors": 0, "linears": []}
         if not self.blocks:
             return nothing
+        progress = json_file(self.directory, PROGRESS)
+        digest = progress.get("manifest")
+        if digest and not _is(self.staging, digest):
+            return nothing  # it was published, and moved away or replaced since
         if not resume:
             if not discard:
                 raise ConvertError(
@@ -79,15 +116,11 @@ class UnfinishedRun:
                     "continue it with --resume, or remove the directory.",
                 )
             return nothing
-        progress = json_file(self.directory, PROGRESS)
         for name, then, now in _differences(progress["settings"], settings):
             raise ConvertError(
                 f"cannot resume '{self.directory}': it was started with {name} {then!r}, not {now!r}.",
-                "use the settings it was started with, or remove the directory.",
+                _way_on(name, then),
             )
-        digest = progress.get("manifest")
-        if digest and not _is(self.staging, digest):
-            return nothing  # it was published, and moved away since
         log.info("resuming at block %d", self.blocks)
         return progress["done"]
 
@@ -165,6 +198,15 @@ def _is(directory: Path, digest: str) -> bool:
     """Whether this is the directory whose manifest has that sha256."""
     manifest = directory / MANIFEST
     return manifest.exists() and sha256_file(manifest) == digest
+
+
+def _way_on(name: str, then: Any) -> str:
+    """How to go on with a run that was started with another value of a setting."""
+    if name == "processor.threads":
+        return f"continue with OMP_NUM_THREADS={then}, as sums depend on it, or remove the directory."
+    if name in ("device", "processor") or name.startswith("processor."):
+        return "continue on a machine like the one it was started on, or remove the directory."
+    return "use the settings it was started with, or remove the directory."
 
 
 def _differences(then: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -20,8 +20,9 @@ from typing import Any, BinaryIO
 
 import torch
 
+from marlin_convert.checkpoint import manifest as manifests
 from marlin_convert.checkpoint.reader import DTYPES, INDEX, SINGLE
-from marlin_convert.errors import ConvertError, SourceError
+from marlin_convert.errors import ConvertError, SourceError, reading
 
 DTYPE_CODES = {getattr(torch, name): code for code, (name, _) in DTYPES.items()}
 
@@ -278,8 +279,22 @@ def write_text(path: Path, text: str) -> None:
     _fsync(path.parent)
 
 
+def check_report(path: Path) -> None:
+    """ConvertError for a file in the place of a report that is no earlier one: it is not replaced."""
+    if not path.is_file():
+        return
+    with reading(path), path.open("rb") as file:
+        start = file.read(max(map(len, manifests.REPORTS)))
+    if start and not start.startswith(tuple(one.encode() for one in manifests.REPORTS)):
+        raise ConvertError(
+            f"'{path}' is there, and is no report of marlin-convert: it is not replaced.",
+            "choose another file for --report.",
+        )
+
+
 def write_report(path: Path, text: str, hint: str) -> None:
     """Write what a user wants at `path`: a file whole or not at all; ConvertError if that cannot be done."""
+    check_report(path)
     try:
         if path.exists() and not path.is_file():  # a pipe or a device, which stays what it is
             path.write_text(text, "utf-8")
@@ -297,11 +312,34 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def check_replaceable(output: Path, overwrite: bool) -> None:
-    """ConvertError for an output that publish would refuse, or that is no directory."""
-    empty = output.is_dir() and not output.is_symlink() and not any(output.iterdir())
-    if os.path.lexists(output) and not empty and not (output.is_dir() and overwrite):
+def check_replaceable(
+    output: Path, overwrite: bool, strangers: Callable[[Path], list[str]] = manifests.strangers
+) -> None:
+    """ConvertError for an output that must not be replaced: nothing is lost that we did not write.
+
+    An empty directory may be. Another one may be with `overwrite`, where `strangers` finds nothing in it that
+    is not ours. A link or a file never is.
+    """
+    if not os.path.lexists(output):
+        return
+    if output.is_symlink():
+        raise ConvertError(
+            f"'{output}' already exists and is a link.",
+            f"name the directory it leads to, '{output.resolve()}', or remove the link.",
+        )
+    if not output.is_dir():
+        raise ConvertError(f"'{output}' already exists and is a file.", "choose another directory.")
+    with reading(output):
+        if not any(output.iterdir()):
+            return
+    if not overwrite:
         raise _taken(output)
+    if found := strangers(output):
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        raise ConvertError(
+            f"'{output}' is not replaced, as not all of it was written by marlin-convert: {found[0]}{more}.",
+            "move away what you want to keep and remove the rest, or choose another directory.",
+        )
 
 
 def _taken(output: Path) -> ConvertError:
@@ -313,9 +351,9 @@ def _taken(output: Path) -> ConvertError:
 def publish(partial: Path, output: Path, overwrite: bool) -> None:
     """Make the finished directory `partial` durable and move it to `output` by one rename.
 
-    With `overwrite` what `output` names (a directory, or a link, which is not followed) is replaced. It is in
-    the place of `partial` then or, where a file system cannot exchange two names, REPLACED beside that.
-    Without `overwrite` a non-empty `output` raises ConvertError.
+    With `overwrite` an earlier directory is replaced. It is in the place of `partial` then or, where a file
+    system cannot exchange two names, REPLACED beside that. Without `overwrite` a non-empty `output` raises
+    ConvertError. Whether it may be replaced at all `check_replaceable` says, which must have been asked.
     """
     for folder, _, files in os.walk(partial):
         for name in files:
