@@ -82,10 +82,14 @@ def test_the_first_version(tmp_path: Path) -> None:
     assert memory.left_in_groups(proc) == [unlimited - 5, 2 * GIB - GIB // 2]
 
 
-@pytest.mark.parametrize("inside", ["/../other", "/gone (deleted)"])
-def test_a_group_that_cannot_be_seen(inside: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("root", "inside"), [("/", "/../other"), ("/", "/gone (deleted)"), ("/pods/one", "/"), ("/../..", "/")]
+)
+def test_a_group_that_cannot_be_seen(root: str, inside: str, tmp_path: Path) -> None:
     group(tmp_path / "fs", memory_max=GIB, memory_current=0, memory_stat="")
-    assert memory.left_in_groups(second(tmp_path / "self", tmp_path / "fs", inside=inside)) == [GIB]
+    assert memory.left_in_groups(second(tmp_path / "self", tmp_path / "fs", root=root, inside=inside)) == [
+        GIB
+    ]
 
 
 def test_no_groups_at_all(tmp_path: Path) -> None:
