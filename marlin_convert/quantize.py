@@ -245,8 +245,8 @@ def _settings(job: Job, plan: Plan, weights: Weights, calibration: Calibration |
             "name": job.source.name,
             "commit": job.source.commit,
             "quantization": weights.scheme.format if weights.scheme else None,
-            # tells whether this was made from a very checkpoint of ours
-            "manifest": sha256_file(job.source.directory / MANIFEST) if before else None,
+            # of ours: which one it was
+            **({"manifest": sha256_file(job.source.directory / MANIFEST)} if before else {}),
             "fingerprint": weights.checkpoint.fingerprint(),
         },
         "recipe": recipe,
