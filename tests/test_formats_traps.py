@@ -84,6 +84,18 @@ def test_a_layer_with_all_zeros_7_in_an_asymmetric_v1_model_is_not_taken_for_v2(
     assert int(gptq.unpack(packed, Scheme("gptq", 4, 128, False)).zeros[0, 0]) == 9
 
 
+@pytest.mark.parametrize("name", ["marlin", "marlin-24"])
+@pytest.mark.parametrize("scale", [8192.0, -8192.0])
+def test_scales_that_their_kernels_cannot_multiply_are_refused(name, scale):
+    q = layer()
+    q.scales[0, 3] = 8188
+    FORMATS[name].pack(q)
+    q.scales[0, 3] = scale
+    with pytest.raises(FormatError, match=r"1 of 64 scales are beyond 8188.*\[0, 3\]"):
+        FORMATS[name].pack(q)
+    gptq.pack(q)
+
+
 @pytest.mark.parametrize("name", WRITTEN)
 def test_codes_beyond_the_bits_are_refused(name):
     q = layer()

@@ -6,6 +6,10 @@ from torch import Tensor
 from marlin_convert.errors import FormatError
 from marlin_convert.quantized import QuantizedLinear
 
+# Of the MARLIN layouts, whose kernels multiply codes by it in float16: eight times as much, for the code of
+# largest magnitude, is the largest number there.
+LARGEST_SCALE = 8188
+
 
 def check_codes(layer: QuantizedLinear) -> None:
     """Raise FormatError when a code or a zero code of the layer does not fit its bits."""
@@ -29,6 +33,13 @@ def float16_scales(scales: Tensor) -> Tensor:
     inexact = narrow.to(torch.float32) != scales.to(torch.float32)
     _refuse(inexact, "scales", "cannot be represented exactly in float16", scales)
     return narrow.contiguous()
+
+
+def multiplied_scales(scales: Tensor) -> Tensor:
+    """The same where kernels multiply in float16: FormatError also for one beyond LARGEST_SCALE."""
+    narrow = float16_scales(scales)
+    _refuse(narrow.abs() > LARGEST_SCALE, "scales", f"are beyond {LARGEST_SCALE}: weights overflow", scales)
+    return narrow
 
 
 def check_quads(layer: QuantizedLinear) -> None:

@@ -85,7 +85,7 @@ def pack(layer: QuantizedLinear) -> dict[str, Tensor]:
     if reason:
         raise FormatError(f"marlin {reason}")
     bounds.check_codes(layer)
-    return {"B": _pack_codes(layer.codes), "s": permute_scales(bounds.float16_scales(layer.scales))}
+    return {"B": _pack_codes(layer.codes), "s": permute_scales(bounds.multiplied_scales(layer.scales))}
 
 
 def unpack(tensors: Mapping[str, Tensor], scheme: Scheme, memory: Tensor | None = None) -> QuantizedLinear:

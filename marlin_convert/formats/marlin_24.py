@@ -101,7 +101,7 @@ def pack(layer: QuantizedLinear) -> dict[str, Tensor]:
     return {
         "B_24": packed,
         "B_meta": _pack_metadata(metadata),
-        "s": _transpose_columns(bounds.float16_scales(layer.scales), 2, 4),
+        "s": _transpose_columns(bounds.multiplied_scales(layer.scales), 2, 4),
     }
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch._C import _len_torch_dispatch_stack
 
 from marlin_convert.errors import KernelError
+from marlin_convert.formats.bounds import LARGEST_SCALE
 from marlin_convert.formats.scheme import Scheme
 from marlin_convert.kernels.configurations import choose
 from marlin_convert.kernels.dequantized import dequantize, kept, kept_beside
@@ -17,9 +18,6 @@ from marlin_convert.kernels.launch import Call
 from marlin_convert.quantized import QuantizedLinear
 
 DTYPES = (torch.float16, torch.bfloat16)
-
-# Eight times as much, the largest code, is the largest number of float16: wgmma multiplies codes by it.
-LARGEST_SCALE = 8188
 
 
 def matmul(
