@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 from marlin_convert import formats
 from marlin_convert.checkpoint import manifest as manifests
 from marlin_convert.checkpoint.linears import Weights
+from marlin_convert.checkpoint.reader import QUANTIZATION_KEYS
 from marlin_convert.checkpoint.writer import TensorSpec
 from marlin_convert.errors import ConvertError, FormatError, SourceError
 from marlin_convert.formats import bounds
@@ -27,8 +29,15 @@ log = logging.getLogger("marlin_convert")
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
-# Old checkpoints carry these buffers; every model computes them.
-_COMPUTED = ("rotary_emb.inv_freq",)
+# What is stored beside the parameters and is none: buffers that every model computes, the bookkeeping of
+# Transformer Engine, and the scales of a quantized cache, without which the cache is kept in 16 bits.
+_NO_PARAMETER = re.compile(
+    r"(^|\.)(rotary_emb\.\w+|_extra_state"
+    r"|self_attn\.(attn\.|[kqv]_proj\.)?(kv|k|q|v|prob|output|prob_output)_(scale|zero_point))$"
+)
+
+# What a config.json says of how its own weights are packed, and where somebody once had the source.
+_NOT_KEPT = (*QUANTIZATION_KEYS, "_name_or_path")
 
 _OTHER_MODEL = "the config.json may be of another model; fetch the model again."
 
@@ -69,9 +78,9 @@ class Fate:
 class Plan:
     """Everything a conversion will do.
 
-    `repack` says that the codes of the source are kept, `symmetric` that no linear has zero points; `specs`
-    are the tensors to be written, `owner` maps those that belong to a packed linear to (linear, suffix);
-    `left_out` are source tensors not written.
+    `repack` says that the codes of the source are kept, `symmetric` that no linear has zero points; the model
+    computes in `dtype`; `specs` are the tensors to be written, `owner` maps those that belong to a packed
+    linear to (linear, suffix); `left_out` are source tensors not written; `config` becomes the config.json.
     """
 
     architecture: Architecture
@@ -80,6 +89,7 @@ class Plan:
     bits: int
     repack: bool
     symmetric: bool
+    dtype: torch.dtype
     fates: tuple[Fate, ...]
     specs: tuple[TensorSpec, ...]
     owner: dict[str, tuple[str, str]]
@@ -87,7 +97,12 @@ class Plan:
     notes: tuple[str, ...]
     source_bytes: int
     vocabulary: int
-    quantization_config: dict[str, Any] | None
+    config: dict[str, Any]
+
+    @property
+    def quantization_config(self) -> dict[str, Any] | None:
+        """What the config.json says of the packed linears; None where none is packed."""
+        return self.config.get("quantization_config")
 
     @property
     def packed(self) -> list[Fate]:
@@ -188,7 +203,7 @@ def make_plan(
     """
     checkpoint = weights.checkpoint
     architecture = architecture_of(checkpoint.config)
-    model = module_tree(checkpoint.config, checkpoint.directory, trust_remote_code=trust_remote_code)
+    model = module_tree(weights, trust_remote_code=trust_remote_code)
     repack = weights.scheme is not None and not requantize
     bits = 4
     if repack:
@@ -223,6 +238,16 @@ def make_plan(
     }
     owner = {f"{fate.linear}.weight": (fate.linear, "weight") for fate in fates if fate.pruned}
     specs = tuple(_specs(weights, model, architecture, packed, recipe, owner, left_out))
+    config = _config(weights, model, recipe)
+    if recipe.format != "dense":
+        config["quantization_config"] = formats.FORMATS[recipe.format].quantization_config(
+            bits=bits,
+            group_size=recipe.group_size,
+            skipped=[fate.linear for fate in fates if not fate.packed],
+            symmetric=symmetric,
+            act_order=act_order,
+            **_other_layouts(fates, recipe),
+        )
     return Plan(
         architecture=architecture,
         blocks=len(model.get_submodule(architecture.blocks)),  # type: ignore[arg-type]
@@ -230,24 +255,33 @@ def make_plan(
         bits=bits,
         repack=repack,
         symmetric=symmetric,
+        dtype=DTYPES.get(recipe.dtype, weights.own_dtype),
         fates=fates,
         specs=specs,
         owner=owner,
         left_out=tuple(left_out),
-        notes=tuple(_notes(fates, recipe, weights if repack else None)),
+        notes=(*_source_notes(weights, model), *_notes(fates, recipe, weights if repack else None)),
         source_bytes=sum(info.end - info.start for info in checkpoint.tensors.values()),
         vocabulary=model.config.get_text_config().vocab_size,
-        quantization_config=None
-        if recipe.format == "dense"
-        else formats.FORMATS[recipe.format].quantization_config(
-            bits=bits,
-            group_size=recipe.group_size,
-            skipped=[fate.linear for fate in fates if not fate.packed],
-            symmetric=symmetric,
-            act_order=act_order,
-            **_other_layouts(fates, recipe),
-        ),
+        config=config,
     )
+
+
+def _config(weights: Weights, model: PreTrainedModel, recipe: Recipe) -> dict[str, Any]:
+    """The source's config.json as it is true of what is written, nothing said of packed linears."""
+    config = {key: value for key, value in weights.checkpoint.config.items() if key not in _NOT_KEPT}
+    if recipe.dtype != "auto":
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = recipe.dtype
+    if claims_tied(weights, model):
+        config["tie_word_embeddings"] = False
+    return config
+
+
+def claims_tied(weights: Weights, model: PreTrainedModel) -> bool:
+    """Whether config.json says that the head is the embedding, and is wrong: transformers loads both."""
+    by_default = getattr(type(model.config), "tie_word_embeddings", False)
+    said = weights.checkpoint.config.get("tie_word_embeddings", by_default)
+    return bool(said) and not model.config.tie_word_embeddings
 
 
 def _check_sparsity(weights: Weights, recipe: Recipe, claimed: set[str], *, repack: bool) -> None:
@@ -295,6 +329,18 @@ def _within_positions(recipe: Recipe, model: PreTrainedModel) -> Recipe:
     return recipe.changed({"sequence_length": limit})
 
 
+def _source_notes(weights: Weights, model: PreTrainedModel) -> Iterator[str]:
+    """In what the source is not quite what it says."""
+    if claims_tied(weights, model):
+        yield (
+            "the head is stored and is not the embedding, though config.json ties them: it is kept, as "
+            "transformers does, and tie_word_embeddings written as false"
+        )
+    if weights.renamed:
+        full, name = next(iter(weights.renamed.items()))
+        yield f"{len(weights.renamed)} tensors are written under their full names, {name} as {full}"
+
+
 def _notes(fates: Sequence[Fate], recipe: Recipe, repacked: Weights | None) -> Iterator[str]:
     """What the reader of a plan should know."""
     if repacked is not None and repacked.scheme is not None:
@@ -309,19 +355,20 @@ def _notes(fates: Sequence[Fate], recipe: Recipe, repacked: Weights | None) -> I
             yield f"group size {recipe.group_size} in marlin files: for our own kernel and plugins only"
 
 
-def check_names(weights: Weights, model: torch.nn.Module) -> list[str]:
+def check_names(weights: Weights, model: PreTrainedModel) -> list[str]:
     """Compare the tensors with the architecture's; returns those that are known to be left out.
 
     SourceError names what is missing, what is not of the architecture or of a type that is not read, and what
     is there dense and packed.
     """
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    source = weights.checkpoint.directory.name
+    tied = model.all_tied_weights_keys.keys()
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     expected = shapes.keys()
     missing = sorted(name for name in expected - tied if name not in weights)
     if missing:
         raise SourceError(
-            f"{_some(missing)} of the architecture not in {weights.checkpoint.directory.name}.", _OTHER_MODEL
+            f"{_some(missing)} of the architecture not in {source}.", _way_to_names(missing, weights, model)
         )
     for name, info in weights.checkpoint.tensors.items():
         if name in expected and info.shape != shapes[name]:
@@ -333,28 +380,44 @@ def check_names(weights: Weights, model: torch.nn.Module) -> list[str]:
     packed = {f"{linear}.weight" for linear in weights.packed_linears()}
     twice = sorted(packed & weights.checkpoint.tensors.keys())
     if twice:
-        raise SourceError(
-            f"{_some(twice)} in {weights.checkpoint.directory.name} both dense and packed.", _OTHER_MODEL
-        )
+        raise SourceError(f"{_some(twice)} in {source} both dense and packed.", _OTHER_MODEL)
     known = {name for name in weights.packed_names() if f"{name.rpartition('.')[0]}.weight" in expected}
     foreign = sorted(weights.checkpoint.tensors.keys() - expected - known)
-    left_out = [name for name in foreign if name.endswith(_COMPUTED) or _is_idle_bias(weights, name)]
-    if len(foreign) > len(left_out):
-        strangers = [name for name in foreign if name not in left_out]
+    left_out = [name for name in foreign if _NO_PARAMETER.search(name) or _is_idle_bias(weights, name)]
+    strangers = [name for name in foreign if name not in left_out]
+    if strangers:
         raise SourceError(
-            f"{_some(strangers)} in {weights.checkpoint.directory.name} not of the architecture.",
-            _OTHER_MODEL,
+            f"{_some(strangers)} in {source} not of the architecture.",
+            _way_to_names(strangers, weights, model),
         )
     return left_out
 
 
+def _way_to_names(wrong: Sequence[str], weights: Weights, model: PreTrainedModel) -> str:
+    """What to do about tensors that are missing, or too many: what config.json would have to say."""
+    config = weights.checkpoint.config
+    blocks = architecture_of(config).blocks + "."
+    if list(wrong) == ["lm_head.weight"]:
+        return "if the embedding is the head too, config.json must say tie_word_embeddings = true."
+    numbers = {
+        name.removeprefix(blocks).partition(".")[0]
+        for name in weights.checkpoint.tensors
+        if name.startswith(blocks)
+    }
+    if len(numbers) != model.config.num_hidden_layers:
+        return (
+            f"config.json says num_hidden_layers = {model.config.num_hidden_layers}, the tensors are of "
+            f"{len(numbers)} blocks; make it say what the model has, or fetch the model again."
+        )
+    if all(name.endswith(".bias") for name in wrong):
+        return "config.json must say which linears have biases: attention_bias and mlp_bias, true or false."
+    return _OTHER_MODEL
+
+
 def _is_idle_bias(weights: Weights, name: str) -> bool:
     """Whether this is a bias of zeros: old AutoGPTQ gave one to every linear, whatever the architecture."""
-    return (
-        name.endswith(".bias")
-        and weights.is_packed(name.removesuffix(".bias"))
-        and not weights.read(name).any()
-    )
+    linear = name.removesuffix(".bias")
+    return linear != name and f"{linear}.weight" in weights and not weights.read(name).any()
 
 
 def _fates(

@@ -285,14 +285,7 @@ def _assemble(
 ) -> dict[str, Any]:
     """Put everything but the weights into the output: config, tokenizer, licences, recipe, manifest."""
     staging = job.run.staging
-    # _name_or_path is where somebody once had the source
-    left_out = ("quantization_config", "_name_or_path")
-    config = {key: value for key, value in weights.checkpoint.config.items() if key not in left_out}
-    if plan.recipe.dtype != "auto":
-        config["torch_dtype" if "torch_dtype" in config else "dtype"] = plan.recipe.dtype
-    if plan.quantization_config is not None:
-        config["quantization_config"] = plan.quantization_config
-    write_json(staging / "config.json", config)
+    write_json(staging / "config.json", plan.config)
     if plan.recipe.format == "gptq":
         write_json(staging / "quantize_config.json", plan.quantization_config)
     (staging / RECIPE).write_text(_published_recipe(plan).dump(), "utf-8")

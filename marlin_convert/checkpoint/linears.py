@@ -1,7 +1,7 @@
 """The weights of a checkpoint as floats, or as integer codes where they are quantized."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from marlin_convert import formats
 from marlin_convert.checkpoint import manifest as manifests
+from marlin_convert.checkpoint import names
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.errors import FormatError, SourceError
 from marlin_convert.formats.bounds import float16_scales
@@ -29,10 +30,19 @@ class Peculiarities:
 
 
 class Weights:
-    """Every parameter of a checkpoint, dense or packed, under its dense name."""
+    """Every parameter of a checkpoint, dense or packed, under its dense name.
+
+    `checkpoint` has the tensors by the parameter that they are, `renamed` those called otherwise on disk.
+    """
 
     def __init__(self, checkpoint: Checkpoint):
         """SourceError when the config says that there are packed linears, and there are none."""
+        tied = checkpoint.config.get("tie_word_embeddings") is True
+        found = names.parameters(checkpoint.tensors, tied=tied)
+        self.renamed = {full: name for full, name in found.items() if full != name}
+        checkpoint = replace(
+            checkpoint, tensors={full: checkpoint.tensors[name] for full, name in found.items()}
+        )
         self.checkpoint = checkpoint
         config = checkpoint.quantization_config
         self.scheme = formats.detect(config) if config else None
@@ -151,26 +161,43 @@ class Weights:
 
     def stored(self, linear: str) -> dict[str, str]:
         """The names of the tensors that make a packed linear, by suffix."""
-        names = {suffix: f"{linear}.{suffix}" for suffix in self._suffixes(linear)}
-        return {suffix: name for suffix, name in names.items() if name in self.checkpoint.tensors}
+        possible = {suffix: f"{linear}.{suffix}" for suffix in self._suffixes(linear)}
+        return {suffix: name for suffix, name in possible.items() if name in self.checkpoint.tensors}
+
+    def same(self, one: str, other: str) -> bool:
+        """Whether two parameters have the same values in the model's own type."""
+        a, b = (self.read(name).to(self.own_dtype) for name in (one, other))
+        return torch.equal(a, b)
 
     def dtype(self, name: str) -> torch.dtype:
-        """The type of a parameter as it is computed with: what is packed counts as the model's own type.
+        """The type of a parameter as it is stored; what is packed counts as the model's own type.
 
         SourceError when that is none of `FLOATS`.
         """
-        if name in self.checkpoint.tensors:
-            info = self.checkpoint.tensors[name]
-            if info.code not in FLOATS:
-                raise SourceError(
-                    f"{name} is stored as {info.code}; {', '.join(FLOATS)} are read.",
-                    "save the model in one of these types with transformers.",
-                )
-            return info.dtype
+        if name not in self.checkpoint.tensors:
+            return self.own_dtype
+        info = self.checkpoint.tensors[name]
+        if info.code not in FLOATS:
+            raise SourceError(
+                f"{name} is stored as {info.code}; {', '.join(FLOATS)} are read.",
+                "save the model in one of these types with transformers.",
+            )
+        return info.dtype
+
+    @property
+    def own_dtype(self) -> torch.dtype:
+        """The type that engines compute the model in: the config's or, where it names none, the embedding's.
+
+        A model said to be float32 whose tensors take half of that is computed in their type. SourceError when
+        it is none of `FLOATS`.
+        """
         config = self.checkpoint.config
-        name = str(config.get("dtype") or config.get("torch_dtype") or "float16").removeprefix("torch.")
-        if name not in ("float16", "bfloat16", "float32"):
+        name = str(config.get("dtype") or config.get("torch_dtype") or "auto").removeprefix("torch.")
+        if name not in ("auto", "float16", "bfloat16", "float32"):
             raise SourceError(f"config.json says dtype {name!r}.", "float16, bfloat16 or float32 is meant.")
+        if name in ("auto", "float32"):
+            stored = names.EMBEDDING in self.checkpoint.tensors
+            return self.dtype(names.EMBEDDING) if stored else torch.float16
         return getattr(torch, name)
 
     def read(self, name: str) -> Tensor:

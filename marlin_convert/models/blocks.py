@@ -19,31 +19,59 @@ from marlin_convert.models.architectures import Architecture, architecture_of
 # some hundred blocks; labels are for classifiers.
 MOST = {"num_hidden_layers": 1000, "num_labels": 1000}
 
+# What a config.json may ask a forward to return, left over from training or exporting the model.
+FORWARD = {
+    "return_dict": True,
+    "output_hidden_states": False,
+    "output_attentions": False,
+    "torchscript": False,
+    "use_cache": False,
+}
+
 
 def bf16_units() -> bool:
     """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX)."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def module_tree(config: dict, directory: Any, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model of a config.json as transformers builds it, with every tensor on the meta device."""
-    architecture = architecture_of(config)
+def module_tree(weights: Weights, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a checkpoint as transformers builds it, with every tensor on the meta device.
+
+    Its config has a head that is not the embedding where one with other values is stored, whatever the
+    config.json says: so transformers loads it.
+    """
+    checkpoint = weights.checkpoint
+    architecture = architecture_of(checkpoint.config)
     for key, most in MOST.items():
-        if isinstance(config.get(key), int) and config[key] > most:
+        if isinstance(checkpoint.config.get(key), int) and checkpoint.config[key] > most:
             raise SourceError(
-                f"config.json says {key} = {config[key]}, more than {most}.",
+                f"config.json says {key} = {checkpoint.config[key]}, more than {most}.",
                 "it may be damaged; fetch it again.",
             )
     with _config_errors():
-        settings = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        settings = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=trust_remote_code)
         if hasattr(settings, "quantization_config"):
             del settings.quantization_config
-        with torch.device("meta"), _quiet_transformers():
-            return AutoModelForCausalLM.from_config(
-                settings,
-                attn_implementation=architecture.attention,
-                trust_remote_code=trust_remote_code,
-            ).eval()
+        for flag, value in FORWARD.items():
+            setattr(settings, flag, value)
+        model = _on_meta(settings, architecture, trust_remote_code)
+    if any(
+        name in weights and of in weights and not weights.same(name, of)
+        for name, of in model.all_tied_weights_keys.items()
+    ):
+        settings.tie_word_embeddings = False
+        with _config_errors():
+            model = _on_meta(settings, architecture, trust_remote_code)
+    return model
+
+
+def _on_meta(settings: Any, architecture: Architecture, trust_remote_code: bool) -> PreTrainedModel:
+    with torch.device("meta"), _quiet_transformers():
+        return AutoModelForCausalLM.from_config(
+            settings,
+            attn_implementation=architecture.attention,
+            trust_remote_code=trust_remote_code,
+        ).eval()
 
 
 def block_linears(model: PreTrainedModel, architecture: Architecture) -> dict[str, nn.Linear]:
@@ -61,32 +89,50 @@ class BlockModel:
     `weights` gives the parameters as floats whatever they are stored as. Outside the blocks (embedding, last
     norm, output projection) they stay on `device`; of the blocks, only the one loaded is there.
 
-    `dtype` is the model's own type, in which hidden states are handed from block to block. A GPU computes in
-    it, a CPU in float32 (which is faster there, and rounds less). With `fast`, linears on a CPU take and give
-    what `dtype` can hold, as on a GPU: activations can be kept in it without changing a number, and bfloat16
-    models are multiplied by the processor's bfloat16 units where it has them.
+    `dtype` is the model's own type unless another is given, and that of the hidden states between blocks. A
+    GPU computes in it, a CPU in float32 (which is faster there, and rounds less). With `fast`, linears on a
+    CPU take and give what `dtype` can hold, as on a GPU: activations can be kept in it without changing a
+    number, and bfloat16 models are multiplied by the processor's bfloat16 units where it has them. Without,
+    `overflows` has the linears of a float16 model that take or give what float16 cannot hold, and the largest
+    magnitude: a GPU computes infinity there.
     """
 
     def __init__(
-        self, weights: Weights, device: torch.device, *, fast: bool = True, trust_remote_code: bool = False
+        self,
+        weights: Weights,
+        device: torch.device,
+        *,
+        dtype: torch.dtype | None = None,
+        fast: bool = True,
+        trust_remote_code: bool = False,
     ):
-        checkpoint = weights.checkpoint
         self.weights = weights
         self.device = device
-        self.dtype = weights.dtype("model.embed_tokens.weight")
+        self.dtype = dtype or weights.own_dtype
         self.compute_dtype = torch.float32 if device.type == "cpu" else self.dtype
         self._linears_round = fast and self.compute_dtype != self.dtype
         self.bf16_products = self._linears_round and self.dtype == torch.bfloat16 and bf16_units()
         self._product_dtype = torch.bfloat16 if self.bf16_products else self.compute_dtype
-        self.architecture = architecture_of(checkpoint.config)
-        self.model = module_tree(checkpoint.config, checkpoint.directory, trust_remote_code=trust_remote_code)
+        self.architecture = architecture_of(weights.checkpoint.config)
+        self.model = module_tree(weights, trust_remote_code=trust_remote_code)
         blocks = self.model.get_submodule(self.architecture.blocks)
         assert isinstance(blocks, nn.ModuleList)
         self.blocks = blocks
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="block-reader")
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ahead: dict[int, Future[dict[tuple[str, str], Tensor]]] = {}
+        self.overflows: dict[str, float] = {}
+        if self.dtype == torch.float16 and self.compute_dtype != self.dtype and not fast:
+            for path, module in self.model.named_modules():
+                if isinstance(module, nn.Linear):
+                    module.register_forward_hook(partial(self._watch, path))
         self._load_outside()
+
+    def _watch(self, path: str, _: nn.Module, taken: tuple[Tensor, ...], given: Tensor) -> None:
+        """Note what a linear takes or gives that float16 cannot hold."""
+        most = max(float(value) for x in (taken[0], given) for value in torch.stack(x.aminmax()).abs())
+        if most > torch.finfo(torch.float16).max:
+            self.overflows[path] = max(most, self.overflows.get(path, 0.0))
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -125,6 +171,11 @@ class BlockModel:
         value = value.to(self.device)
         if not value.isfinite().all():
             raise SourceError(f"{full_name} holds NaN or Inf.", "the source is damaged; fetch it again.")
+        if self.dtype == torch.float16 != value.dtype and not value.half().isfinite().all():
+            raise SourceError(
+                f"{full_name} does not fit float16: its largest value is {value.abs().max()}.",
+                "compute and write it in bfloat16, which reaches further, with --dtype bfloat16.",
+            )
         return value.to(self._product_dtype if isinstance(module, nn.Linear) else self.compute_dtype)
 
     def _assign(self, module: nn.Module, name: str, value: Tensor) -> None:
