@@ -439,7 +439,7 @@ def test_a_calibration_text_too_short(cli: Cli, good: Path, tmp_path: Path) -> N
         ("lines.jsonl", b'{"text": "a"}\n{"text": \n', "lines.jsonl, line 2"),
         ("lines.jsonl", b'{"prompt": "a"}\n', "lines.jsonl, line 1"),
         ("lines.jsonl", b"[1, 2]\n", "lines.jsonl, line 1"),
-        ("lines.jsonl", b"\xff\xfe\x00", "lines.jsonl, line 1"),
+        ("lines.jsonl", b"\xff\xfe\x00", "lines.jsonl' is not UTF-16-LE: byte 2"),
         ("lines.jsonl", b'{"messages": "hello"}\n', "lines.jsonl, line 1"),
         ("chat.jsonl", b'{"messages": [{"role": "user", "content": "hello"}]}\n', "chat template"),
     ],
