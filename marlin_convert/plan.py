@@ -2,7 +2,6 @@
 
 import logging
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
@@ -21,7 +20,7 @@ from marlin_convert.checkpoint.writer import TensorSpec
 from marlin_convert.errors import ConvertError, FormatError, SourceError
 from marlin_convert.formats import bounds
 from marlin_convert.models.architectures import Architecture, Stage, architecture_of
-from marlin_convert.models.blocks import block_linears, module_tree
+from marlin_convert.models.tree import OTHER_MODEL, block_linears, check_names, claims_tied, module_tree
 from marlin_convert.quantized import QuantizedLinear
 from marlin_convert.recipe import Recipe
 
@@ -29,17 +28,8 @@ log = logging.getLogger("marlin_convert")
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
-# What is stored beside the parameters and is none: buffers that every model computes, the bookkeeping of
-# Transformer Engine, and the scales of a quantized cache, without which the cache is kept in 16 bits.
-_NO_PARAMETER = re.compile(
-    r"(^|\.)(rotary_emb\.\w+|_extra_state"
-    r"|self_attn\.(attn\.|[kqv]_proj\.)?(kv|k|q|v|prob|output|prob_output)_(scale|zero_point))$"
-)
-
 # What a config.json says of how its own weights are packed, and where somebody once had the source.
 _NOT_KEPT = (*QUANTIZATION_KEYS, "_name_or_path")
-
-_OTHER_MODEL = "the config.json may be of another model; fetch the model again."
 
 
 @dataclass(frozen=True)
@@ -208,6 +198,7 @@ def make_plan(
     bits = 4
     if repack:
         assert weights.scheme is not None
+        _check_one_scheme(weights)
         recipe = _with_group_size_of_source(recipe, weights.scheme.group_size, group_size)
         bits = weights.scheme.bits
     else:
@@ -215,10 +206,10 @@ def make_plan(
     claimed = set(weights.sparse_linears(manifests.load(checkpoint.directory)))
     _check_sparsity(weights, recipe, claimed, repack=repack)
 
-    left_out = check_names(weights, model)
+    left_out = check_names(weights, model, requantize=requantize)
     linears = block_linears(model, architecture)
     if not linears:
-        raise SourceError("config.json means a model without blocks.", _OTHER_MODEL)
+        raise SourceError("config.json means a model without blocks.", OTHER_MODEL)
     fates = tuple(_fates(linears, architecture, recipe, weights, claimed, repack=repack))
     _check_patterns(recipe, linears)
     _check_stages(fates, architecture)
@@ -238,16 +229,6 @@ def make_plan(
     }
     owner = {f"{fate.linear}.weight": (fate.linear, "weight") for fate in fates if fate.pruned}
     specs = tuple(_specs(weights, model, architecture, packed, recipe, owner, left_out))
-    config = _config(weights, model, recipe)
-    if recipe.format != "dense":
-        config["quantization_config"] = formats.FORMATS[recipe.format].quantization_config(
-            bits=bits,
-            group_size=recipe.group_size,
-            skipped=[fate.linear for fate in fates if not fate.packed],
-            symmetric=symmetric,
-            act_order=act_order,
-            **_other_layouts(fates, recipe),
-        )
     return Plan(
         architecture=architecture,
         blocks=len(model.get_submodule(architecture.blocks)),  # type: ignore[arg-type]
@@ -263,25 +244,27 @@ def make_plan(
         notes=(*_source_notes(weights, model), *_notes(fates, recipe, weights if repack else None)),
         source_bytes=sum(info.end - info.start for info in checkpoint.tensors.values()),
         vocabulary=model.config.get_text_config().vocab_size,
-        config=config,
+        config=_config(weights, model, recipe, fates, bits=bits, symmetric=symmetric, act_order=act_order),
     )
 
 
-def _config(weights: Weights, model: PreTrainedModel, recipe: Recipe) -> dict[str, Any]:
-    """The source's config.json as it is true of what is written, nothing said of packed linears."""
+def _config(
+    weights: Weights, model: PreTrainedModel, recipe: Recipe, fates: Sequence[Fate], **packed: Any
+) -> dict[str, Any]:
+    """The source's config.json as it is true of what is written; `packed` says how the codes are."""
     config = {key: value for key, value in weights.checkpoint.config.items() if key not in _NOT_KEPT}
     if recipe.dtype != "auto":
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = recipe.dtype
     if claims_tied(weights, model):
         config["tie_word_embeddings"] = False
+    if recipe.format != "dense":
+        config["quantization_config"] = formats.FORMATS[recipe.format].quantization_config(
+            group_size=recipe.group_size,
+            skipped=[fate.linear for fate in fates if not fate.packed],
+            **packed,
+            **_other_layouts(fates, recipe),
+        )
     return config
-
-
-def claims_tied(weights: Weights, model: PreTrainedModel) -> bool:
-    """Whether config.json says that the head is the embedding, and is wrong: transformers loads both."""
-    by_default = getattr(type(model.config), "tie_word_embeddings", False)
-    said = weights.checkpoint.config.get("tie_word_embeddings", by_default)
-    return bool(said) and not model.config.tie_word_embeddings
 
 
 def _check_sparsity(weights: Weights, recipe: Recipe, claimed: set[str], *, repack: bool) -> None:
@@ -301,6 +284,23 @@ def _check_sparsity(weights: Weights, recipe: Recipe, claimed: set[str], *, repa
             "marlin-24 holds codes that are 2:4, and the source is not known to be.",
             "prune while quantizing with --sparsity 2:4, or choose another --format.",
         )
+
+
+def _check_one_scheme(weights: Weights) -> None:
+    """Raise FormatError where a repack would lose something: what is written is stored in one way."""
+    scheme = weights.scheme
+    assert scheme is not None
+    again = "--requantize solves all of them again from the dequantized weights."
+    if scheme.beyond:
+        raise FormatError(f"the source has more than packed weights: {scheme.beyond}.", again)
+    for linear in weights.packed_linears():
+        own = weights.scheme_of(linear)
+        if (own.bits, own.group_size) != (scheme.bits, scheme.group_size):
+            raise FormatError(
+                f"{linear} has {own.bits} bits and groups of {own.group_size}, others {scheme.bits} and "
+                f"{scheme.group_size}; a repack writes one of them.",
+                again,
+            )
 
 
 def _with_group_size_of_source(recipe: Recipe, stored: int, asked: int | None) -> Recipe:
@@ -331,6 +331,12 @@ def _within_positions(recipe: Recipe, model: PreTrainedModel) -> Recipe:
 
 def _source_notes(weights: Weights, model: PreTrainedModel) -> Iterator[str]:
     """In what the source is not quite what it says."""
+    if weights.disregarded:
+        yield f"{weights.disregarded}: they are taken as they are, and the words left out"
+    if weights.scheme is not None and weights.scheme.beyond:
+        yield f"left out: {weights.scheme.beyond}"
+    if weights.scheme is not None and (weights.checkpoint.quantization_config or {}).get("kv_cache_scheme"):
+        yield "kv_cache_scheme is left out: engines keep the cache in 16 bits"
     if claims_tied(weights, model):
         yield (
             "the head is stored and is not the embedding, though config.json ties them: it is kept, as "
@@ -353,71 +359,6 @@ def _notes(fates: Sequence[Fate], recipe: Recipe, repacked: Weights | None) -> I
             yield f"{odd} linears have outputs not divisible by 256: for our own kernel and plugins only"
         if recipe.group_size in (32, 64):  # in marlin: marlin-24 has no such groups
             yield f"group size {recipe.group_size} in marlin files: for our own kernel and plugins only"
-
-
-def check_names(weights: Weights, model: PreTrainedModel) -> list[str]:
-    """Compare the tensors with the architecture's; returns those that are known to be left out.
-
-    SourceError names what is missing, what is not of the architecture or of a type that is not read, and what
-    is there dense and packed.
-    """
-    source = weights.checkpoint.directory.name
-    tied = model.all_tied_weights_keys.keys()
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    expected = shapes.keys()
-    missing = sorted(name for name in expected - tied if name not in weights)
-    if missing:
-        raise SourceError(
-            f"{_some(missing)} of the architecture not in {source}.", _way_to_names(missing, weights, model)
-        )
-    for name, info in weights.checkpoint.tensors.items():
-        if name in expected and info.shape != shapes[name]:
-            raise SourceError(
-                f"{name} has shape {info.shape}, its config.json means {shapes[name]}.", _OTHER_MODEL
-            )
-        if name in expected:
-            weights.dtype(name)  # it must be one that is read
-    packed = {f"{linear}.weight" for linear in weights.packed_linears()}
-    twice = sorted(packed & weights.checkpoint.tensors.keys())
-    if twice:
-        raise SourceError(f"{_some(twice)} in {source} both dense and packed.", _OTHER_MODEL)
-    known = {name for name in weights.packed_names() if f"{name.rpartition('.')[0]}.weight" in expected}
-    foreign = sorted(weights.checkpoint.tensors.keys() - expected - known)
-    left_out = [name for name in foreign if _NO_PARAMETER.search(name) or _is_idle_bias(weights, name)]
-    strangers = [name for name in foreign if name not in left_out]
-    if strangers:
-        raise SourceError(
-            f"{_some(strangers)} in {source} not of the architecture.",
-            _way_to_names(strangers, weights, model),
-        )
-    return left_out
-
-
-def _way_to_names(wrong: Sequence[str], weights: Weights, model: PreTrainedModel) -> str:
-    """What to do about tensors that are missing, or too many: what config.json would have to say."""
-    config = weights.checkpoint.config
-    blocks = architecture_of(config).blocks + "."
-    if list(wrong) == ["lm_head.weight"]:
-        return "if the embedding is the head too, config.json must say tie_word_embeddings = true."
-    numbers = {
-        name.removeprefix(blocks).partition(".")[0]
-        for name in weights.checkpoint.tensors
-        if name.startswith(blocks)
-    }
-    if len(numbers) != model.config.num_hidden_layers:
-        return (
-            f"config.json says num_hidden_layers = {model.config.num_hidden_layers}, the tensors are of "
-            f"{len(numbers)} blocks; make it say what the model has, or fetch the model again."
-        )
-    if all(name.endswith(".bias") for name in wrong):
-        return "config.json must say which linears have biases: attention_bias and mlp_bias, true or false."
-    return _OTHER_MODEL
-
-
-def _is_idle_bias(weights: Weights, name: str) -> bool:
-    """Whether this is a bias of zeros: old AutoGPTQ gave one to every linear, whatever the architecture."""
-    linear = name.removesuffix(".bias")
-    return linear != name and f"{linear}.weight" in weights and not weights.read(name).any()
 
 
 def _fates(
@@ -653,9 +594,3 @@ def _specs(
         return int(number) if spec.name.startswith(blocks) else math.inf
 
     return sorted(specs, key=block)
-
-
-def _some(names: Sequence[str]) -> str:
-    """The first few of many names, and how many there are."""
-    shown = ", ".join(names[:3])
-    return f"{len(names)} tensors ({shown}, ...)" if len(names) > 3 else shown

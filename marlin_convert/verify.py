@@ -26,8 +26,8 @@ from marlin_convert.evaluate import Comparison, compare, log_probabilities
 from marlin_convert.formats import bounds
 from marlin_convert.hub import Source
 from marlin_convert.models.architectures import architecture_of
-from marlin_convert.models.blocks import BlockModel, block_linears, module_tree
-from marlin_convert.plan import check_names, claims_tied
+from marlin_convert.models.blocks import BlockModel
+from marlin_convert.models.tree import block_linears, check_names, claims_tied, module_tree
 from marlin_convert.quantized import QuantizedLinear, contiguous_groups, first_crowded, quad_nonzeros
 
 log = logging.getLogger("marlin_convert")
@@ -257,6 +257,10 @@ def _engine_problems(subject: _Subject) -> list[str]:
             "config.json ties the head to the embedding and another head is stored: transformers takes that, "
             "vLLM and SGLang leave it out; write tie_word_embeddings = false"
         )
+    if subject.weights.disregarded:
+        problems.append(subject.weights.disregarded)
+    if subject.weights.scheme is not None and subject.weights.scheme.beyond:
+        problems.append(f"{subject.weights.scheme.beyond} are not checked, nor are weights without them")
     wrapped = [name for name in subject.weights.renamed.values() if is_wrapped(name)]
     if wrapped:
         problems.append(f"{len(wrapped)} tensors have names that no engine knows, like {wrapped[0]}")

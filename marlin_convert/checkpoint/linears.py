@@ -20,6 +20,10 @@ from marlin_convert.quantized import QuantizedLinear, contiguous_groups
 FLOATS = ("F16", "BF16", "F32")
 
 
+# The suffixes of codes in all layouts that are read.
+CODES = {formats.FORMATS[name].SUFFIXES[0] for name in formats.FORMATS}
+
+
 @dataclass(frozen=True)
 class Peculiarities:
     """What a format must be able to hold beside codes and scales; `least_zero` is the least zero code."""
@@ -33,10 +37,11 @@ class Weights:
     """Every parameter of a checkpoint, dense or packed, under its dense name.
 
     `checkpoint` has the tensors by the parameter that they are, `renamed` those called otherwise on disk.
+    `disregarded` is what a config says of packed linears where none is packed, in any layout.
     """
 
     def __init__(self, checkpoint: Checkpoint):
-        """SourceError when the config says that there are packed linears, and there are none."""
+        """SourceError when the linears are packed in another layout than the config says."""
         tied = checkpoint.config.get("tie_word_embeddings") is True
         found = names.parameters(checkpoint.tensors, tied=tied)
         self.renamed = {full: name for full, name in found.items() if full != name}
@@ -45,16 +50,32 @@ class Weights:
         )
         self.checkpoint = checkpoint
         config = checkpoint.quantization_config
-        self.scheme = formats.detect(config) if config else None
-        if self.scheme and not self.packed_linears():
-            gptq = any(name.endswith(".qzeros") for name in checkpoint.tensors)
+        self.scheme: formats.Scheme | None = None
+        self.disregarded: str | None = None
+        self._schemes: dict[str, formats.Scheme] = {}
+        if _is_mlx(checkpoint):
             raise SourceError(
-                f"the config of {checkpoint.directory.name} says {self.scheme.format}, "
-                f"but no tensor of it is called '*.{formats.suffixes(self.scheme)[0]}'.",
-                "its tensors are GPTQ's, and GPTQModel names a kernel so: set its checkpoint_format to gptq."
-                if gptq
-                else None,
+                f"{checkpoint.directory.name} is quantized by MLX, whose layout is not read.",
+                "start from the model it was made from, or write it out with mlx_lm.convert --dequantize.",
             )
+        if config and _is_dense(checkpoint):
+            self.disregarded = f"{checkpoint.said_in} says that weights are quantized, and none is packed"
+        elif config:
+            self.scheme = formats.detect(config)
+            if not self.packed_linears():
+                raise self._other_layout()
+
+    def _other_layout(self) -> SourceError:
+        assert self.scheme is not None
+        name, said_in = self.checkpoint.directory.name, self.checkpoint.said_in
+        gptq = any(tensor.endswith(".qzeros") for tensor in self.checkpoint.tensors)
+        return SourceError(
+            f"{said_in} of {name} says {self.scheme.format}, "
+            f"but no tensor of it is called '*.{formats.suffixes(self.scheme)[0]}'.",
+            "its tensors are GPTQ's, and GPTQModel names a kernel so: set its checkpoint_format to gptq."
+            if gptq
+            else "they are packed in another layout; make the config say which.",
+        )
 
     def __contains__(self, name: str) -> bool:
         return name in self.checkpoint.tensors or self.is_packed(name.removesuffix(".weight"))
@@ -81,7 +102,9 @@ class Weights:
     def scheme_of(self, linear: str) -> formats.Scheme:
         """How a packed linear is stored."""
         assert self.scheme is not None
-        return self.scheme.of(linear)
+        if linear not in self._schemes:
+            self._schemes[linear] = self.scheme.of(linear)
+        return self._schemes[linear]
 
     def _suffixes(self, linear: str) -> tuple[str, ...]:
         """The suffixes that the tensors of a packed linear may have, that of its codes first."""
@@ -209,3 +232,19 @@ class Weights:
         if not self.is_packed(linear):
             raise SourceError(f"{name} is not in {self.checkpoint.directory.name}.")
         return self.quantized(linear).dequantize(torch.float32)
+
+
+def _is_dense(checkpoint: Checkpoint) -> bool:
+    """Whether every weight is floats, whatever the config says."""
+    return all(
+        name.rpartition(".")[2] not in CODES and (info.code in FLOATS or not name.endswith(".weight"))
+        for name, info in checkpoint.tensors.items()
+    )
+
+
+def _is_mlx(checkpoint: Checkpoint) -> bool:
+    """Whether weights are words of codes, with scales and biases beside them."""
+    return any(
+        info.code == "U32" and f"{name.removesuffix('weight')}biases" in checkpoint.tensors
+        for name, info in checkpoint.tensors.items()
+    )

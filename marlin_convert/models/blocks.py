@@ -8,79 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.errors import SourceError
-from marlin_convert.models.architectures import Architecture, architecture_of
-
-# Counts that transformers makes as many objects of, however many a config.json says. The largest models have
-# some hundred blocks; labels are for classifiers.
-MOST = {"num_hidden_layers": 1000, "num_labels": 1000}
-
-# What a config.json may ask a forward to return, left over from training or exporting the model.
-FORWARD = {
-    "return_dict": True,
-    "output_hidden_states": False,
-    "output_attentions": False,
-    "torchscript": False,
-    "use_cache": False,
-}
+from marlin_convert.models.architectures import architecture_of
+from marlin_convert.models.tree import config_errors, module_tree
 
 
 def bf16_units() -> bool:
     """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX)."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def module_tree(weights: Weights, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model of a checkpoint as transformers builds it, with every tensor on the meta device.
-
-    Its config has a head that is not the embedding where one with other values is stored, whatever the
-    config.json says: so transformers loads it.
-    """
-    checkpoint = weights.checkpoint
-    architecture = architecture_of(checkpoint.config)
-    for key, most in MOST.items():
-        if isinstance(checkpoint.config.get(key), int) and checkpoint.config[key] > most:
-            raise SourceError(
-                f"config.json says {key} = {checkpoint.config[key]}, more than {most}.",
-                "it may be damaged; fetch it again.",
-            )
-    with _config_errors():
-        settings = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=trust_remote_code)
-        if hasattr(settings, "quantization_config"):
-            del settings.quantization_config
-        for flag, value in FORWARD.items():
-            setattr(settings, flag, value)
-        model = _on_meta(settings, architecture, trust_remote_code)
-    if any(
-        name in weights and of in weights and not weights.same(name, of)
-        for name, of in model.all_tied_weights_keys.items()
-    ):
-        settings.tie_word_embeddings = False
-        with _config_errors():
-            model = _on_meta(settings, architecture, trust_remote_code)
-    return model
-
-
-def _on_meta(settings: Any, architecture: Architecture, trust_remote_code: bool) -> PreTrainedModel:
-    with torch.device("meta"), _quiet_transformers():
-        return AutoModelForCausalLM.from_config(
-            settings,
-            attn_implementation=architecture.attention,
-            trust_remote_code=trust_remote_code,
-        ).eval()
-
-
-def block_linears(model: PreTrainedModel, architecture: Architecture) -> dict[str, nn.Linear]:
-    """Every nn.Linear inside the decoder blocks, by full name, in model order."""
-    return {
-        f"{architecture.blocks}.{name}": module
-        for name, module in model.get_submodule(architecture.blocks).named_modules()
-        if isinstance(module, nn.Linear)
-    }
 
 
 class BlockModel:
@@ -193,7 +130,7 @@ class BlockModel:
         for name, buffer in absent.items():
             module._buffers[name] = torch.empty_like(buffer, device=self.device)
         if absent:
-            with _config_errors():
+            with config_errors(self.weights.checkpoint.config):
                 self.model._init_weights(module)
 
     def load(self, i: int) -> nn.Module:
@@ -282,25 +219,3 @@ def _rounding_linear(linear: nn.Linear, dtype: torch.dtype, x: Tensor) -> Tensor
     """A linear with input and output rounded to `dtype`, which multiplies in its weight's type."""
     rounded = x.to(dtype).to(linear.weight.dtype)
     return nn.functional.linear(rounded, linear.weight, linear.bias).to(dtype).to(x.dtype)
-
-
-@contextmanager
-def _config_errors() -> Iterator[None]:
-    """Make a SourceError of whatever a config.json makes transformers raise while it builds a model."""
-    try:
-        yield
-    except Exception as error:  # it can be wrong in as many ways as there is code reading it
-        raise SourceError(
-            f"transformers cannot build a model from this config.json: {' '.join(str(error).split())}",
-            "it may be damaged, or of a newer version of transformers.",
-        ) from error
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
