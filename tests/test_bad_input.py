@@ -229,7 +229,6 @@ DAMAGES: list[Any] = [
     (config(num_attention_heads=None), ["config.json"]),
     (config(num_hidden_layers=3, layer_types=3 * ["full_attention"]), ["model.layers.2."]),
     (config(num_hidden_layers=1, layer_types=["full_attention"]), ["model.layers.1."]),
-    (config(quantization_config={"quant_method": "bitsandbytes"}), ["bitsandbytes"]),
     (config(quantization_config="gptq"), ["quantization_config"]),
     (garbage("config.json", b"{"), ["config.json", "JSON"]),
     (garbage("config.json", b"\xff\xfe"), ["config.json", "JSON"]),
