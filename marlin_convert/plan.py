@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,11 +17,13 @@ from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.reader import QUANTIZATION_KEYS
 from marlin_convert.checkpoint.writer import TensorSpec
 from marlin_convert.errors import ConvertError, FormatError, SourceError
+from marlin_convert.fate import Fate
 from marlin_convert.formats import bounds
 from marlin_convert.models.architectures import Architecture, Stage, architecture_of
 from marlin_convert.models.tree import OTHER_MODEL, block_linears, check_names, claims_tied, module_tree
 from marlin_convert.quantized import QuantizedLinear
 from marlin_convert.recipe import Recipe
+from marlin_convert.ways import option_for, other_codes, other_layouts, short_group
 
 log = logging.getLogger("marlin_convert")
 
@@ -30,38 +31,6 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 # What a config.json says of how its own weights are packed, and where somebody once had the source.
 _NOT_KEPT = (*QUANTIZATION_KEYS, "_name_or_path")
-
-
-@dataclass(frozen=True)
-class Fate:
-    """What becomes of one linear of shape (k, n).
-
-    `format` is what it is written in, None if it is written dense; `sparse` says that it is 2:4; `reason` why
-    it is left as it is, or not 2:4 while others are.
-    """
-
-    linear: str
-    k: int
-    n: int
-    format: str | None
-    sparse: bool = False
-    reason: str | None = None
-
-    @property
-    def packed(self) -> bool:
-        """Whether the linear is written as integer codes."""
-        return self.format is not None
-
-    @property
-    def pruned(self) -> bool:
-        """Whether the linear is written dense, but pruned."""
-        return self.format is None and self.sparse
-
-    @property
-    def layout(self) -> ModuleType:
-        """The module of its format."""
-        assert self.format is not None
-        return formats.FORMATS[self.format]
 
 
 @dataclass(frozen=True)
@@ -195,7 +164,7 @@ def make_plan(
     architecture = architecture_of(checkpoint.config)
     model = module_tree(weights, trust_remote_code=trust_remote_code)
     repack = weights.scheme is not None and not requantize
-    bits = 4
+    asked, bits = recipe, 4
     if repack:
         assert weights.scheme is not None
         _check_one_scheme(weights)
@@ -212,13 +181,14 @@ def make_plan(
         raise SourceError("config.json means a model without blocks.", OTHER_MODEL)
     fates = tuple(_fates(linears, architecture, recipe, weights, claimed, repack=repack))
     _check_patterns(recipe, linears)
-    _check_stages(fates, architecture)
+    together = _together(fates, architecture)
+    _check_stages(fates, together)
     symmetric, act_order = True, False
     if repack:
-        symmetric, act_order = _check_codes(fates, weights)
+        symmetric, act_order = _check_codes(fates, weights, asked, together)
         _check_quads(fates, weights)
     else:
-        _check_shapes(fates, recipe)
+        _check_shapes(fates, recipe, together)
 
     packed = {
         fate.linear: fate.layout.tensors(
@@ -439,16 +409,23 @@ def _check_patterns(recipe: Recipe, linears: dict[str, torch.nn.Linear]) -> None
                 )
 
 
-def _check_stages(fates: Sequence[Fate], architecture: Architecture) -> None:
-    """Engines fuse the linears of a stage: all are packed or none, and in one format."""
-    found = {fate.linear: fate.format for fate in fates}
+def _together(fates: Sequence[Fate], architecture: Architecture) -> dict[str, list[str]]:
+    """The linears of each linear's stage, itself among them: engines fuse them into one."""
+    found = {}
     for fate in fates:
         path = fate.linear.removeprefix(architecture.blocks + ".").partition(".")[2]
-        stage = architecture.stage_of(path)
-        if fate.reason is None or stage is None:
+        block = fate.linear.removesuffix(path)
+        found[fate.linear] = [block + name for name in architecture.stage_of(path) or (path,)]
+    return found
+
+
+def _check_stages(fates: Sequence[Fate], together: Mapping[str, Sequence[str]]) -> None:
+    """What engines fuse is all packed or not at all, and in one format."""
+    found = {fate.linear: fate.format for fate in fates}
+    for fate in fates:
+        if fate.reason is None:
             continue
-        block = fate.linear.removesuffix("." + path)
-        others = [f"{block}.{name}" for name in stage if found[f"{block}.{name}"] not in (None, fate.format)]
+        others = [name for name in together[fate.linear] if found[name] not in (None, fate.format)]
         if others:
             kind, option = ("left dense", "--skip") if fate.format is None else ("not 2:4", "--unpruned")
             raise ConvertError(
@@ -457,32 +434,30 @@ def _check_stages(fates: Sequence[Fate], architecture: Architecture) -> None:
             )
 
 
-def _check_shapes(fates: Sequence[Fate], recipe: Recipe) -> None:
-    odd = [fate for fate in fates if fate.sparse and fate.k % 4]
+def _check_shapes(fates: Sequence[Fate], recipe: Recipe, together: Mapping[str, Sequence[str]]) -> None:
+    odd = [fate.linear for fate in fates if fate.sparse and fate.k % 4]
     if odd:
+        k = next(fate.k for fate in fates if fate.linear == odd[0])
         raise FormatError(
-            f"{odd[0].linear} has {odd[0].k} inputs; 2:4 needs them divisible by four.",
-            "leave it as it is: " + _options("--skip", [(fate, "") for fate in odd]),
+            f"{odd[0]} has {k} inputs; 2:4 needs them divisible by four.",
+            "leave it as it is: " + option_for("--skip", odd, fates),
         )
     _refuse(
         fates,
         lambda fate: (
             fate.layout.refusal(fate.k, fate.n, bits=4, group_size=recipe.group_size)
-            or _short_group(fate.k, recipe.group_size)
+            or short_group(fate.k, recipe.group_size)
         ),
+        lambda: other_layouts(fates, recipe, together),
     )
 
 
-def _short_group(k: int, group_size: int) -> str | None:
-    """Files may end in a short group; what we solve does not."""
-    if group_size != -1 and k % group_size:
-        return f"needs inputs divisible by the group size {group_size}, has {k}"
-    return None
-
-
-def _check_codes(fates: Sequence[Fate], weights: Weights) -> tuple[bool, bool]:
+def _check_codes(
+    fates: Sequence[Fate], weights: Weights, recipe: Recipe, together: Mapping[str, Sequence[str]]
+) -> tuple[bool, bool]:
     """Check that the formats can hold the codes, which only the stored zero points and group orders tell.
 
+    `recipe` is the one asked for, whatever the source's group size, and `together` what engines fuse.
     Returns whether all linears are symmetric, and whether the groups of any follow activation order.
     """
     scheme = weights.scheme
@@ -494,12 +469,16 @@ def _check_codes(fates: Sequence[Fate], weights: Weights) -> tuple[bool, bool]:
             "--requantize writes it dense, and solves the blocks again from the dequantized weights.",
         )
     found = {fate.linear: weights.peculiarities(fate.linear, fate.k, fate.n) for fate in fates if fate.packed}
+
+    def refusal(fate: Fate, format: str) -> str | None:
+        kind = asdict(found[fate.linear])
+        layout = formats.FORMATS[format]
+        return layout.refusal(fate.k, fate.n, bits=scheme.bits, group_size=scheme.group_size, **kind)
+
     _refuse(
         fates,
-        lambda fate: fate.layout.refusal(
-            fate.k, fate.n, bits=scheme.bits, group_size=scheme.group_size, **asdict(found[fate.linear])
-        ),
-        "--requantize solves again from the dequantized weights; another --format may hold them as they are.",
+        lambda fate: refusal(fate, str(fate.format)),
+        lambda: other_codes(fates, recipe, together, refusal),
     )
     kinds = found.values()
     return all(kind.symmetric for kind in kinds), any(kind.act_order for kind in kinds)
@@ -526,33 +505,24 @@ def _check_quads(fates: Sequence[Fate], weights: Weights) -> None:
         fate, why = refused[0]
         raise FormatError(
             f"{fate.linear} is not 2:4: {why}{_more(refused)}.",
-            "--format marlin holds it; to write only what is not 2:4 so: " + _options("--unpruned", refused),
+            "--format marlin holds it; to write only what is not 2:4 so: "
+            + option_for("--unpruned", [fate.linear for fate, _ in refused], fates),
         )
 
 
-def _refuse(fates: Sequence[Fate], refusal: Callable[[Fate], str | None], hint: str | None = None) -> None:
-    packed = [fate for fate in fates if fate.packed]
-    refused = [(fate, why) for fate in packed if (why := refusal(fate))]
+def _refuse(fates: Sequence[Fate], refusal: Callable[[Fate], str | None], way_out: Callable[[], str]) -> None:
+    refused = [(fate, why) for fate in fates if fate.packed and (why := refusal(fate))]
     if refused:
         fate, why = refused[0]
-        if hint is None and len(refused) == len(packed):
-            hint = "another --group-size or --format may hold them."
         raise FormatError(
             f"{fate.linear} has {fate.k} inputs and {fate.n} outputs; {fate.format} {why}{_more(refused)}.",
-            hint or "leave dense what does not fit: " + _options("--skip", refused),
+            way_out(),
         )
 
 
 def _more(refused: Sequence[tuple[Fate, str]]) -> str:
     """How many linears are refused beside the first."""
     return f" (and {len(refused) - 1} more linears)" if len(refused) > 1 else ""
-
-
-def _options(option: str, refused: Sequence[tuple[Fate, str]]) -> str:
-    """The option that names what is refused: the linear or, of several, those of its kind."""
-    names = [fate.linear for fate, _ in refused]
-    patterns = names if len(names) == 1 else sorted({"*." + name.rpartition(".")[2] for name in names})
-    return " ".join(f"{option} '{pattern}'" for pattern in patterns)
 
 
 def _specs(

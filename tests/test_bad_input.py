@@ -345,41 +345,19 @@ def test_damaged_shards(
 
 
 @pytest.mark.parametrize(
-    "changes, words, said",
+    "changes, said",
     [
-        (
-            {"intermediate_size": 320},
-            (),
-            ["model.layers.0.mlp.down_proj has 320 inputs and 128 outputs", "128", "--skip '*.down_proj'"],
-        ),
-        ({"intermediate_size": 416}, (), ["416", "64", "--skip '*.down_proj'"]),
-        (
-            {"hidden_size": 192, "num_attention_heads": 2},
-            (),
-            ["self_attn.q_proj has 192 inputs", "--skip '*.q_proj'"],
-        ),
-        ({"intermediate_size": 320}, ("--format", "gptq"), ["320 inputs", "--skip '*.down_proj'"]),
-        (
-            {"intermediate_size": 320},
-            ("--format", "compressed-tensors", "--group-size", "128"),
-            ["320 inputs", "--skip '*.down_proj'"],
-        ),
+        ({"intermediate_size": 320}, ["model.layers.0.mlp.down_proj has 320 inputs and 128 outputs", "128"]),
+        ({"intermediate_size": 416}, ["416", "64"]),
+        ({"hidden_size": 192, "num_attention_heads": 2}, ["self_attn.q_proj has 192 inputs", "more linears"]),
     ],
 )
 def test_a_shape_the_format_cannot_hold(
-    changes: dict, words: tuple, said: list[str], cli: Cli, text: Path, tmp_path: Path
+    changes: dict, said: list[str], cli: Cli, text: Path, tmp_path: Path
 ) -> None:
     model = tiny_models.save(tiny_models.build("qwen3", **changes), tmp_path / "model")
-    sentence = refused(cli, model, tmp_path / "out", "--calibration", text, *words)
+    sentence = refused(cli, model, tmp_path / "out", "--calibration", text)
     assert all(part in sentence for part in said), sentence
-    # what the hint says is all it takes
-    skips = sentence.split("--skip ")[1:]
-    flags = [word for skip in skips for word in ("--skip", skip.split("'")[1])]
-    result = cli(
-        "quantize", model, "-o", tmp_path / "out", "--calibration", text, "--samples", 4,
-        "--sequence-length", 64, "--device", "cpu", "--dry-run", *words, *flags,
-    )  # fmt: skip
-    assert result.exit_code == 0, result.stderr
 
 
 @pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe"])
