@@ -117,7 +117,7 @@ class BlockModel:
 
     def _assign(self, module: nn.Module, name: str, value: Tensor) -> None:
         if isinstance(module, nn.Linear) and self._linears_round:
-            module.forward = partial(_rounding_linear, module, self.dtype)  # type: ignore[method-assign]
+            module.forward = partial(rounding_linear, module, self.dtype)  # type: ignore[method-assign]
         parameter = nn.Parameter(value, requires_grad=False)
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # _init_weights leaves it alone
         module._parameters[name] = parameter
@@ -215,7 +215,7 @@ class BlockModel:
                 del block.forward
 
 
-def _rounding_linear(linear: nn.Linear, dtype: torch.dtype, x: Tensor) -> Tensor:
+def rounding_linear(linear: nn.Linear, dtype: torch.dtype, x: Tensor) -> Tensor:
     """A linear with input and output rounded to `dtype`, which multiplies in its weight's type."""
     rounded = x.to(dtype).to(linear.weight.dtype)
     return nn.functional.linear(rounded, linear.weight, linear.bias).to(dtype).to(x.dtype)
