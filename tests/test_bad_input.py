@@ -322,7 +322,7 @@ SHARD_DAMAGES: list[tuple[Damage, list[str]]] = [
     (move_tensor("..\\x.safetensors"), ["not a plain file name"]),
     (move_tensor("x.bin"), ["'x.bin'"]),
     (move_tensor(7), ["7"]),
-    (same_tensor_in_two_shards, ["stored in two shards"]),
+    (same_tensor_in_two_shards, ["stored in two shards", "in 'model-00001", "and 'model-00002"]),
     (tensor_the_index_does_not_have, ["'stranger'", "not in the index"]),
     (no_index, [INDEX]),
     (cut_a_shard, ["truncated", "model-00001"]),
