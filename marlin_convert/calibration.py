@@ -1,7 +1,9 @@
 """Text to token ids, deterministically: what a model is calibrated on, and what it is tested on."""
 
 import hashlib
+import importlib.util
 import json
+import logging
 import random
 import sysconfig
 import textwrap
@@ -11,13 +13,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from marlin_convert.errors import ConvertError, SourceError, readable, reading
+from marlin_convert import plain_text
+from marlin_convert.errors import ConvertError, SourceError, readable
 from marlin_convert.hub import Source
 
+log = logging.getLogger("marlin_convert")
+
 BUILTIN = "builtin"
+
+# What two readings of one vocabulary differ on: runs of spaces, digits, line ends, letters beyond ASCII.
+PROBE = "def f(x):\n    return x + 12345  # na\u00efve caf\u00e9,\t\u4e2d\u6587 \u2014 it's\r\n\n  the end"
+
+# Files of a sentencepiece vocabulary.
+SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
 # Directories of the standard library that hold tests, tools or generated tables rather than prose and code.
 # What a build writes down of its machine (_sysconfigdata, config-*) is left out too, so that the same version
@@ -48,22 +61,78 @@ class Calibration:
 
 
 def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model's weights; SourceError if there is none that can be read."""
+    """The tokenizer beside a model's weights, of the ids that tokenizer.json gives where there is one.
+
+    SourceError if there is none that can be read.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.directory, trust_remote_code=trust_remote_code)
         if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # an empty one, made from no files
             raise ValueError("it knows no words")
-        return tokenizer
+        return _as_in_file(tokenizer, source)
+    except ConvertError:
+        raise
     except UnicodeEncodeError as error:  # of the path
         raise SourceError(
             f"the tokenizer of {source.name} cannot be read: its path is no UTF-8 text.",
             "rename the directory or, if the locale of this machine is at fault, set PYTHONUTF8=1.",
         ) from error
     except Exception as error:  # the tokenizers library raises that class itself
+        _check_packages(source)
         raise SourceError(
             f"{source.name} has no tokenizer that can be read: {textwrap.shorten(str(error), 120)}",
             "text needs one beside the weights.",
         ) from error
+
+
+def _as_in_file(tokenizer: PreTrainedTokenizerBase, source: Source) -> PreTrainedTokenizerBase:
+    """The tokenizer or, where its class splits text otherwise than tokenizer.json, that of the file.
+
+    tokenizer_config.json names the class. A wrong one drops the spaces of a byte-level vocabulary in some
+    versions of transformers; the model was trained on what the file says.
+    """
+    path = source.directory / "tokenizer.json"
+    if not path.is_file():
+        return tokenizer
+    in_file = Tokenizer.from_file(str(path))
+    in_file.no_truncation()
+    in_file.no_padding()
+    expected = in_file.encode(PROBE, add_special_tokens=False).ids
+    found = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+    if found == expected:
+        return tokenizer
+    log.warning(
+        "transformers %s as %s splits text otherwise than tokenizer.json (%d tokens, not %d, of a line of %d "
+        "characters%s); tokenizer.json's ids are taken: engines that go by the class feed the model others",
+        transformers.__version__, type(tokenizer).__name__, len(found), len(expected), len(PROBE),
+        "" if tokenizer.decode(found) == PROBE else ", and some are lost",
+    )  # fmt: skip
+    plain = PreTrainedTokenizerFast.from_pretrained(source.directory)
+    if plain(PROBE, add_special_tokens=False)["input_ids"] != expected:
+        raise SourceError(
+            f"transformers gives other ids than the tokenizer.json of {source.name}, whatever its class.",
+            "its files may not be of one tokenizer; fetch the model again.",
+        )
+    return plain
+
+
+def _check_packages(source: Source) -> None:
+    """SourceError when the only vocabulary is in sentencepiece's format and what reads that is missing."""
+    found = [name for name in SENTENCEPIECE if (source.directory / name).exists()]
+    modules = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
+    missing = [package for package, module in modules.items() if not _installed(module)]
+    if found and missing and not (source.directory / "tokenizer.json").exists():
+        raise SourceError(
+            f"the {found[0]} of {source.name} is in sentencepiece's format, for which a package is missing.",
+            f"pip install {' '.join(missing)}.",
+        )
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # not even the package that it would be in
+        return False
 
 
 def calibrate(
@@ -166,14 +235,11 @@ def _from_file(path: Path) -> Iterator[str | list[dict[str, Any]]]:
             f"calibration text '{path}' does not exist.",
             "pass builtin, a .txt or .jsonl file, or hf:DATASET.",
         )
-    if path.suffix in (".txt", ".jsonl"):
-        with reading(path):
-            text = path.read_text("utf-8", errors="replace")
     if path.suffix == ".txt":
-        yield text
+        yield plain_text.read(path)
     elif path.suffix == ".jsonl":
         # split("\n"), not splitlines: JSON text may hold other line separators as they are
-        for number, line in enumerate(text.split("\n"), 1):
+        for number, line in enumerate(plain_text.read(path).split("\n"), 1):
             if line.strip():
                 yield _json_document(line, f"{path.name}, line {number}")
     elif path.suffix == ".parquet":
@@ -187,7 +253,8 @@ def _from_file(path: Path) -> Iterator[str | list[dict[str, Any]]]:
 def _json_document(line: str, where: str) -> str | list[dict[str, Any]]:
     try:
         entry = json.loads(line)
-    except json.JSONDecodeError as error:
+        json.dumps(entry, ensure_ascii=False).encode()  # half of a surrogate pair is no character
+    except ValueError as error:
         raise SourceError(
             f"{where}: not JSON ({error}).", "a .jsonl file has one JSON object on each line."
         ) from error
@@ -196,10 +263,28 @@ def _json_document(line: str, where: str) -> str | list[dict[str, Any]]:
         if isinstance(text, str):
             return text
         if isinstance(messages, list) and all(isinstance(message, dict) for message in messages):
-            return messages
+            return [_with_text(message, where) for message in messages]
     raise SourceError(
         f"{where}: no 'text' or 'messages'.", 'a line is {"text": "..."} or {"messages": [...]}.'
     )
+
+
+def _with_text(message: dict[str, Any], where: str) -> dict[str, Any]:
+    """A message whose content is the text that its parts hold: a template would print the list itself."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return message
+    texts = []
+    for part in content:
+        text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
+        if not isinstance(text, str):
+            kind = repr(part.get("type")) if isinstance(part, dict) else type(part).__name__
+            raise SourceError(
+                f"{where}: a message has a part of type {kind}; only text can be calibrated on.",
+                'leave the line out, or keep of its parts {"type": "text", "text": "..."}.',
+            )
+        texts.append(text)
+    return message | {"content": "".join(texts)}
 
 
 def _from_parquet(path: Path) -> Iterator[str]:

@@ -276,7 +276,9 @@ def conversion_options(command: Callable) -> Callable:
         ),
         click.option("--seed", type=int, help="Draws the calibration windows.  [default: 0]"),
         click.option(
-            "--dtype", type=click.Choice(["auto", "float16", "bfloat16"]), help="Type of the dense tensors."
+            "--dtype",
+            type=click.Choice(["auto", "float16", "bfloat16"]),
+            help="Type computed in, and of dense tensors.",
         ),
         click.option(
             "--device",

@@ -124,12 +124,12 @@ class Solve:
         self._plan = plan
         self._recipe = plan.recipe
         self._claimed = set(weights.sparse_linears(manifests.load(weights.checkpoint.directory)))
-        self._model = BlockModel(weights, device, trust_remote_code=trust_remote_code)
+        self._model = BlockModel(weights, device, dtype=plan.dtype, trust_remote_code=trust_remote_code)
         self._hidden = HiddenStates(self._model, calibration.ids, directory)
         self._original: tuple[BlockModel, HiddenStates] | None = None
         # the method is one of pruning only: wanda and magnitude leave the weights they keep as they are
         if any(fate.packed or plan.recipe.method == "sparsegpt" for fate in plan.fates if fate.sparse):
-            original = BlockModel(weights, device, trust_remote_code=trust_remote_code)
+            original = BlockModel(weights, device, dtype=plan.dtype, trust_remote_code=trust_remote_code)
             self._original = original, HiddenStates(original, calibration.ids, directory)
         self.replayed = 0
 
@@ -187,7 +187,19 @@ class Solve:
             original.unload(number)
         self.replayed += walk.replayed
         model.unload(number)
+        if number == self._plan.blocks - 1 and not self._hidden.finite():
+            raise self._overflow(f"what {path} gives is")
         yield from solved
+
+    def _overflow(self, what: str) -> SourceError:
+        """The error for hidden states that are not finite."""
+        dtype = str(self._model.dtype).removeprefix("torch.")
+        hint = "its weights may be damaged; fetch the model again."
+        if self._recipe.dtype == "float16" and self._model.weights.own_dtype != torch.float16:
+            hint = "keep the model's own type, which reaches further, with --dtype auto."
+        elif dtype == "float16":
+            hint = "compute and write it in bfloat16, which reaches further, with --dtype bfloat16."
+        return SourceError(f"{what} not finite: the model overflows on this text, computed in {dtype}.", hint)
 
     def _walk(
         self,
@@ -207,10 +219,7 @@ class Solve:
     def _solve(self, linears: list[str], hessian: Tensor, drift: Tensor | None) -> Iterator[Packed]:
         """Solve the linears of a stage and put what they have become into the model."""
         if not hessian.isfinite().all():
-            raise SourceError(
-                f"the inputs of {linears[0]} are not finite; the model overflows on this text.",
-                "its weights may be damaged, or their type too narrow for them.",
-            )
+            raise self._overflow(f"the inputs of {linears[0]} are")
         fates = [self._plan.fate(linear) for linear in linears]
         # those of a kind as one matrix
         for kind in sorted({(fate.sparse, fate.pruned) for fate in fates}):

@@ -67,8 +67,9 @@ def _bits(config: dict[str, Any]) -> int | None:
         config.get("bits")
         or config.get("w_bit")
         or _object(_object(groups[0]).get("weights")).get("num_bits")
+        or (4 if config.get("quant_method") == "marlin" else None)  # those of early 2024 do not say
     )
-    return said if said in (4, 8) else None
+    return int(str(said)) if str(said) in ("4", "8") else None
 
 
 def _codes(infos: list[TensorInfo]) -> TensorInfo | None:

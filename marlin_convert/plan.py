@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,63 +14,32 @@ from transformers import PreTrainedModel
 from marlin_convert import formats
 from marlin_convert.checkpoint import manifest as manifests
 from marlin_convert.checkpoint.linears import Weights
+from marlin_convert.checkpoint.reader import QUANTIZATION_KEYS
 from marlin_convert.checkpoint.writer import TensorSpec
 from marlin_convert.errors import ConvertError, FormatError, SourceError
+from marlin_convert.fate import Fate
 from marlin_convert.formats import bounds
 from marlin_convert.models.architectures import Architecture, Stage, architecture_of
-from marlin_convert.models.blocks import block_linears, module_tree
+from marlin_convert.models.tree import OTHER_MODEL, block_linears, check_names, claims_tied, module_tree
 from marlin_convert.quantized import QuantizedLinear
 from marlin_convert.recipe import Recipe
+from marlin_convert.ways import option_for, other_codes, other_layouts, short_group
 
 log = logging.getLogger("marlin_convert")
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
-# Old checkpoints carry these buffers; every model computes them.
-_COMPUTED = ("rotary_emb.inv_freq",)
-
-_OTHER_MODEL = "the config.json may be of another model; fetch the model again."
-
-
-@dataclass(frozen=True)
-class Fate:
-    """What becomes of one linear of shape (k, n).
-
-    `format` is what it is written in, None if it is written dense; `sparse` says that it is 2:4; `reason` why
-    it is left as it is, or not 2:4 while others are.
-    """
-
-    linear: str
-    k: int
-    n: int
-    format: str | None
-    sparse: bool = False
-    reason: str | None = None
-
-    @property
-    def packed(self) -> bool:
-        """Whether the linear is written as integer codes."""
-        return self.format is not None
-
-    @property
-    def pruned(self) -> bool:
-        """Whether the linear is written dense, but pruned."""
-        return self.format is None and self.sparse
-
-    @property
-    def layout(self) -> ModuleType:
-        """The module of its format."""
-        assert self.format is not None
-        return formats.FORMATS[self.format]
+# What a config.json says of how its own weights are packed, and where somebody once had the source.
+_NOT_KEPT = (*QUANTIZATION_KEYS, "_name_or_path")
 
 
 @dataclass(frozen=True)
 class Plan:
     """Everything a conversion will do.
 
-    `repack` says that the codes of the source are kept, `symmetric` that no linear has zero points; `specs`
-    are the tensors to be written, `owner` maps those that belong to a packed linear to (linear, suffix);
-    `left_out` are source tensors not written.
+    `repack` says that the codes of the source are kept, `symmetric` that no linear has zero points; the model
+    computes in `dtype`; `specs` are the tensors to be written, `owner` maps those that belong to a packed
+    linear to (linear, suffix); `left_out` are source tensors not written; `config` becomes the config.json.
     """
 
     architecture: Architecture
@@ -80,6 +48,7 @@ class Plan:
     bits: int
     repack: bool
     symmetric: bool
+    dtype: torch.dtype
     fates: tuple[Fate, ...]
     specs: tuple[TensorSpec, ...]
     owner: dict[str, tuple[str, str]]
@@ -87,7 +56,12 @@ class Plan:
     notes: tuple[str, ...]
     source_bytes: int
     vocabulary: int
-    quantization_config: dict[str, Any] | None
+    config: dict[str, Any]
+
+    @property
+    def quantization_config(self) -> dict[str, Any] | None:
+        """What the config.json says of the packed linears; None where none is packed."""
+        return self.config.get("quantization_config")
 
     @property
     def packed(self) -> list[Fate]:
@@ -188,11 +162,12 @@ def make_plan(
     """
     checkpoint = weights.checkpoint
     architecture = architecture_of(checkpoint.config)
-    model = module_tree(checkpoint.config, checkpoint.directory, trust_remote_code=trust_remote_code)
+    model = module_tree(weights, trust_remote_code=trust_remote_code)
     repack = weights.scheme is not None and not requantize
-    bits = 4
+    asked, bits = recipe, 4
     if repack:
         assert weights.scheme is not None
+        _check_one_scheme(weights)
         recipe = _with_group_size_of_source(recipe, weights.scheme.group_size, group_size)
         bits = weights.scheme.bits
     else:
@@ -200,19 +175,20 @@ def make_plan(
     claimed = set(weights.sparse_linears(manifests.load(checkpoint.directory)))
     _check_sparsity(weights, recipe, claimed, repack=repack)
 
-    left_out = check_names(weights, model)
+    left_out = check_names(weights, model, requantize=requantize)
     linears = block_linears(model, architecture)
     if not linears:
-        raise SourceError("config.json means a model without blocks.", _OTHER_MODEL)
+        raise SourceError("config.json means a model without blocks.", OTHER_MODEL)
     fates = tuple(_fates(linears, architecture, recipe, weights, claimed, repack=repack))
     _check_patterns(recipe, linears)
-    _check_stages(fates, architecture)
+    together = _together(fates, architecture)
+    _check_stages(fates, together)
     symmetric, act_order = True, False
     if repack:
-        symmetric, act_order = _check_codes(fates, weights)
+        symmetric, act_order = _check_codes(fates, weights, asked, together)
         _check_quads(fates, weights)
     else:
-        _check_shapes(fates, recipe)
+        _check_shapes(fates, recipe, together)
 
     packed = {
         fate.linear: fate.layout.tensors(
@@ -230,24 +206,35 @@ def make_plan(
         bits=bits,
         repack=repack,
         symmetric=symmetric,
+        dtype=DTYPES.get(recipe.dtype, weights.own_dtype),
         fates=fates,
         specs=specs,
         owner=owner,
         left_out=tuple(left_out),
-        notes=tuple(_notes(fates, recipe, weights if repack else None)),
+        notes=(*_source_notes(weights, model), *_notes(fates, recipe, weights if repack else None)),
         source_bytes=sum(info.end - info.start for info in checkpoint.tensors.values()),
         vocabulary=model.config.get_text_config().vocab_size,
-        quantization_config=None
-        if recipe.format == "dense"
-        else formats.FORMATS[recipe.format].quantization_config(
-            bits=bits,
+        config=_config(weights, model, recipe, fates, bits=bits, symmetric=symmetric, act_order=act_order),
+    )
+
+
+def _config(
+    weights: Weights, model: PreTrainedModel, recipe: Recipe, fates: Sequence[Fate], **packed: Any
+) -> dict[str, Any]:
+    """The source's config.json as it is true of what is written; `packed` says how the codes are."""
+    config = {key: value for key, value in weights.checkpoint.config.items() if key not in _NOT_KEPT}
+    if recipe.dtype != "auto":
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = recipe.dtype
+    if claims_tied(weights, model):
+        config["tie_word_embeddings"] = False
+    if recipe.format != "dense":
+        config["quantization_config"] = formats.FORMATS[recipe.format].quantization_config(
             group_size=recipe.group_size,
             skipped=[fate.linear for fate in fates if not fate.packed],
-            symmetric=symmetric,
-            act_order=act_order,
+            **packed,
             **_other_layouts(fates, recipe),
-        ),
-    )
+        )
+    return config
 
 
 def _check_sparsity(weights: Weights, recipe: Recipe, claimed: set[str], *, repack: bool) -> None:
@@ -267,6 +254,23 @@ def _check_sparsity(weights: Weights, recipe: Recipe, claimed: set[str], *, repa
             "marlin-24 holds codes that are 2:4, and the source is not known to be.",
             "prune while quantizing with --sparsity 2:4, or choose another --format.",
         )
+
+
+def _check_one_scheme(weights: Weights) -> None:
+    """Raise FormatError where a repack would lose something: what is written is stored in one way."""
+    scheme = weights.scheme
+    assert scheme is not None
+    again = "--requantize solves all of them again from the dequantized weights."
+    if scheme.beyond:
+        raise FormatError(f"the source has more than packed weights: {scheme.beyond}.", again)
+    for linear in weights.packed_linears():
+        own = weights.scheme_of(linear)
+        if (own.bits, own.group_size) != (scheme.bits, scheme.group_size):
+            raise FormatError(
+                f"{linear} has {own.bits} bits and groups of {own.group_size}, others {scheme.bits} and "
+                f"{scheme.group_size}; a repack writes one of them.",
+                again,
+            )
 
 
 def _with_group_size_of_source(recipe: Recipe, stored: int, asked: int | None) -> Recipe:
@@ -295,6 +299,24 @@ def _within_positions(recipe: Recipe, model: PreTrainedModel) -> Recipe:
     return recipe.changed({"sequence_length": limit})
 
 
+def _source_notes(weights: Weights, model: PreTrainedModel) -> Iterator[str]:
+    """In what the source is not quite what it says."""
+    if weights.disregarded:
+        yield f"{weights.disregarded}: they are taken as they are, and the words left out"
+    if weights.scheme is not None and weights.scheme.beyond:
+        yield f"left out: {weights.scheme.beyond}"
+    if weights.scheme is not None and (weights.checkpoint.quantization_config or {}).get("kv_cache_scheme"):
+        yield "kv_cache_scheme is left out: engines keep the cache in 16 bits"
+    if claims_tied(weights, model):
+        yield (
+            "the head is stored and is not the embedding, though config.json ties them: it is kept, as "
+            "transformers does, and tie_word_embeddings written as false"
+        )
+    if weights.renamed:
+        full, name = next(iter(weights.renamed.items()))
+        yield f"{len(weights.renamed)} tensors are written under their full names, {name} as {full}"
+
+
 def _notes(fates: Sequence[Fate], recipe: Recipe, repacked: Weights | None) -> Iterator[str]:
     """What the reader of a plan should know."""
     if repacked is not None and repacked.scheme is not None:
@@ -307,54 +329,6 @@ def _notes(fates: Sequence[Fate], recipe: Recipe, repacked: Weights | None) -> I
             yield f"{odd} linears have outputs not divisible by 256: for our own kernel and plugins only"
         if recipe.group_size in (32, 64):  # in marlin: marlin-24 has no such groups
             yield f"group size {recipe.group_size} in marlin files: for our own kernel and plugins only"
-
-
-def check_names(weights: Weights, model: torch.nn.Module) -> list[str]:
-    """Compare the tensors with the architecture's; returns those that are known to be left out.
-
-    SourceError names what is missing, what is not of the architecture or of a type that is not read, and what
-    is there dense and packed.
-    """
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    expected = shapes.keys()
-    missing = sorted(name for name in expected - tied if name not in weights)
-    if missing:
-        raise SourceError(
-            f"{_some(missing)} of the architecture not in {weights.checkpoint.directory.name}.", _OTHER_MODEL
-        )
-    for name, info in weights.checkpoint.tensors.items():
-        if name in expected and info.shape != shapes[name]:
-            raise SourceError(
-                f"{name} has shape {info.shape}, its config.json means {shapes[name]}.", _OTHER_MODEL
-            )
-        if name in expected:
-            weights.dtype(name)  # it must be one that is read
-    packed = {f"{linear}.weight" for linear in weights.packed_linears()}
-    twice = sorted(packed & weights.checkpoint.tensors.keys())
-    if twice:
-        raise SourceError(
-            f"{_some(twice)} in {weights.checkpoint.directory.name} both dense and packed.", _OTHER_MODEL
-        )
-    known = {name for name in weights.packed_names() if f"{name.rpartition('.')[0]}.weight" in expected}
-    foreign = sorted(weights.checkpoint.tensors.keys() - expected - known)
-    left_out = [name for name in foreign if name.endswith(_COMPUTED) or _is_idle_bias(weights, name)]
-    if len(foreign) > len(left_out):
-        strangers = [name for name in foreign if name not in left_out]
-        raise SourceError(
-            f"{_some(strangers)} in {weights.checkpoint.directory.name} not of the architecture.",
-            _OTHER_MODEL,
-        )
-    return left_out
-
-
-def _is_idle_bias(weights: Weights, name: str) -> bool:
-    """Whether this is a bias of zeros: old AutoGPTQ gave one to every linear, whatever the architecture."""
-    return (
-        name.endswith(".bias")
-        and weights.is_packed(name.removesuffix(".bias"))
-        and not weights.read(name).any()
-    )
 
 
 def _fates(
@@ -435,16 +409,23 @@ def _check_patterns(recipe: Recipe, linears: dict[str, torch.nn.Linear]) -> None
                 )
 
 
-def _check_stages(fates: Sequence[Fate], architecture: Architecture) -> None:
-    """Engines fuse the linears of a stage: all are packed or none, and in one format."""
-    found = {fate.linear: fate.format for fate in fates}
+def _together(fates: Sequence[Fate], architecture: Architecture) -> dict[str, list[str]]:
+    """The linears of each linear's stage, itself among them: engines fuse them into one."""
+    found = {}
     for fate in fates:
         path = fate.linear.removeprefix(architecture.blocks + ".").partition(".")[2]
-        stage = architecture.stage_of(path)
-        if fate.reason is None or stage is None:
+        block = fate.linear.removesuffix(path)
+        found[fate.linear] = [block + name for name in architecture.stage_of(path) or (path,)]
+    return found
+
+
+def _check_stages(fates: Sequence[Fate], together: Mapping[str, Sequence[str]]) -> None:
+    """What engines fuse is all packed or not at all, and in one format."""
+    found = {fate.linear: fate.format for fate in fates}
+    for fate in fates:
+        if fate.reason is None:
             continue
-        block = fate.linear.removesuffix("." + path)
-        others = [f"{block}.{name}" for name in stage if found[f"{block}.{name}"] not in (None, fate.format)]
+        others = [name for name in together[fate.linear] if found[name] not in (None, fate.format)]
         if others:
             kind, option = ("left dense", "--skip") if fate.format is None else ("not 2:4", "--unpruned")
             raise ConvertError(
@@ -453,32 +434,30 @@ def _check_stages(fates: Sequence[Fate], architecture: Architecture) -> None:
             )
 
 
-def _check_shapes(fates: Sequence[Fate], recipe: Recipe) -> None:
-    odd = [fate for fate in fates if fate.sparse and fate.k % 4]
+def _check_shapes(fates: Sequence[Fate], recipe: Recipe, together: Mapping[str, Sequence[str]]) -> None:
+    odd = [fate.linear for fate in fates if fate.sparse and fate.k % 4]
     if odd:
+        k = next(fate.k for fate in fates if fate.linear == odd[0])
         raise FormatError(
-            f"{odd[0].linear} has {odd[0].k} inputs; 2:4 needs them divisible by four.",
-            "leave it as it is: " + _options("--skip", [(fate, "") for fate in odd]),
+            f"{odd[0]} has {k} inputs; 2:4 needs them divisible by four.",
+            "leave it as it is: " + option_for("--skip", odd, fates),
         )
     _refuse(
         fates,
         lambda fate: (
             fate.layout.refusal(fate.k, fate.n, bits=4, group_size=recipe.group_size)
-            or _short_group(fate.k, recipe.group_size)
+            or short_group(fate.k, recipe.group_size)
         ),
+        lambda: other_layouts(fates, recipe, together),
     )
 
 
-def _short_group(k: int, group_size: int) -> str | None:
-    """Files may end in a short group; what we solve does not."""
-    if group_size != -1 and k % group_size:
-        return f"needs inputs divisible by the group size {group_size}, has {k}"
-    return None
-
-
-def _check_codes(fates: Sequence[Fate], weights: Weights) -> tuple[bool, bool]:
+def _check_codes(
+    fates: Sequence[Fate], weights: Weights, recipe: Recipe, together: Mapping[str, Sequence[str]]
+) -> tuple[bool, bool]:
     """Check that the formats can hold the codes, which only the stored zero points and group orders tell.
 
+    `recipe` is the one asked for, whatever the source's group size, and `together` what engines fuse.
     Returns whether all linears are symmetric, and whether the groups of any follow activation order.
     """
     scheme = weights.scheme
@@ -490,12 +469,16 @@ def _check_codes(fates: Sequence[Fate], weights: Weights) -> tuple[bool, bool]:
             "--requantize writes it dense, and solves the blocks again from the dequantized weights.",
         )
     found = {fate.linear: weights.peculiarities(fate.linear, fate.k, fate.n) for fate in fates if fate.packed}
+
+    def refusal(fate: Fate, format: str) -> str | None:
+        kind = asdict(found[fate.linear])
+        layout = formats.FORMATS[format]
+        return layout.refusal(fate.k, fate.n, bits=scheme.bits, group_size=scheme.group_size, **kind)
+
     _refuse(
         fates,
-        lambda fate: fate.layout.refusal(
-            fate.k, fate.n, bits=scheme.bits, group_size=scheme.group_size, **asdict(found[fate.linear])
-        ),
-        "--requantize solves again from the dequantized weights; another --format may hold them as they are.",
+        lambda fate: refusal(fate, str(fate.format)),
+        lambda: other_codes(fates, recipe, together, refusal),
     )
     kinds = found.values()
     return all(kind.symmetric for kind in kinds), any(kind.act_order for kind in kinds)
@@ -522,33 +505,24 @@ def _check_quads(fates: Sequence[Fate], weights: Weights) -> None:
         fate, why = refused[0]
         raise FormatError(
             f"{fate.linear} is not 2:4: {why}{_more(refused)}.",
-            "--format marlin holds it; to write only what is not 2:4 so: " + _options("--unpruned", refused),
+            "--format marlin holds it; to write only what is not 2:4 so: "
+            + option_for("--unpruned", [fate.linear for fate, _ in refused], fates),
         )
 
 
-def _refuse(fates: Sequence[Fate], refusal: Callable[[Fate], str | None], hint: str | None = None) -> None:
-    packed = [fate for fate in fates if fate.packed]
-    refused = [(fate, why) for fate in packed if (why := refusal(fate))]
+def _refuse(fates: Sequence[Fate], refusal: Callable[[Fate], str | None], way_out: Callable[[], str]) -> None:
+    refused = [(fate, why) for fate in fates if fate.packed and (why := refusal(fate))]
     if refused:
         fate, why = refused[0]
-        if hint is None and len(refused) == len(packed):
-            hint = "another --group-size or --format may hold them."
         raise FormatError(
             f"{fate.linear} has {fate.k} inputs and {fate.n} outputs; {fate.format} {why}{_more(refused)}.",
-            hint or "leave dense what does not fit: " + _options("--skip", refused),
+            way_out(),
         )
 
 
 def _more(refused: Sequence[tuple[Fate, str]]) -> str:
     """How many linears are refused beside the first."""
     return f" (and {len(refused) - 1} more linears)" if len(refused) > 1 else ""
-
-
-def _options(option: str, refused: Sequence[tuple[Fate, str]]) -> str:
-    """The option that names what is refused: the linear or, of several, those of its kind."""
-    names = [fate.linear for fate, _ in refused]
-    patterns = names if len(names) == 1 else sorted({"*." + name.rpartition(".")[2] for name in names})
-    return " ".join(f"{option} '{pattern}'" for pattern in patterns)
 
 
 def _specs(
@@ -590,9 +564,3 @@ def _specs(
         return int(number) if spec.name.startswith(blocks) else math.inf
 
     return sorted(specs, key=block)
-
-
-def _some(names: Sequence[str]) -> str:
-    """The first few of many names, and how many there are."""
-    shown = ", ".join(names[:3])
-    return f"{len(names)} tensors ({shown}, ...)" if len(names) > 3 else shown

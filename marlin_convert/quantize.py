@@ -295,13 +295,7 @@ def _copy_from_source(job: Job, plan: Plan, checkpoint: Checkpoint) -> list[str]
     Code comes with the words that name it, where it is trusted, or neither does.
     """
     source, staging = checkpoint.directory, job.run.staging
-    # _name_or_path is where somebody once had the source
-    left_out = ("quantization_config", "_name_or_path")
-    config = {key: value for key, value in checkpoint.config.items() if key not in left_out}
-    if plan.recipe.dtype != "auto":
-        config["torch_dtype" if "torch_dtype" in config else "dtype"] = plan.recipe.dtype
-    if plan.quantization_config is not None:
-        config["quantization_config"] = plan.quantization_config
+    config = plan.config
     code, behind = remote_code.code_files(checkpoint)
     named = remote_code.named_in(source)
     if not job.trust_remote_code:

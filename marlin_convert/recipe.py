@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from marlin_convert import plain_text
 from marlin_convert.errors import ConvertError
 
 DEFAULT = "w4a16-g128"
@@ -91,20 +92,26 @@ def load(name_or_file: str) -> Recipe:
     """A recipe by name, or from a YAML file; ConvertError says which key or value is wrong."""
     if name_or_file in named_recipes():
         text = files("marlin_convert").joinpath("recipes", f"{name_or_file}.yaml").read_text("utf-8")
+    elif _is_file(name_or_file):
+        text = plain_text.read(Path(name_or_file))
     else:
-        try:
-            text = Path(name_or_file).read_text("utf-8", errors="replace")
-        except (OSError, ValueError) as error:
-            raise ConvertError(
-                f"there is no recipe {name_or_file!r}.",
-                f"use one of {', '.join(named_recipes())}, or the path of a YAML file.",
-            ) from error
+        raise ConvertError(
+            f"there is no recipe {name_or_file!r}.",
+            f"use one of {', '.join(named_recipes())}, or the path of a YAML file.",
+        )
     try:
         settings = _yaml(text)
     except (yaml.YAMLError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ConvertError(f"recipe {name_or_file!r} cannot be read as YAML: {reason}", _HINT) from error
     return from_settings({} if settings is None else settings, name_or_file)
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except OSError:  # too long for a name
+        return False
 
 
 def _yaml(text: str) -> Any:

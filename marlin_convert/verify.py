@@ -18,6 +18,7 @@ from marlin_convert.calibration import Calibration, calibrate, load_tokenizer
 from marlin_convert.card import CARD
 from marlin_convert.checkpoint import manifest as manifests
 from marlin_convert.checkpoint.linears import Weights
+from marlin_convert.checkpoint.names import is_wrapped
 from marlin_convert.checkpoint.reader import PICKLES, Checkpoint
 from marlin_convert.checkpoint.writer import to_json, write_json, write_report
 from marlin_convert.errors import ConvertError, FormatError, KernelError, SourceError, printable
@@ -25,8 +26,8 @@ from marlin_convert.evaluate import Comparison, compare, log_probabilities
 from marlin_convert.formats import bounds
 from marlin_convert.hub import Source, fetch, remote_files
 from marlin_convert.models.architectures import architecture_of
-from marlin_convert.models.blocks import BlockModel, block_linears, module_tree
-from marlin_convert.plan import check_names
+from marlin_convert.models.blocks import BlockModel
+from marlin_convert.models.tree import block_linears, check_names, claims_tied, module_tree
 from marlin_convert.quantized import QuantizedLinear, contiguous_groups, first_crowded, quad_nonzeros
 
 log = logging.getLogger("marlin_convert")
@@ -234,8 +235,9 @@ def _open(job: Job, manifest: dict[str, Any] | None, problems: list[str]) -> _Su
         problems.append(str(error))
         return None
     try:
-        model = module_tree(checkpoint.config, directory, trust_remote_code=job.trust_remote_code)
-        return _Subject(Weights(checkpoint), model, manifest)
+        weights = Weights(checkpoint)
+        model = module_tree(weights, trust_remote_code=job.trust_remote_code)
+        return _Subject(weights, model, manifest)
     except ConvertError as error:
         if not problems or "files" not in job.checks:
             raise
@@ -309,6 +311,7 @@ def _check_files(
         except SourceError as error:
             problems.append(str(error))
             left_out = []
+        problems += _engine_problems(subject)
         packed = weights.packed_names()
         for name in weights.checkpoint.tensors:
             if name not in left_out:
@@ -317,6 +320,24 @@ def _check_files(
     if unseen is not None:
         counted.append(unseen)
     return _verdict(problems, ", ".join(counted), manifest=manifest is not None)
+
+
+def _engine_problems(subject: _Subject) -> list[str]:
+    """Where engines would load another model than the one checked here, or none."""
+    problems = []
+    if claims_tied(subject.weights, subject.model):
+        problems.append(
+            "config.json ties the head to the embedding and another head is stored: transformers takes that, "
+            "vLLM and SGLang leave it out; write tie_word_embeddings = false"
+        )
+    if subject.weights.disregarded:
+        problems.append(subject.weights.disregarded)
+    if subject.weights.scheme is not None and subject.weights.scheme.beyond:
+        problems.append(f"{subject.weights.scheme.beyond} are not checked, nor are weights without them")
+    wrapped = [name for name in subject.weights.renamed.values() if is_wrapped(name)]
+    if wrapped:
+        problems.append(f"{len(wrapped)} tensors have names that no engine knows, like {wrapped[0]}")
+    return problems
 
 
 def _value_problems(checkpoint: Checkpoint, name: str, *, scale: bool) -> list[str]:
@@ -518,11 +539,11 @@ def _check_numbers(
             problems.append("the text was not run: not all weights can be read")
         else:
             try:
-                text = _run_text(job, subject, original, progress)
+                text, overflows = _run_text(job, subject, original, progress)
             except ConvertError as error:
                 problems.append(str(error))
             else:
-                problems += _text_problems(text)
+                problems += overflows + _text_problems(text)
                 details["text"] = _text_details(original.text, text)
     if rounded:
         summary += f"; {len(rounded)} linears rounded to nearest"
@@ -611,7 +632,10 @@ def _weight_problems(row: dict[str, Any], limit: float) -> list[str]:
     return []
 
 
-def _run_text(job: Job, subject: _Subject, original: _Original, progress: Progress) -> Comparison:
+def _run_text(
+    job: Job, subject: _Subject, original: _Original, progress: Progress
+) -> tuple[Comparison, list[str]]:
+    """How the checkpoint predicts the text beside its source, and what of it a float16 engine cannot hold."""
     models = [
         BlockModel(weights, job.device, fast=False, trust_remote_code=job.trust_remote_code)
         for weights in (original.weights, subject.weights)
@@ -624,7 +648,13 @@ def _run_text(job: Job, subject: _Subject, original: _Original, progress: Progre
         raise SourceError(
             f"the tokenizer gives id {int(original.text.ids.max())}, there are {vocabulary} embeddings"
         )
-    return compare(models[0], models[1], original.text.ids, progress)
+    found = compare(models[0], models[1], original.text.ids, progress)
+    overflows = [
+        f"{linear} takes or gives {most:.3g}, which float16 cannot hold: an engine computes infinity; "
+        "--dtype bfloat16 writes it for a type that can"
+        for linear, most in models[1].overflows.items()
+    ]
+    return found, overflows
 
 
 def _text_problems(found: Comparison) -> list[str]:

@@ -230,7 +230,6 @@ DAMAGES: list[Any] = [
     (config(num_attention_heads=None), ["config.json"]),
     (config(num_hidden_layers=3, layer_types=3 * ["full_attention"]), ["model.layers.2."]),
     (config(num_hidden_layers=1, layer_types=["full_attention"]), ["model.layers.1."]),
-    (config(quantization_config={"quant_method": "bitsandbytes"}), ["bitsandbytes"]),
     (config(quantization_config="gptq"), ["quantization_config"]),
     (garbage("config.json", b"{"), ["config.json", "JSON"]),
     (garbage("config.json", b"\xff\xfe"), ["config.json", "JSON"]),
@@ -324,7 +323,7 @@ SHARD_DAMAGES: list[tuple[Damage, list[str]]] = [
     (move_tensor("..\\x.safetensors"), ["not a plain file name"]),
     (move_tensor("x.bin"), ["'x.bin'"]),
     (move_tensor(7), ["7"]),
-    (same_tensor_in_two_shards, ["stored in two shards"]),
+    (same_tensor_in_two_shards, ["stored in two shards", "in 'model-00001", "and 'model-00002"]),
     (tensor_the_index_does_not_have, ["'stranger'", "not in the index"]),
     (no_index, [INDEX]),
     (cut_a_shard, ["truncated", "model-00001"]),
@@ -347,41 +346,19 @@ def test_damaged_shards(
 
 
 @pytest.mark.parametrize(
-    "changes, words, said",
+    "changes, said",
     [
-        (
-            {"intermediate_size": 320},
-            (),
-            ["model.layers.0.mlp.down_proj has 320 inputs and 128 outputs", "128", "--skip '*.down_proj'"],
-        ),
-        ({"intermediate_size": 416}, (), ["416", "64", "--skip '*.down_proj'"]),
-        (
-            {"hidden_size": 192, "num_attention_heads": 2},
-            (),
-            ["self_attn.q_proj has 192 inputs", "--skip '*.q_proj'"],
-        ),
-        ({"intermediate_size": 320}, ("--format", "gptq"), ["320 inputs", "--skip '*.down_proj'"]),
-        (
-            {"intermediate_size": 320},
-            ("--format", "compressed-tensors", "--group-size", "128"),
-            ["320 inputs", "--skip '*.down_proj'"],
-        ),
+        ({"intermediate_size": 320}, ["model.layers.0.mlp.down_proj has 320 inputs and 128 outputs", "128"]),
+        ({"intermediate_size": 416}, ["416", "64"]),
+        ({"hidden_size": 192, "num_attention_heads": 2}, ["self_attn.q_proj has 192 inputs", "more linears"]),
     ],
 )
 def test_a_shape_the_format_cannot_hold(
-    changes: dict, words: tuple, said: list[str], cli: Cli, text: Path, tmp_path: Path
+    changes: dict, said: list[str], cli: Cli, text: Path, tmp_path: Path
 ) -> None:
     model = tiny_models.save(tiny_models.build("qwen3", **changes), tmp_path / "model")
-    sentence = refused(cli, model, tmp_path / "out", "--calibration", text, *words)
+    sentence = refused(cli, model, tmp_path / "out", "--calibration", text)
     assert all(part in sentence for part in said), sentence
-    # what the hint says is all it takes
-    skips = sentence.split("--skip ")[1:]
-    flags = [word for skip in skips for word in ("--skip", skip.split("'")[1])]
-    result = cli(
-        "quantize", model, "-o", tmp_path / "out", "--calibration", text, "--samples", 4,
-        "--sequence-length", 64, "--device", "cpu", "--dry-run", *words, *flags,
-    )  # fmt: skip
-    assert result.exit_code == 0, result.stderr
 
 
 @pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe"])
@@ -440,7 +417,7 @@ def test_a_calibration_text_too_short(cli: Cli, good: Path, tmp_path: Path) -> N
         ("lines.jsonl", b'{"text": "a"}\n{"text": \n', "lines.jsonl, line 2"),
         ("lines.jsonl", b'{"prompt": "a"}\n', "lines.jsonl, line 1"),
         ("lines.jsonl", b"[1, 2]\n", "lines.jsonl, line 1"),
-        ("lines.jsonl", b"\xff\xfe\x00", "lines.jsonl, line 1"),
+        ("lines.jsonl", b"\xff\xfe\x00", "lines.jsonl' is not UTF-16-LE: byte 2"),
         ("lines.jsonl", b'{"messages": "hello"}\n', "lines.jsonl, line 1"),
         ("chat.jsonl", b'{"messages": [{"role": "user", "content": "hello"}]}\n', "chat template"),
     ],

@@ -118,7 +118,9 @@ def test_a_tokenizer_that_takes_no_text(tinypy: Path, text: Path, tmp_path: Path
     settings = json.loads(path.read_text())
     settings["model"] |= {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "absent"}
     path.write_text(json.dumps({**settings, "pre_tokenizer": None, "post_processor": None}))
-    tokenizer = load_tokenizer(Source(path.parent, "model", None))
+    with pytest.raises(SourceError, match="no tokenizer that can be read"):
+        load_tokenizer(Source(path.parent, "model", None))
+    tokenizer = AutoTokenizer.from_pretrained(path.parent)
     with pytest.raises(SourceError, match="does not take this text"):
         calibrate(tokenizer, str(text), samples=1, length=8, seed=0)
 
@@ -148,3 +150,126 @@ def test_no_tokenizer(files: dict[str, str], tinypy: Path, tmp_path: Path) -> No
         (tmp_path / name).write_text(data)
     with pytest.raises(ConvertError, match="has no tokenizer"):
         load_tokenizer(Source(tmp_path, "model", None))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("name", ["text.txt", "text.jsonl"])
+def test_a_text_is_the_same_in_every_encoding_that_says_what_it_is(name, encoding, tokenizer, text, tmp_path):
+    content = text.read_text() + "\nna\u00efve \u4e2d\u6587\r\n"
+    written = content if name == "text.txt" else json.dumps({"text": content}, ensure_ascii=False) + "\n"
+    mark = "\ufeff" if encoding in ("utf-16-le", "utf-16-be") else ""
+    ids = []
+    for directory, data in (("plain", written.encode()), (encoding, (mark + written).encode(encoding))):
+        (tmp_path / directory).mkdir(exist_ok=True)
+        (tmp_path / directory / name).write_bytes(data)
+        ids.append(calibrate(tokenizer, str(tmp_path / directory / name), samples=8, length=512, seed=0).ids)
+    assert torch.equal(*ids)
+
+
+@pytest.mark.parametrize(
+    "data, said",
+    [
+        ("def f(x): return x  # \u4e2d\u6587".encode("gbk"), "is not UTF-8: byte 22 (0xd6)"),
+        (b"caf\xe9 au lait", "is not UTF-8: byte 3 (0xe9)"),
+        ("def f(x)".encode("utf-16-le"), "holds a NUL, after 1 characters"),
+        (b"\xef\xbb\xbfabc\xff", "is not UTF-8: byte 6 (0xff)"),
+        ("\ufeffabc".encode("utf-16-be")[:-1], "is not UTF-16-BE: byte 6"),
+        (b"a\0b", "holds a NUL, after 1 characters"),
+    ],
+)
+def test_what_is_no_text_is_refused_with_the_byte(data, said, tokenizer, tmp_path) -> None:
+    for name in ("text.txt", "text.jsonl"):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(SourceError) as refused:
+            calibrate(tokenizer, str(tmp_path / name), samples=1, length=1, seed=0)
+        assert said in str(refused.value) and name in str(refused.value)
+        assert "UTF-8" in (refused.value.hint or "")
+
+
+@pytest.mark.parametrize("data", [b"", b" \n\t\r\n", b"\xef\xbb\xbf", b'{"text": ""}\n', b'{"messages": []}'])
+def test_a_text_of_nothing_is_too_short(data, tokenizer, tmp_path) -> None:
+    name = "text.jsonl" if data.startswith(b"{") else "text.txt"
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ConvertError, match=r"tokens; 1 samples of 64 need 64|chat template"):
+        calibrate(tokenizer, str(tmp_path / name), samples=1, length=64, seed=0)
+
+
+@pytest.fixture(scope="module")
+def chat(tinypy: Path, tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(tinypy)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    return tokenizer
+
+
+def messages(directory: Path, content) -> str:
+    rows = [{"role": "user", "content": content(f"def f{i}(x): return {i}")} for i in range(40)]
+    path = directory / "chat.jsonl"
+    path.write_text(json.dumps({"messages": rows}) + "\n")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        lambda text: [{"type": "text", "text": text}],
+        lambda text: [{"type": "text", "text": text[:5]}, {"type": "text", "text": text[5:]}],
+        lambda text: [{"text": text}],
+        lambda text: [text],
+    ],
+)
+def test_content_in_parts_is_the_text_they_hold(parts, chat, tmp_path) -> None:
+    whole, split = (
+        calibrate(chat, messages(tmp_path, content), samples=4, length=64, seed=0).digest
+        for content in (str, parts)
+    )
+    assert whole == split
+
+
+@pytest.mark.parametrize(
+    "part, kind",
+    [
+        ({"type": "image_url", "image_url": {"url": "x"}}, "'image_url'"),
+        ({"type": "text"}, "'text'"),
+        (7, "int"),
+    ],
+)
+def test_content_that_is_no_text_is_named(part, kind, chat, tmp_path) -> None:
+    path = messages(tmp_path, lambda text: [{"type": "text", "text": text}, part])
+    with pytest.raises(SourceError, match=rf"chat\.jsonl, line 1: a message has a part of type {kind}"):
+        calibrate(chat, path, samples=1, length=8, seed=0)
+
+
+def test_half_a_surrogate_pair_is_no_text(tokenizer, tmp_path) -> None:
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": "a"}\n{"text": "\\ud83d"}\n')
+    with pytest.raises(SourceError, match=r"text\.jsonl, line 2"):
+        calibrate(tokenizer, str(path), samples=9, length=64, seed=0)
+
+
+def test_the_ids_are_those_of_tokenizer_json_whatever_the_class(tinypy, text, tmp_path, caplog) -> None:
+    """Qwen2's class splits digits one by one, which the vocabulary of tinypy does not."""
+    plain = load_tokenizer(Source(tinypy, "tinypy", None))
+    assert not caplog.records
+    directory = Path(shutil.copytree(tinypy, tmp_path / "model"))
+    settings = json.loads((directory / "tokenizer_config.json").read_text())
+    settings["tokenizer_class"] = "Qwen2Tokenizer"
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    taken = load_tokenizer(Source(directory, "model", None))
+    assert "Qwen2Tokenizer splits text otherwise than tokenizer.json" in caplog.text
+    one, other = (calibrate(t, str(text), samples=8, length=512, seed=0) for t in (plain, taken))
+    assert one.digest == other.digest
+    trusting = AutoTokenizer.from_pretrained(directory)
+    assert calibrate(trusting, str(text), samples=8, length=512, seed=0).digest != one.digest
+
+
+def test_what_reads_a_sentencepiece_vocabulary_is_named(tinypy, tmp_path, monkeypatch) -> None:
+    directory = Path(shutil.copytree(tinypy, tmp_path / "model"))
+    (directory / "tokenizer.json").unlink()
+    (directory / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02")
+    (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)  # as Python has it where it is not installed
+    with pytest.raises(
+        SourceError, match=r"tokenizer\.model of model is in sentencepiece's format"
+    ) as refused:
+        load_tokenizer(Source(directory, "model", None))
+    assert "pip install sentencepiece" in (refused.value.hint or "")

@@ -11,6 +11,16 @@ from marlin_convert.formats import FORMATS, Scheme, detect
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
 
+AUTO_ROUND = {
+    "quant_method": "auto-round",
+    "packing_format": "auto_round:auto_gptq",
+    "bits": 4,
+    "group_size": 128,
+    "sym": True,
+    "data_type": "int",
+    "iters": 200,
+}
+
 
 def compressed(**weights):
     config = FORMATS["compressed-tensors"].quantization_config(bits=4, group_size=128, skipped=[])
@@ -134,8 +144,18 @@ def test_detect(config, scheme):
 @pytest.mark.parametrize(
     "config, named",
     [
-        ({}, "None"),
+        ({}, "no quant_method"),
         ({"quant_method": "bitsandbytes"}, "bitsandbytes"),
+        ({"bits": 4, "group_size": 64}, "'mlx'"),
+        ({**GPTQ, "bits": "four"}, "'four'"),
+        ({**GPTQ, "sym": "perhaps"}, "'perhaps'"),
+        ({**GPTQ, "adapter": {"name": "lora"}}, "adapter"),
+        ({**GPTQ, "dynamic": {"+:a": {"bits": 3}}}, "bits is 3"),
+        ({**GPTQ, "dynamic": {"a": {"pack_dtype": "int64"}}}, "dynamic override 'a' with pack_dtype"),
+        ({**compressed(), "config_groups": {"a": {}, "b": {}}}, "no config group has weights"),
+        ({**compressed(), "config_groups": []}, "no config group has weights"),
+        ({**AUTO_ROUND, "packing_format": "auto_round:exllamav2"}, "'auto_round:exllamav2'"),
+        ({**AUTO_ROUND, "data_type": "mx_fp"}, "'mx_fp'"),
         ({"quant_method": "marlin_24", "bits": 4, "group_size": 64}, "groups of 64"),
         ({"quant_method": "marlin_24", "bits": 8, "group_size": 128}, "8 bits in marlin-24"),
         ({"quant_method": "marlin_24", "bits": 4, "group_size": 128, "sym": False}, "not symmetric"),
@@ -143,7 +163,6 @@ def test_detect(config, scheme):
         ({"quant_method": "marlin_24", "checkpoint_format": "marlin"}, "marlin_24"),
         ({"quant_method": "marlin", "checkpoint_format": "marlin_24"}, "'marlin'"),
         ({**GPTQ, "bits": 3}, "bits is 3"),
-        ({**GPTQ, "bits": "4"}, "'4'"),
         ({**GPTQ, "bits": True}, "True"),
         ({**GPTQ, "group_size": 0}, "group_size is 0"),
         ({"quant_method": "gptq", "bits": 4}, "group_size is missing"),
@@ -158,8 +177,6 @@ def test_detect(config, scheme):
         ({**GPTQ, "checkpoint_format": "marlin", "bits": 8}, "bits is 8"),
         ({**GPTQ, "pack_dtype": "int64"}, "pack_dtype 'int64'"),
         ({**GPTQ, "rotation": "hadamard"}, "rotation 'hadamard'"),
-        ({**GPTQ, "dynamic": {"+:a": {"bits": 8}}}, "+:a"),
-        ({**GPTQ, "dynamic": {"a": {"bits": 8}}}, "'a'"),
         ({**GPTQ, "dynamic": ["-:a"]}, "dynamic must be an object"),
         ({**AWQ, "version": "gemv_fast"}, "gemv_fast"),
         ({**AWQ, "version": "marlin"}, "not symmetric"),
@@ -170,13 +187,9 @@ def test_detect(config, scheme):
         (compressed(type="float"), "integer weights"),
         (compressed(dynamic=True), "static"),
         (compressed(strategy="tensor"), "'tensor'"),
-        ({**compressed(), "config_groups": {"a": {}, "b": {}}}, "there are 2"),
-        ({**compressed(), "config_groups": []}, "there are 0"),
         ({**compressed(), "config_groups": [1]}, "must be an object"),
         ({**compressed(), "config_groups": {"a": 1}}, "must be an object"),
-        ({**compressed(), "quantization_status": "frozen"}, "frozen"),
         ({**compressed(), "sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config"),
-        ({**compressed(), "kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
         ({**compressed(), "transform_config": {"config_groups": {"r": {}}}}, "transform_config"),
     ],
 )
@@ -185,7 +198,7 @@ def test_detect_refuses_by_name(config, named):
         detect(config)
 
 
-@pytest.mark.parametrize("stored", ["sparse-24-bitmask", "naive-quantized", "float-quantized", None])
+@pytest.mark.parametrize("stored", ["sparse-24-bitmask", "naive-quantized", "float-quantized"])
 def test_other_compressed_tensors_formats_are_refused(stored):
     config = compressed()
     config["format"] = config["config_groups"]["group_0"]["format"] = stored
@@ -193,11 +206,87 @@ def test_other_compressed_tensors_formats_are_refused(stored):
         detect(config)
 
 
-def test_quantized_activations_are_refused():
+@pytest.mark.parametrize("asked", ["input_activations", "output_activations"])
+def test_quantized_activations_are_beyond_the_weights(asked):
     config = compressed()
-    config["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8}
-    with pytest.raises(FormatError, match="input_activations"):
-        detect(config)
+    config["config_groups"]["group_0"][asked] = {"num_bits": 8}
+    assert detect(config).beyond == f"{asked}: quantized activations"
+    assert detect({**AUTO_ROUND, "act_bits": 8}).beyond == "act_bits is 8: quantized activations"
+    assert detect({**AUTO_ROUND, "act_bits": 16}).beyond is None
+
+
+def test_a_refusal_always_has_a_way_on():
+    for config in ({}, {"quant_method": "bitsandbytes"}, {**GPTQ, "bits": 3}, compressed(type="float")):
+        with pytest.raises(FormatError) as refused:
+            detect(config)
+        assert "start from the model it was made from" in (refused.value.hint or "")
+
+
+def groups(**others):
+    """A compressed-tensors config whose linears are in several groups."""
+    config = compressed()
+    config["config_groups"] |= {
+        name: {"targets": targets, "weights": compressed_weights(**weights)}
+        for name, (targets, weights) in others.items()
+    }
+    return config
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {**compressed(), "quantization_status": "frozen"},
+        {**compressed(), "quantization_status": None},
+        {**compressed(), "kv_cache_scheme": {"num_bits": 8}},
+        {**compressed(), "quant_method": None},
+        {**compressed(), "quant_method": "compressed_tensors"},
+        groups(group_1=(["re:.*down_proj"], {}), group_2=(["Linear"], {})),
+        {**compressed(), "config_groups": {"W4A16": ["Linear"]}},
+        {**compressed(num_bits="4", group_size="128", symmetric="true", dynamic=None)},
+        {**compressed(strategy=None, type=None)},
+        {**compressed(), "config_groups": {"kv": {"targets": ["x"]}} | compressed()["config_groups"]},
+    ],
+)
+def test_words_that_change_nothing_of_what_is_stored(config):
+    assert detect(config) == detect(compressed())
+
+
+@pytest.mark.parametrize(
+    "config, scheme",
+    [
+        ({**GPTQ, "bits": "4", "group_size": "128", "sym": "True"}, Scheme("gptq", 4, 128)),
+        ({**GPTQ, "sym": "false", "desc_act": None}, Scheme("gptq", 4, 128, symmetric=False)),
+        ({**GPTQ, "quant_method": "gptq_marlin"}, Scheme("gptq", 4, 128)),
+        ({**GPTQ, "dynamic": {"+:a": {"mse": 2.0, "damp_percent": 0.1, "bits": 4}}}, Scheme("gptq", 4, 128)),
+        ({**AWQ, "quant_method": "awq_marlin"}, Scheme("awq", 4, 128, symmetric=False)),
+        ({"quant_method": "marlin", "group_size": 128}, Scheme("marlin", 4, 128)),
+        (AUTO_ROUND, Scheme("gptq", 4, 128)),
+        ({**AUTO_ROUND, "quant_method": "intel/auto-round", "sym": False}, Scheme("gptq", 4, 128, False)),
+        ({**AUTO_ROUND, "packing_format": "auto_round:gptq_marlin"}, Scheme("gptq", 4, 128)),
+        ({**AUTO_ROUND, "packing_format": None, "backend": "gptq:exllamav2"}, Scheme("gptq", 4, 128)),
+        ({**AUTO_ROUND, "packing_format": "auto_round:auto_awq"}, Scheme("awq", 4, 128)),
+        ({**AUTO_ROUND, "extra_config": {"lm_head": {"bits": 16}, "a": {"bits": 4}}}, Scheme("gptq", 4, 128)),
+    ],
+)  # fmt: skip
+def test_other_words_for_what_is_known(config, scheme):
+    assert detect(config) == scheme
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {**GPTQ, "dynamic": {r"-:.*\.gate_proj": {}, r"+:.*\.down_proj": {"bits": 8, "group_size": 32}}},
+        {**AUTO_ROUND, "extra_config": {"layers.0.down_proj": {"bits": 8, "group_size": 32}}},
+        groups(group_1=([r"re:.*down_proj$"], {"num_bits": 8, "group_size": 32})),
+        groups(group_1=(["down_proj"], {"num_bits": 8, "group_size": 32})),
+    ],
+)
+def test_a_linear_stored_otherwise_than_the_rest(config):
+    scheme = detect(config)
+    assert (scheme.bits, scheme.group_size) == (4, 128)
+    other = scheme.of("layers.0.down_proj")
+    assert (other.format, other.bits, other.group_size) == (scheme.format, 8, 32)
+    assert scheme.of("layers.0.up_proj") is scheme
 
 
 def test_what_is_skipped_is_named_whole():

@@ -108,7 +108,7 @@ UP = "model.layers.0.mlp.up_proj"
     [
         (f"{UP}.s", {}, f"{UP}.s is not in"),
         (f"{UP}.s", {f"{UP}.s": torch.ones(1, 256).half()}, f"{UP}.s has shape"),
-        ((".B", ".s"), {}, "no tensor of it is called"),
+        ((".B", ".s"), {}, "none is packed"),
     ],
     ids=["missing", "misshapen", "not packed"],
 )

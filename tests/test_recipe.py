@@ -43,6 +43,20 @@ def test_a_dumped_recipe_is_read_back(tmp_path: Path) -> None:
     assert recipes.load(str(path)) == one
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_recipe_in_an_encoding_that_says_what_it_is(encoding: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("skip: ['*.中文']\n", encoding)
+    assert recipes.load(str(path)).skip == ("*.中文",)
+
+
+def test_a_recipe_that_is_no_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes("skip: ['*.中文']\n".encode("gbk"))
+    with pytest.raises(ConvertError, match=r"recipe\.yaml' is not UTF-8: byte 10"):
+        recipes.load(str(path))
+
+
 def test_flags_go_over_the_recipe_and_none_does_not() -> None:
     one = recipes.load("w4a16-g64").changed({"format": "gptq", "group_size": None, "skip": ("*.x",)})
     assert (one.format, one.group_size, one.skip) == ("gptq", 64, ("*.x",))
@@ -80,7 +94,7 @@ def test_a_whole_number_does_for_a_float(tmp_path: Path) -> None:
         ("word", "not a mapping"),
         ("false", "not a mapping"),
         ("a: [", "cannot be read as YAML"),
-        ("\x00", "cannot be read as YAML"),
+        ("\x00", "holds a NUL"),
         ("!!python/object:os.system {}", "cannot be read as YAML"),
         ("dtype: !!bool maybe", "line 1 has an alias or a tag"),
         ("seed: !!timestamp x", "line 1 has an alias or a tag"),

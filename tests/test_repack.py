@@ -176,7 +176,7 @@ def test_what_a_format_cannot_hold_is_refused(make, refuse, source, target):
     said = refuse(make(source)[0], format=target)
     assert f"{FIRST} has 128 inputs and 128 outputs; " in said
     assert REFUSED[source, target] in said and "(and 13 more linears)" in said
-    assert "Hint: --requantize" in said
+    assert "--requantize" in said
 
 
 @pytest.mark.parametrize(
@@ -441,7 +441,7 @@ def test_the_group_size_of_the_source_is_kept(make, cli, refuse, tmp_path):
     source, linears = make("gptq")
     said = refuse(source, "--group-size", "128")
     assert "quantized with group size 32, which a repack keeps, not 128" in said
-    assert "Hint: --requantize" in said
+    assert "--requantize" in said
     done = cli("quantize", source, "-o", tmp_path / "same", "--group-size", "32", "-q")
     assert done.exit_code == 0, done.output
     assert_same(read(tmp_path / "same"), linears)
@@ -560,7 +560,7 @@ def with_packed_head(tmp_path):
 def test_a_quantized_head_is_refused(with_packed_head, refuse):
     said = refuse(with_packed_head[0])
     assert "Error: lm_head is quantized in the source; only the linears of the blocks are repacked" in said
-    assert "Hint: --requantize" in said
+    assert "--requantize" in said
 
 
 def requantize(cli, source, output, *words):

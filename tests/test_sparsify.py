@@ -179,7 +179,7 @@ def test_what_cannot_be_done_is_said_before_work(model, pruned, tmp_path, cli):
         (("quantize", model, "-o", tmp_path / "out", "--format", "marlin-24"), "--sparsity 2:4"),
         (
             ("quantize", model, "-o", tmp_path / "out", "--sparsity", "2:4", "--group-size", "64"),
-            "another --group-size or --format may hold them",
+            "--group-size 128 packs 14 of 14 linears",
         ),
         (("sparsify", model, "-o", tmp_path / "out", "--skip", "*"), "nothing is left to do"),
         (("sparsify", tmp_path / "nowhere", "-o", tmp_path / "out"), "nowhere"),

@@ -1,7 +1,7 @@
 """The weights of a checkpoint as floats, or as integer codes where they are quantized."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from marlin_convert import formats
 from marlin_convert.checkpoint import manifest as manifests
+from marlin_convert.checkpoint import names
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.errors import FormatError, SourceError
 from marlin_convert.formats.bounds import float16_scales
@@ -17,6 +18,10 @@ from marlin_convert.quantized import QuantizedLinear, contiguous_groups
 
 # The types of parameters, as safetensors calls them.
 FLOATS = ("F16", "BF16", "F32")
+
+
+# The suffixes of codes in all layouts that are read.
+CODES = {formats.FORMATS[name].SUFFIXES[0] for name in formats.FORMATS}
 
 
 @dataclass(frozen=True)
@@ -29,22 +34,48 @@ class Peculiarities:
 
 
 class Weights:
-    """Every parameter of a checkpoint, dense or packed, under its dense name."""
+    """Every parameter of a checkpoint, dense or packed, under its dense name.
+
+    `checkpoint` has the tensors by the parameter that they are, `renamed` those called otherwise on disk.
+    `disregarded` is what a config says of packed linears where none is packed, in any layout.
+    """
 
     def __init__(self, checkpoint: Checkpoint):
-        """SourceError when the config says that there are packed linears, and there are none."""
+        """SourceError when the linears are packed in another layout than the config says."""
+        tied = checkpoint.config.get("tie_word_embeddings") is True
+        found = names.parameters(checkpoint.tensors, tied=tied)
+        self.renamed = {full: name for full, name in found.items() if full != name}
+        checkpoint = replace(
+            checkpoint, tensors={full: checkpoint.tensors[name] for full, name in found.items()}
+        )
         self.checkpoint = checkpoint
         config = checkpoint.quantization_config
-        self.scheme = formats.detect(config) if config else None
-        if self.scheme and not self.packed_linears():
-            gptq = any(name.endswith(".qzeros") for name in checkpoint.tensors)
+        self.scheme: formats.Scheme | None = None
+        self.disregarded: str | None = None
+        self._schemes: dict[str, formats.Scheme] = {}
+        if _is_mlx(checkpoint):
             raise SourceError(
-                f"the config of {checkpoint.directory.name} says {self.scheme.format}, "
-                f"but no tensor of it is called '*.{formats.suffixes(self.scheme)[0]}'.",
-                "its tensors are GPTQ's, and GPTQModel names a kernel so: set its checkpoint_format to gptq."
-                if gptq
-                else None,
+                f"{checkpoint.directory.name} is quantized by MLX, whose layout is not read.",
+                "start from the model it was made from, or write it out with mlx_lm.convert --dequantize.",
             )
+        if config and _is_dense(checkpoint):
+            self.disregarded = f"{checkpoint.said_in} says that weights are quantized, and none is packed"
+        elif config:
+            self.scheme = formats.detect(config)
+            if not self.packed_linears():
+                raise self._other_layout()
+
+    def _other_layout(self) -> SourceError:
+        assert self.scheme is not None
+        name, said_in = self.checkpoint.directory.name, self.checkpoint.said_in
+        gptq = any(tensor.endswith(".qzeros") for tensor in self.checkpoint.tensors)
+        return SourceError(
+            f"{said_in} of {name} says {self.scheme.format}, "
+            f"but no tensor of it is called '*.{formats.suffixes(self.scheme)[0]}'.",
+            "its tensors are GPTQ's, and GPTQModel names a kernel so: set its checkpoint_format to gptq."
+            if gptq
+            else "they are packed in another layout; make the config say which.",
+        )
 
     def __contains__(self, name: str) -> bool:
         return name in self.checkpoint.tensors or self.is_packed(name.removesuffix(".weight"))
@@ -71,7 +102,9 @@ class Weights:
     def scheme_of(self, linear: str) -> formats.Scheme:
         """How a packed linear is stored."""
         assert self.scheme is not None
-        return self.scheme.of(linear)
+        if linear not in self._schemes:
+            self._schemes[linear] = self.scheme.of(linear)
+        return self._schemes[linear]
 
     def _suffixes(self, linear: str) -> tuple[str, ...]:
         """The suffixes that the tensors of a packed linear may have, that of its codes first."""
@@ -151,26 +184,43 @@ class Weights:
 
     def stored(self, linear: str) -> dict[str, str]:
         """The names of the tensors that make a packed linear, by suffix."""
-        names = {suffix: f"{linear}.{suffix}" for suffix in self._suffixes(linear)}
-        return {suffix: name for suffix, name in names.items() if name in self.checkpoint.tensors}
+        possible = {suffix: f"{linear}.{suffix}" for suffix in self._suffixes(linear)}
+        return {suffix: name for suffix, name in possible.items() if name in self.checkpoint.tensors}
+
+    def same(self, one: str, other: str) -> bool:
+        """Whether two parameters have the same values in the model's own type."""
+        a, b = (self.read(name).to(self.own_dtype) for name in (one, other))
+        return torch.equal(a, b)
 
     def dtype(self, name: str) -> torch.dtype:
-        """The type of a parameter as it is computed with: what is packed counts as the model's own type.
+        """The type of a parameter as it is stored; what is packed counts as the model's own type.
 
         SourceError when that is none of `FLOATS`.
         """
-        if name in self.checkpoint.tensors:
-            info = self.checkpoint.tensors[name]
-            if info.code not in FLOATS:
-                raise SourceError(
-                    f"{name} is stored as {info.code}; {', '.join(FLOATS)} are read.",
-                    "save the model in one of these types with transformers.",
-                )
-            return info.dtype
+        if name not in self.checkpoint.tensors:
+            return self.own_dtype
+        info = self.checkpoint.tensors[name]
+        if info.code not in FLOATS:
+            raise SourceError(
+                f"{name} is stored as {info.code}; {', '.join(FLOATS)} are read.",
+                "save the model in one of these types with transformers.",
+            )
+        return info.dtype
+
+    @property
+    def own_dtype(self) -> torch.dtype:
+        """The type that engines compute the model in: the config's or, where it names none, the embedding's.
+
+        A model said to be float32 whose tensors take half of that is computed in their type. SourceError when
+        it is none of `FLOATS`.
+        """
         config = self.checkpoint.config
-        name = str(config.get("dtype") or config.get("torch_dtype") or "float16").removeprefix("torch.")
-        if name not in ("float16", "bfloat16", "float32"):
+        name = str(config.get("dtype") or config.get("torch_dtype") or "auto").removeprefix("torch.")
+        if name not in ("auto", "float16", "bfloat16", "float32"):
             raise SourceError(f"config.json says dtype {name!r}.", "float16, bfloat16 or float32 is meant.")
+        if name in ("auto", "float32"):
+            stored = names.EMBEDDING in self.checkpoint.tensors
+            return self.dtype(names.EMBEDDING) if stored else torch.float16
         return getattr(torch, name)
 
     def read(self, name: str) -> Tensor:
@@ -182,3 +232,19 @@ class Weights:
         if not self.is_packed(linear):
             raise SourceError(f"{name} is not in {self.checkpoint.directory.name}.")
         return self.quantized(linear).dequantize(torch.float32)
+
+
+def _is_dense(checkpoint: Checkpoint) -> bool:
+    """Whether every weight is floats, whatever the config says."""
+    return all(
+        name.rpartition(".")[2] not in CODES and (info.code in FLOATS or not name.endswith(".weight"))
+        for name, info in checkpoint.tensors.items()
+    )
+
+
+def _is_mlx(checkpoint: Checkpoint) -> bool:
+    """Whether weights are words of codes, with scales and biases beside them."""
+    return any(
+        info.code == "U32" and f"{name.removesuffix('weight')}biases" in checkpoint.tensors
+        for name, info in checkpoint.tensors.items()
+    )

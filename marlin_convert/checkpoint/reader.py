@@ -41,6 +41,10 @@ DTYPES = {
     "BOOL": ("bool", 1),
 }
 
+# Under which of these keys a config.json says how its weights are packed: llm-compressor's of early 2024 and
+# MLX's have names of their own.
+QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 HEADER_LIMIT = 100_000_000  # the limit of the safetensors library
@@ -110,6 +114,7 @@ class Checkpoint:
     directory: Path
     config: dict[str, Any]
     quantization_config: dict[str, Any] | None
+    said_in: str  # where that is said, for messages
     tensors: dict[str, TensorInfo]  # in the order of the files and of the bytes in them
     weight_files: list[Path]
     _fingerprint: str
@@ -137,7 +142,9 @@ class Checkpoint:
         for file, names in promised.items():
             path = directory / file
             header, found = _header(path)
-            twice += [f"{name!r}" for name in found if name in tensors]
+            twice += [
+                f"{name!r} in {tensors[name].file.name!r} and {file!r}" for name in found if name in tensors
+            ]
             if names is not None:
                 missing += [f"{name!r}" for name in sorted(names - found.keys())]
                 foreign += [f"{name!r} in {file!r}" for name in found if name not in names]
@@ -155,10 +162,12 @@ class Checkpoint:
                     f"'{directory}' has tensors {problem} ({len(names_at_fault)}): {_some(names_at_fault)}.",
                     "fetch the model again; its index and shards are not of one save.",
                 )
+        quantization_config, said_in = _quantization_config(directory, config)
         return cls(
             directory=directory,
             config=config,
-            quantization_config=_quantization_config(directory, config),
+            quantization_config=quantization_config,
+            said_in=said_in,
             tensors=tensors,
             weight_files=[directory / file for file in promised],
             _fingerprint=digest.hexdigest(),
@@ -305,19 +314,20 @@ def _read_index(directory: Path, name: str, present: list[str]) -> dict[str, set
     return {file: promised[file] for file in sorted(promised)}
 
 
-def _quantization_config(directory: Path, config: dict[str, Any]) -> dict[str, Any] | None:
-    """As vLLM and AutoGPTQ look for it: in config.json, else in a file of its own."""
-    found = config.get("quantization_config")
-    if found is None:
-        for name in ("quantize_config.json", "quant_config.json"):
-            if (directory / name).exists():
-                return json_file(directory, name)
-    if found is not None and not isinstance(found, dict):
-        raise SourceError(
-            f"'{directory / 'config.json'}' has a quantization_config that is not an object.",
-            "fetch it again.",
-        )
-    return found
+def _quantization_config(directory: Path, config: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
+    """As vLLM and AutoGPTQ look for it, and where it is: in config.json, else in a file of its own."""
+    for key in QUANTIZATION_KEYS:
+        found = config.get(key)
+        if found is not None and not isinstance(found, dict):
+            raise SourceError(
+                f"'{directory / 'config.json'}' has a {key} that is not an object.", "fetch it again."
+            )
+        if found:
+            return found, f"config.json's {key}"
+    for name in ("quantize_config.json", "quant_config.json"):
+        if (directory / name).exists():
+            return json_file(directory, name), name
+    return None, ""
 
 
 def _header(path: Path) -> tuple[bytes, dict[str, TensorInfo]]:

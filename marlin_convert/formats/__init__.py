@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from marlin_convert.errors import FormatError
-from marlin_convert.formats import awq, compressed_tensors, gptq, marlin, marlin_24
+from marlin_convert.formats import auto_round, awq, compressed_tensors, gptq, marlin, marlin_24
 from marlin_convert.formats.scheme import Scheme
 
 __all__ = ["FORMATS", "Scheme", "detect"]
@@ -21,13 +21,34 @@ FORMATS: dict[str, ModuleType] = {
 }
 
 
+# Other words for a method, and vLLM's for tensors that it repacks for a kernel as it loads them.
+_METHODS = {
+    "gptq_marlin": "gptq",
+    "awq_marlin": "awq",
+    "compressed_tensors": "compressed-tensors",
+    "auto_round": "auto-round",
+    "intel/auto-round": "auto-round",
+}
+
+_START_OVER = "start from the model it was made from, or from its weights written out in 16 bits."
+
+
 def detect(quantization_config: Mapping[str, Any]) -> Scheme:
     """The scheme that a quantization_config describes. FormatError naming what is unknown or refused."""
-    config = quantization_config
-    method = config.get("quant_method") or config.get("method") or _implied_method(config)
+    try:
+        return _detect(quantization_config)
+    except FormatError as error:
+        raise FormatError(str(error), error.hint or _START_OVER) from error
+
+
+def _detect(config: Mapping[str, Any]) -> Scheme:
+    said = config.get("quant_method") or config.get("method") or _implied_method(config)
+    method = _METHODS.get(str(said).lower(), said)
     if method == "compressed-tensors":
         scheme = compressed_tensors.read_config(config)
         return marlin_24.checked(scheme) if scheme.format == "marlin-24" else scheme
+    if method == "auto-round":
+        return auto_round.read_config(config)
     if method == "awq":
         if awq.awq_version(config) == "marlin":
             return marlin.read_config(config, names=("qweight", "scales"))
@@ -40,17 +61,23 @@ def detect(quantization_config: Mapping[str, Any]) -> Scheme:
         return marlin_24.read_config(config)
     if method == "gptq":
         return gptq.read_config(config)
+    if method is None:
+        raise FormatError("quantization_config names no quant_method")
     raise FormatError(
         f"quantization_config: quant_method {method!r} is not supported",
-        hint="supported: " + ", ".join(FORMATS),
+        f"supported are {', '.join(FORMATS)} and auto-round; {_START_OVER}",
     )
 
 
 def _implied_method(config: Mapping[str, Any]) -> str | None:
-    """The method of native files that name none: AutoAWQ's quant_config.json, old quantize_config.json."""
+    """The method of configs that name none, like AutoAWQ's quant_config.json and old quantize_config.json."""
     if "w_bit" in config:
         return "awq"
-    return "gptq" if "bits" in config and "desc_act" in config else None
+    if "config_groups" in config:
+        return "compressed-tensors"
+    if "bits" in config and "desc_act" in config:
+        return "gptq"
+    return "mlx" if "bits" in config and "group_size" in config else None
 
 
 def suffixes(scheme: Scheme) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from marlin_convert.formats.scheme import (
     SCALE_DTYPES,
     Scheme,
     bits_of,
+    boolean,
     expect_shape,
     group_size_of,
     groups_of,
@@ -99,7 +100,7 @@ def read_config(config: Mapping[str, Any]) -> Scheme:
         "awq",
         bits=bits_of(config, "bits", "w_bit", allowed=(4,)),
         group_size=group_size_of(config, "group_size", "q_group_size"),
-        symmetric=not config.get("zero_point", True),
+        symmetric=not boolean(config, "zero_point", True),
         skipped=names_of(config, "modules_to_not_convert"),
     )
 

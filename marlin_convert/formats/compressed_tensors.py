@@ -12,7 +12,10 @@ qweight, scales and version 2 qzeros transposed.
 Source: the compressed-tensors package, PackedQuantizationCompressor.
 """
 
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,9 +27,11 @@ from marlin_convert.formats.scheme import (
     SCALE_DTYPES,
     Scheme,
     bits_of,
+    boolean,
     expect_shape,
     group_size_of,
     groups_of,
+    integer,
     mapping_of,
     names_of,
     tensor,
@@ -197,46 +202,81 @@ def quantization_config(
     }
 
 
+# Names that compressed-tensors takes for a group of its own making: a list of targets stands under them.
+_PRESETS: dict[str, dict[str, Any]] = {
+    "W4A16": {"num_bits": 4, "strategy": "group", "group_size": 128},
+    "W4A16_ASYM": {"num_bits": 4, "strategy": "group", "group_size": 128, "symmetric": False},
+    "W8A16": {"num_bits": 8, "strategy": "channel"},
+}
+
+
 def read_config(config: Mapping[str, Any]) -> Scheme:
     """The scheme of a compressed-tensors config: pack-quantized, or marlin-24 under other names.
 
-    FormatError for all other formats, and for what is no static integer.
+    Groups of linears that are stored otherwise than the rest are its overrides. quantization_status is not
+    read: tensors tell what is packed. FormatError for other formats, and for what is no static integer.
     """
-    groups = mapping_of(config, "config_groups")
-    if len(groups) != 1:
-        raise FormatError(f"quantization_config: one config group is supported, there are {len(groups)}")
-    group = mapping_of(groups, next(iter(groups)))
-    stored = group.get("format") or config.get("format")
+    if mapping_of(config, "sparsity_config").get("format", "dense") != "dense":
+        raise FormatError("quantization_config: sparsity_config: the weights are compressed a second time")
+    if config.get("transform_config"):
+        raise FormatError("quantization_config: transform_config is not supported")
+    found = [
+        (_read_group(config, group), names_of(group, "targets"))
+        for group in map(
+            partial(_group, mapping_of(config, "config_groups")), config.get("config_groups") or ()
+        )
+        if group.get("weights")  # others are of activations alone
+    ]
+    if not found:
+        raise FormatError("quantization_config: no config group has weights")
+    # a class of modules is everything that no name and no pattern speaks of
+    general = next((scheme for scheme, targets in found if _CLASS in targets), found[0][0])
+    overrides = [
+        (_pattern(target), scheme)
+        for scheme, targets in found
+        for target in targets
+        if target != _CLASS and scheme != general
+    ]
+    return replace(general, overrides=tuple(overrides))
+
+
+_CLASS = "Linear"
+
+
+def _group(groups: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A config group, written out where it is a preset."""
+    if name in _PRESETS and isinstance(groups[name], list):
+        return {"targets": groups[name], "weights": _PRESETS[name]}
+    return mapping_of(groups, name)
+
+
+def _pattern(target: str) -> str:
+    """A target as a pattern for re.match: a name, or the end of one, matches whole."""
+    if target.startswith("re:"):
+        return target.removeprefix("re:")
+    return rf"(.*\.)?{re.escape(target)}$"
+
+
+def _read_group(config: Mapping[str, Any], group: Mapping[str, Any]) -> Scheme:
+    """The scheme of the linears of one group."""
+    stored = group.get("format") or config.get("format") or "pack-quantized"
     if stored not in ("pack-quantized", "marlin-24"):
         raise FormatError(f"quantization_config: compressed-tensors format {stored!r} is not supported")
-    _refuse_keys(config, group)
     weights = mapping_of(group, "weights")
-    if weights.get("type", "int") != "int" or weights.get("dynamic", False):
+    if (weights.get("type") or "int") != "int" or boolean(weights, "dynamic", False):
         raise FormatError("quantization_config: only static integer weights are supported")
-    strategy = weights.get("strategy")
+    size = integer(weights, "group_size", default=-1)
+    strategy = weights.get("strategy") or ("channel" if size == -1 else "group")
     if strategy not in ("group", "channel"):
         raise FormatError(f"quantization_config: strategy {strategy!r} is not supported")
+    asked = [key for key in ("input_activations", "output_activations") if group.get(key)]
     return Scheme(
         "marlin-24" if stored == "marlin-24" else "compressed-tensors",
         bits=bits_of(weights, "num_bits"),
         group_size=-1 if strategy == "channel" else group_size_of(weights, "group_size"),
-        symmetric=bool(weights.get("symmetric", True)),
+        symmetric=boolean(weights, "symmetric", True),
         names=MARLIN_24_NAMES if stored == "marlin-24" else (),
         skipped=names_of(config, "ignore"),
         act_order=weights.get("actorder") not in (None, False, "weight", "static"),
+        beyond=f"{asked[0]}: quantized activations" if asked else None,
     )
-
-
-def _refuse_keys(config: Mapping[str, Any], group: Mapping[str, Any]) -> None:
-    """Raise FormatError for what else a config may ask of a model that integer weights alone do not give."""
-    status = config.get("quantization_status", "compressed")
-    if status != "compressed":
-        raise FormatError(f"quantization_config: quantization_status {status!r}: the weights are not packed")
-    if mapping_of(config, "sparsity_config").get("format", "dense") != "dense":
-        raise FormatError("quantization_config: sparsity_config: the weights are compressed a second time")
-    for key in ("kv_cache_scheme", "transform_config"):
-        if config.get(key):
-            raise FormatError(f"quantization_config: {key} is not supported")
-    for key in ("input_activations", "output_activations"):
-        if group.get(key):
-            raise FormatError(f"quantization_config: {key}: quantized activations are not supported")

@@ -10,6 +10,7 @@ Source: AutoGPTQ/AutoGPTQ qlinear_cuda.py, ModelCloud/GPTQModel.
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from marlin_convert.formats.scheme import (
     SCALE_DTYPES,
     Scheme,
     bits_of,
+    boolean,
     expect_shape,
     group_size_of,
     groups_of,
@@ -190,19 +192,20 @@ def read_config(config: Mapping[str, Any]) -> Scheme:
     stored = checkpoint_format(config)
     if stored not in ("gptq", "gptq_v2"):
         raise FormatError(f"quantization_config: gptq checkpoint format {stored!r} is not supported")
-    for key in ("rotation", "pack_dtype"):
+    for key in ("rotation", "adapter", "pack_dtype"):
         value = config.get(key)
         if value and (key, str(value)) not in (("pack_dtype", "int32"), ("pack_dtype", "torch.int32")):
             raise FormatError(f"quantization_config: {key} {value!r} is not supported")
-    return Scheme(
+    scheme = Scheme(
         "gptq",
         bits=bits_of(config, "bits"),
         group_size=group_size_of(config, "group_size"),
-        symmetric=bool(config.get("sym", True)),
+        symmetric=boolean(config, "sym", True),
         version=2 if stored == "gptq_v2" else 1,
-        skipped=_skipped(mapping_of(config, "dynamic")),
-        act_order=bool(config.get("desc_act", False)),
+        act_order=boolean(config, "desc_act", False),
     )
+    skipped, overrides = _by_layer(config, scheme)
+    return replace(scheme, skipped=skipped, overrides=overrides)
 
 
 def checkpoint_format(config: Mapping[str, Any]) -> str:
@@ -215,11 +218,33 @@ def checkpoint_format(config: Mapping[str, Any]) -> str:
     return str(next(iter(spelled.values()), "gptq"))
 
 
-def _skipped(dynamic: Mapping[str, Any]) -> tuple[str, ...]:
-    """Patterns of the modules left dense. FormatError for overrides: one model in several schemes."""
-    overrides = [key for key in dynamic if not key.startswith("-:")]
-    if overrides:
-        raise FormatError(
-            f"quantization_config: dynamic overrides by layer are not supported: {overrides[0]!r}"
-        )
-    return tuple(key.removeprefix("-:") for key in dynamic)
+# What GPTQModel's overrides by layer say of how the layer is stored; the rest is of how it was solved.
+_STORED = {"bits", "group_size", "sym", "desc_act"}
+_NOT_STORED_HERE = ("rotation", "adapter", "pack_dtype", "format", "checkpoint_format")
+
+
+def _by_layer(
+    config: Mapping[str, Any], scheme: Scheme
+) -> tuple[tuple[str, ...], tuple[tuple[str, Scheme], ...]]:
+    """Patterns of the modules left dense, and those stored otherwise than the rest, with how.
+
+    FormatError for an override that makes another layout of a layer.
+    """
+    skipped, overrides = [], []
+    for key in mapping_of(config, "dynamic"):
+        pattern, said = key.removeprefix("-:").removeprefix("+:"), mapping_of(config["dynamic"], key)
+        if key.startswith("-:"):
+            skipped.append(pattern)
+            continue
+        unknown = [name for name in _NOT_STORED_HERE if said.get(name) not in (None, config.get(name))]
+        if unknown:
+            raise FormatError(
+                f"quantization_config: dynamic override {key!r} with {unknown[0]} is not supported"
+            )
+        stored = {name: value for name, value in said.items() if name in _STORED}
+        other = read_config({**config, **stored, "dynamic": None})
+        # the first pattern that matches counts, also where it changes nothing
+        overrides.append((pattern, other))
+    if all(other == scheme for _, other in overrides):
+        overrides = []
+    return tuple(skipped), tuple(overrides)

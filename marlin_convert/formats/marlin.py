@@ -22,6 +22,7 @@ from marlin_convert.formats.scheme import (
     SCALE_DTYPES,
     Scheme,
     bits_of,
+    boolean,
     expect_shape,
     group_size_of,
     groups_of,
@@ -210,14 +211,14 @@ def quantization_config(
 
 def read_config(config: Mapping[str, Any], names: tuple[str, ...] = ()) -> Scheme:
     """The scheme of a config already known to mean this layout. FormatError for what it does not hold."""
-    if config.get("sym") is False or config.get("zero_point"):
+    if not boolean(config, "sym", True) or boolean(config, "zero_point", False):
         raise FormatError(
             "quantization_config: not symmetric, and marlin has no zero points: they were dropped",
             hint="convert the model again from its original",
         )
     return Scheme(
         "marlin",
-        bits=bits_of(config, "bits", "w_bit", allowed=(4,)),
+        bits=bits_of(config, "bits", "w_bit", allowed=(4,), default=4),  # those of early 2024 do not say
         group_size=group_size_of(config, "group_size", "q_group_size"),
         names=names,
         skipped=names_of(config, "modules_to_not_convert"),

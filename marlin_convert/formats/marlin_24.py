@@ -31,6 +31,7 @@ from marlin_convert.formats.scheme import (
     SCALE_DTYPES,
     Scheme,
     bits_of,
+    boolean,
     expect_shape,
     group_size_of,
     groups_of,
@@ -356,9 +357,9 @@ def read_config(config: Mapping[str, Any]) -> Scheme:
             "marlin-24",
             bits=bits_of(config, "bits"),
             group_size=group_size_of(config, "group_size"),
-            symmetric=config.get("sym") is not False,
+            symmetric=boolean(config, "sym", True),
             skipped=names_of(config, "modules_to_not_convert"),
-            act_order=bool(config.get("desc_act", False)),
+            act_order=boolean(config, "desc_act", False),
             unpruned=frozenset(names_of(config, "unpruned")),
         )
     )

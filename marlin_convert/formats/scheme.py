@@ -1,5 +1,6 @@
 """What a quantization_config says of the layers, in one form for all formats, and reading its keys."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +24,8 @@ class Scheme:
     skipped     modules or patterns left dense, informational
     act_order   groups follow activation order; a claim that a g_idx tensor may contradict
     unpruned    linears of a marlin-24 checkpoint that are not 2:4, and stored in marlin
+    overrides   patterns of linears (re.match) and the scheme they are stored in instead; the first one counts
+    beyond      what the config asks of the model beside its weights, which no repack keeps
     """
 
     format: str
@@ -34,10 +37,14 @@ class Scheme:
     skipped: tuple[str, ...] = ()
     act_order: bool = False
     unpruned: frozenset[str] = frozenset()
+    overrides: tuple[tuple[str, "Scheme"], ...] = ()
+    beyond: str | None = None
 
     def of(self, linear: str) -> "Scheme":
         """How one linear is stored."""
-        return replace(self, format="marlin", unpruned=frozenset()) if linear in self.unpruned else self
+        if linear in self.unpruned:
+            return replace(self, format="marlin", unpruned=frozenset())
+        return next((scheme for pattern, scheme in self.overrides if re.match(pattern, linear)), self)
 
     def skips(self, linear: str) -> bool:
         """Whether a linear is left dense: skipped names it, a module it is in, or the end of its name."""
@@ -64,20 +71,41 @@ def groups_of(k: int, group_size: int) -> int:
     return 1 if group_size == -1 else -(-k // group_size)
 
 
-def integer(config: Mapping[str, Any], *keys: str) -> int:
-    """The first of the keys that the config has, which must be an integer. FormatError otherwise."""
+def integer(config: Mapping[str, Any], *keys: str, default: int | None = None) -> int:
+    """The first of the keys that the config has, an integer or one written as text; else the default.
+
+    FormatError when it is something else, or there is no default.
+    """
     for key in keys:
         value = config.get(key)
+        if isinstance(value, str) and re.fullmatch(r"-?\d{1,9}", value):
+            value = int(value)
         if value is not None:
             if isinstance(value, bool) or not isinstance(value, int):
                 raise FormatError(f"quantization_config: {key} must be an integer, is {value!r}")
             return value
-    raise FormatError(f"quantization_config: {keys[0]} is missing")
+    if default is None:
+        raise FormatError(f"quantization_config: {keys[0]} is missing")
+    return default
 
 
-def bits_of(config: Mapping[str, Any], *keys: str, allowed: Sequence[int] = (4, 8)) -> int:
+def boolean(config: Mapping[str, Any], key: str, default: bool) -> bool:
+    """What the config says under the key: true, false, one of them as text. FormatError otherwise."""
+    value = config.get(key)
+    if isinstance(value, str):
+        value = {"true": True, "false": False}.get(value.lower(), value)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise FormatError(f"quantization_config: {key} must be true or false, is {value!r}")
+    return value
+
+
+def bits_of(
+    config: Mapping[str, Any], *keys: str, allowed: Sequence[int] = (4, 8), default: int | None = None
+) -> int:
     """The bits of a code, one of those allowed. FormatError otherwise."""
-    bits = integer(config, *keys)
+    bits = integer(config, *keys, default=default)
     if bits not in allowed:
         raise FormatError(
             f"quantization_config: {keys[0]} is {bits}, must be {' or '.join(map(str, allowed))}"

@@ -52,6 +52,8 @@ class MarlinQuantizer(HfQuantizer):
                 "give from_pretrained the directory or the Hub id of the checkpoint.",
             )
         weights = Weights(Checkpoint.open(Path(checkpoint_files[0]).parent))
+        if weights.disregarded:
+            raise SourceError(f"{weights.disregarded}.", "take the quantization_config out of config.json.")
         packed = set(weights.packed_linears())
         for name, module in list(model.named_modules()):
             # a model without a head lacks the prefix that its layers have in the files

@@ -69,11 +69,12 @@ ARCHITECTURES = {
     "smollm3": Architecture(SPLIT),
 }
 
+_MORE_THAN_TEXT = ("text_config", "vision_config", "audio_config")
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
 def architecture_of(config: dict) -> Architecture:
-    """The table row for a config.json; SourceError names an unknown family or a mixture of experts."""
+    """The table row for a config.json; SourceError names an unknown family or form."""
     model_type = config.get("model_type")
     known = ", ".join(ARCHITECTURES)
     experts = next((key for key in _EXPERT_COUNTS if config.get(key)), None)
@@ -83,6 +84,12 @@ def architecture_of(config: dict) -> Architecture:
             f"{model_type!r} is a mixture of experts{count}; those are not supported yet.",
             f"dense models of these families are: {known}.",
         )
-    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
-        raise SourceError(f"{model_type!r} is not a known architecture.", f"known are: {known}.")
-    return ARCHITECTURES[model_type]
+    if isinstance(model_type, str) and model_type in ARCHITECTURES:
+        return ARCHITECTURES[model_type]
+    others = ", ".join(key for key in _MORE_THAN_TEXT if config.get(key))
+    if others:
+        raise SourceError(
+            f"{model_type!r} is the multimodal form of a model: config.json has {others}.",
+            f"save its text part as a model of its own with transformers; known are: {known}.",
+        )
+    raise SourceError(f"{model_type!r} is not a known architecture.", f"known are: {known}.")

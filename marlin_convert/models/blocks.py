@@ -8,51 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.errors import SourceError
-from marlin_convert.models.architectures import Architecture, architecture_of
-
-# Counts that transformers makes as many objects of, however many a config.json says. The largest models have
-# some hundred blocks; labels are for classifiers.
-MOST = {"num_hidden_layers": 1000, "num_labels": 1000}
+from marlin_convert.models.architectures import architecture_of
+from marlin_convert.models.tree import config_errors, module_tree
 
 
 def bf16_units() -> bool:
     """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX)."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def module_tree(config: dict, directory: Any, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model of a config.json as transformers builds it, with every tensor on the meta device."""
-    architecture = architecture_of(config)
-    for key, most in MOST.items():
-        if isinstance(config.get(key), int) and config[key] > most:
-            raise SourceError(
-                f"config.json says {key} = {config[key]}, more than {most}.",
-                "it may be damaged; fetch it again.",
-            )
-    with _config_errors():
-        settings = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-        if hasattr(settings, "quantization_config"):
-            del settings.quantization_config
-        with torch.device("meta"), _quiet_transformers():
-            return AutoModelForCausalLM.from_config(
-                settings,
-                attn_implementation=architecture.attention,
-                trust_remote_code=trust_remote_code,
-            ).eval()
-
-
-def block_linears(model: PreTrainedModel, architecture: Architecture) -> dict[str, nn.Linear]:
-    """Every nn.Linear inside the decoder blocks, by full name, in model order."""
-    return {
-        f"{architecture.blocks}.{name}": module
-        for name, module in model.get_submodule(architecture.blocks).named_modules()
-        if isinstance(module, nn.Linear)
-    }
 
 
 class BlockModel:
@@ -61,32 +26,50 @@ class BlockModel:
     `weights` gives the parameters as floats whatever they are stored as. Outside the blocks (embedding, last
     norm, output projection) they stay on `device`; of the blocks, only the one loaded is there.
 
-    `dtype` is the model's own type, in which hidden states are handed from block to block. A GPU computes in
-    it, a CPU in float32 (which is faster there, and rounds less). With `fast`, linears on a CPU take and give
-    what `dtype` can hold, as on a GPU: activations can be kept in it without changing a number, and bfloat16
-    models are multiplied by the processor's bfloat16 units where it has them.
+    `dtype` is the model's own type unless another is given, and that of the hidden states between blocks. A
+    GPU computes in it, a CPU in float32 (which is faster there, and rounds less). With `fast`, linears on a
+    CPU take and give what `dtype` can hold, as on a GPU: activations can be kept in it without changing a
+    number, and bfloat16 models are multiplied by the processor's bfloat16 units where it has them. Without,
+    `overflows` has the linears of a float16 model that take or give what float16 cannot hold, and the largest
+    magnitude: a GPU computes infinity there.
     """
 
     def __init__(
-        self, weights: Weights, device: torch.device, *, fast: bool = True, trust_remote_code: bool = False
+        self,
+        weights: Weights,
+        device: torch.device,
+        *,
+        dtype: torch.dtype | None = None,
+        fast: bool = True,
+        trust_remote_code: bool = False,
     ):
-        checkpoint = weights.checkpoint
         self.weights = weights
         self.device = device
-        self.dtype = weights.dtype("model.embed_tokens.weight")
+        self.dtype = dtype or weights.own_dtype
         self.compute_dtype = torch.float32 if device.type == "cpu" else self.dtype
         self._linears_round = fast and self.compute_dtype != self.dtype
         self.bf16_products = self._linears_round and self.dtype == torch.bfloat16 and bf16_units()
         self._product_dtype = torch.bfloat16 if self.bf16_products else self.compute_dtype
-        self.architecture = architecture_of(checkpoint.config)
-        self.model = module_tree(checkpoint.config, checkpoint.directory, trust_remote_code=trust_remote_code)
+        self.architecture = architecture_of(weights.checkpoint.config)
+        self.model = module_tree(weights, trust_remote_code=trust_remote_code)
         blocks = self.model.get_submodule(self.architecture.blocks)
         assert isinstance(blocks, nn.ModuleList)
         self.blocks = blocks
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="block-reader")
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ahead: dict[int, Future[dict[tuple[str, str], Tensor]]] = {}
+        self.overflows: dict[str, float] = {}
+        if self.dtype == torch.float16 and self.compute_dtype != self.dtype and not fast:
+            for path, module in self.model.named_modules():
+                if isinstance(module, nn.Linear):
+                    module.register_forward_hook(partial(self._watch, path))
         self._load_outside()
+
+    def _watch(self, path: str, _: nn.Module, taken: tuple[Tensor, ...], given: Tensor) -> None:
+        """Note what a linear takes or gives that float16 cannot hold."""
+        most = max(float(value) for x in (taken[0], given) for value in torch.stack(x.aminmax()).abs())
+        if most > torch.finfo(torch.float16).max:
+            self.overflows[path] = max(most, self.overflows.get(path, 0.0))
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -125,11 +108,16 @@ class BlockModel:
         value = value.to(self.device)
         if not value.isfinite().all():
             raise SourceError(f"{full_name} holds NaN or Inf.", "the source is damaged; fetch it again.")
+        if self.dtype == torch.float16 != value.dtype and not value.half().isfinite().all():
+            raise SourceError(
+                f"{full_name} does not fit float16: its largest value is {value.abs().max()}.",
+                "compute and write it in bfloat16, which reaches further, with --dtype bfloat16.",
+            )
         return value.to(self._product_dtype if isinstance(module, nn.Linear) else self.compute_dtype)
 
     def _assign(self, module: nn.Module, name: str, value: Tensor) -> None:
         if isinstance(module, nn.Linear) and self._linears_round:
-            module.forward = partial(_rounding_linear, module, self.dtype)  # type: ignore[method-assign]
+            module.forward = partial(rounding_linear, module, self.dtype)  # type: ignore[method-assign]
         parameter = nn.Parameter(value, requires_grad=False)
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # _init_weights leaves it alone
         module._parameters[name] = parameter
@@ -142,7 +130,7 @@ class BlockModel:
         for name, buffer in absent.items():
             module._buffers[name] = torch.empty_like(buffer, device=self.device)
         if absent:
-            with _config_errors():
+            with config_errors(self.weights.checkpoint.config):
                 self.model._init_weights(module)
 
     def load(self, i: int) -> nn.Module:
@@ -227,29 +215,7 @@ class BlockModel:
                 del block.forward
 
 
-def _rounding_linear(linear: nn.Linear, dtype: torch.dtype, x: Tensor) -> Tensor:
+def rounding_linear(linear: nn.Linear, dtype: torch.dtype, x: Tensor) -> Tensor:
     """A linear with input and output rounded to `dtype`, which multiplies in its weight's type."""
     rounded = x.to(dtype).to(linear.weight.dtype)
     return nn.functional.linear(rounded, linear.weight, linear.bias).to(dtype).to(x.dtype)
-
-
-@contextmanager
-def _config_errors() -> Iterator[None]:
-    """Make a SourceError of whatever a config.json makes transformers raise while it builds a model."""
-    try:
-        yield
-    except Exception as error:  # it can be wrong in as many ways as there is code reading it
-        raise SourceError(
-            f"transformers cannot build a model from this config.json: {' '.join(str(error).split())}",
-            "it may be damaged, or of a newer version of transformers.",
-        ) from error
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)

@@ -70,6 +70,10 @@ class HiddenStates:
         """Let micro-batch i go on to the next block as `output`."""
         self._states[i].copy_(output)
 
+    def finite(self) -> bool:
+        """Whether no micro-batch holds NaN or infinity."""
+        return all(bool(torch.stack(torch.aminmax(state)).isfinite().all()) for state in self._states)
+
     def advance(self, block: nn.Module, number: int) -> None:
         """Take every micro-batch through a block."""
         with torch.no_grad():

@@ -1,0 +1,236 @@
+"""The modules of a model as transformers builds them, and whether a checkpoint's tensors are theirs."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from marlin_convert.checkpoint.linears import Weights
+from marlin_convert.errors import SourceError
+from marlin_convert.models.architectures import Architecture, architecture_of
+
+OTHER_MODEL = "the config.json may be of another model; fetch the model again."
+
+
+# Counts that transformers makes as many objects of, however many a config.json says. The largest models have
+# some hundred blocks; labels are for classifiers.
+MOST = {"num_hidden_layers": 1000, "num_labels": 1000}
+
+# What a config.json may ask a forward to return, left over from training or exporting the model.
+FORWARD = {
+    "return_dict": True,
+    "output_hidden_states": False,
+    "output_attentions": False,
+    "torchscript": False,
+    "use_cache": False,
+}
+
+# What is stored beside the parameters and is none: buffers that every model computes, the bookkeeping of
+# Transformer Engine, and the scales of a quantized cache, without which the cache is kept in 16 bits.
+_NO_PARAMETER = re.compile(
+    r"(^|\.)(rotary_emb\.\w+|_extra_state"
+    r"|self_attn\.(attn\.|[kqv]_proj\.)?(kv|k|q|v|prob|output|prob_output)_(scale|zero_point))$"
+)
+
+# What llm-compressor stores beside weights that it has not rounded yet.
+_OF_A_ROUNDING = re.compile(r"\.(weight|input|output)_(scale|zero_point|g_idx|shape)$")
+
+
+def module_tree(weights: Weights, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a checkpoint as transformers builds it, with every tensor on the meta device.
+
+    Its config has a head that is not the embedding where one with other values is stored, whatever the
+    config.json says: so transformers loads it.
+    """
+    checkpoint = weights.checkpoint
+    architecture = architecture_of(checkpoint.config)
+    for key, most in MOST.items():
+        if isinstance(checkpoint.config.get(key), int) and checkpoint.config[key] > most:
+            raise SourceError(
+                f"config.json says {key} = {checkpoint.config[key]}, more than {most}.",
+                "it may be damaged; fetch it again.",
+            )
+    with config_errors(checkpoint.config):
+        settings = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=trust_remote_code)
+        if hasattr(settings, "quantization_config"):
+            del settings.quantization_config
+        for flag, value in FORWARD.items():
+            setattr(settings, flag, value)
+        model = _on_meta(settings, architecture, trust_remote_code)
+    if any(
+        name in weights and of in weights and not weights.same(name, of)
+        for name, of in model.all_tied_weights_keys.items()
+    ):
+        settings.tie_word_embeddings = False
+        with config_errors(checkpoint.config):
+            model = _on_meta(settings, architecture, trust_remote_code)
+    return model
+
+
+def _on_meta(settings: Any, architecture: Architecture, trust_remote_code: bool) -> PreTrainedModel:
+    with torch.device("meta"), _quiet_transformers():
+        return AutoModelForCausalLM.from_config(
+            settings,
+            attn_implementation=architecture.attention,
+            trust_remote_code=trust_remote_code,
+        ).eval()
+
+
+def block_linears(model: PreTrainedModel, architecture: Architecture) -> dict[str, nn.Linear]:
+    """Every nn.Linear inside the decoder blocks, by full name, in model order."""
+    return {
+        f"{architecture.blocks}.{name}": module
+        for name, module in model.get_submodule(architecture.blocks).named_modules()
+        if isinstance(module, nn.Linear)
+    }
+
+
+def claims_tied(weights: Weights, model: PreTrainedModel) -> bool:
+    """Whether config.json says that the head is the embedding, and is wrong: transformers loads both."""
+    by_default = getattr(type(model.config), "tie_word_embeddings", False)
+    said = weights.checkpoint.config.get("tie_word_embeddings", by_default)
+    return bool(said) and not model.config.tie_word_embeddings
+
+
+def check_names(weights: Weights, model: PreTrainedModel, *, requantize: bool = False) -> list[str]:
+    """Compare the tensors with the architecture's; returns those that are known to be left out.
+
+    To `requantize` leaves the scales of a rounding that was not carried out too.
+    SourceError names what is missing, what is not of the architecture or of a type that is not read, and what
+    is there dense and packed.
+    """
+    source = weights.checkpoint.directory.name
+    tied = model.all_tied_weights_keys.keys()
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    expected = shapes.keys()
+    missing = sorted(name for name in expected - tied if name not in weights)
+    if missing:
+        raise SourceError(
+            f"{_some(missing)} of the architecture not in {source}.", _way_to_names(missing, weights, model)
+        )
+    for name, info in weights.checkpoint.tensors.items():
+        if name in expected and info.shape != shapes[name]:
+            raise SourceError(
+                f"{name} has shape {info.shape}, its config.json means {shapes[name]}.", OTHER_MODEL
+            )
+        if name in expected:
+            weights.dtype(name)  # it must be one that is read
+    packed = {f"{linear}.weight" for linear in weights.packed_linears()}
+    twice = sorted(packed & weights.checkpoint.tensors.keys())
+    if twice:
+        raise SourceError(f"{_some(twice)} in {source} both dense and packed.", OTHER_MODEL)
+    known = {name for name in weights.packed_names() if f"{name.rpartition('.')[0]}.weight" in expected}
+    foreign = sorted(weights.checkpoint.tensors.keys() - expected - known)
+    unrounded = [name for name in foreign if weights.disregarded and _OF_A_ROUNDING.search(name)]
+    if unrounded and not requantize:
+        raise SourceError(
+            f"{_some(unrounded)} in {source} beside weights not rounded to them: {weights.disregarded}.",
+            "--requantize solves from the weights as they are; or save the model compressed.",
+        )
+    left_out = unrounded + [
+        name for name in foreign if _NO_PARAMETER.search(name) or _is_idle_bias(weights, name)
+    ]
+    strangers = [name for name in foreign if name not in left_out]
+    if strangers:
+        raise SourceError(
+            f"{_some(strangers)} in {source} not of the architecture.",
+            _way_to_names(strangers, weights, model),
+        )
+    return left_out
+
+
+def _way_to_names(wrong: Sequence[str], weights: Weights, model: PreTrainedModel) -> str:
+    """What to do about tensors that are missing, or too many: what config.json would have to say."""
+    config = weights.checkpoint.config
+    blocks = architecture_of(config).blocks + "."
+    if weights.disregarded:
+        return f"{weights.disregarded}; fetch the model again."
+    if list(wrong) == ["lm_head.weight"]:
+        return "if the embedding is the head too, config.json must say tie_word_embeddings = true."
+    numbers = {
+        name.removeprefix(blocks).partition(".")[0]
+        for name in weights.checkpoint.tensors
+        if name.startswith(blocks)
+    }
+    if len(numbers) != model.config.num_hidden_layers:
+        return (
+            f"config.json says num_hidden_layers = {model.config.num_hidden_layers}, the tensors are of "
+            f"{len(numbers)} blocks; make it say what the model has, or fetch the model again."
+        )
+    if all(name.endswith(".bias") for name in wrong):
+        return "config.json must say which linears have biases: attention_bias and mlp_bias, true or false."
+    return OTHER_MODEL
+
+
+def _is_idle_bias(weights: Weights, name: str) -> bool:
+    """Whether this is a bias of zeros: old AutoGPTQ gave one to every linear, whatever the architecture."""
+    linear = name.removesuffix(".bias")
+    return linear != name and f"{linear}.weight" in weights and not weights.read(name).any()
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first few of many names, and how many there are."""
+    shown = ", ".join(names[:3])
+    return f"{len(names)} tensors ({shown}, ...)" if len(names) > 3 else shown
+
+
+# What transformers calls by another name than it did.
+_RENAMED = {"su": "longrope"}
+
+
+@contextmanager
+def config_errors(config: Mapping[str, Any]) -> Iterator[None]:
+    """Make a SourceError of whatever a config.json makes transformers raise while it builds a model."""
+    try:
+        yield
+    except Exception as error:  # it can be wrong in as many ways as there is code reading it
+        why = " ".join(str(error).split())
+        unknown = error.args[0] if isinstance(error, KeyError) and error.args else None
+        place = _place_of(unknown, config)
+        if place:
+            why = f"{place} is {unknown!r}, which transformers {transformers.__version__} does not know"
+        raise SourceError(
+            f"transformers cannot build a model from this config.json: {why}.",
+            _way_to_config(unknown, config),
+        ) from error
+
+
+def _way_to_config(unknown: Any, config: Mapping[str, Any]) -> str:
+    """What to do about a config.json that transformers does not take: the newer one that wrote it, if so."""
+    if unknown in _RENAMED:
+        return f"that is an old name; write {_RENAMED[unknown]!r}."
+    version = str(config.get("transformers_version") or "")
+    if _release(version) > _release(transformers.__version__):
+        return f"transformers {version} wrote it: pip install -U transformers."
+    return "correct it, or fetch it again."
+
+
+def _release(version: str) -> list[int]:
+    """The numbers that a version begins with."""
+    return [int(number) for number in re.findall(r"\d{1,9}", version)[:3]]
+
+
+def _place_of(value: Any, config: Any, place: str = "") -> str | None:
+    """Where in a config a text stands, as the keys that lead to it; None where it does not."""
+    if isinstance(config, Mapping):
+        found = (
+            _place_of(value, one, f"{place}.{key}" if place else str(key)) for key, one in config.items()
+        )
+        return next(filter(None, found), None)
+    return place if isinstance(value, str) and config == value else None
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
