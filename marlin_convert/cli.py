@@ -50,6 +50,9 @@ class Commands(click.Group):
             if error.hint:
                 click.echo(f"Hint: {error.hint}", err=True)
             sys.exit(1)
+        except click.NoSuchOption as error:
+            resembling(error).show()
+            sys.exit(error.exit_code)
         except click.ClickException as error:
             error.show()
             sys.exit(error.exit_code)
@@ -66,6 +69,19 @@ class Commands(click.Group):
                 if hint := going_on(words):
                     click.echo(f"Hint: {hint}", err=True)
             raise KeyboardInterrupt from interrupt
+
+
+def resembling(error: click.NoSuchOption) -> click.NoSuchOption:
+    """The error, suggesting what is like the option that there is not: to click, dashes are likeness too."""
+    from difflib import SequenceMatcher
+
+    name = error.option_name.lstrip("-")
+    alike = [
+        option
+        for option in error.possibilities or ()
+        if SequenceMatcher(None, name, option.lstrip("-")).ratio() >= 0.6
+    ]
+    return click.NoSuchOption(error.option_name, error.message, alike, error.ctx)
 
 
 def going_on(words: Sequence[str]) -> str | None:

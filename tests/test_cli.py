@@ -453,3 +453,13 @@ def test_an_error_without_a_hint_prints_none(cli, tinypy, tmp_path, monkeypatch)
     monkeypatch.setattr(quantize, "quantize", failing)
     result = cli("quantize", tinypy, "-o", tmp_path / "out", "-q")
     assert (result.exit_code, result.stderr) == (1, "Error: it cannot be done.\n")
+
+
+@pytest.mark.parametrize(
+    ("option", "suggested"), [("--skp", "--skip"), ("--quite", "--quiet"), ("--bits", None), ("--q", None)]
+)
+def test_what_is_suggested_is_like_what_was_meant(option, suggested, cli):
+    result = cli("quantize", "model", "-o", "out", option, 8)
+    assert result.exit_code == 2 and f"No such option '{option}'." in result.output
+    assert ("Did you mean" in result.output) == (suggested is not None)
+    assert suggested is None or f"'{suggested}'" in result.output
