@@ -217,6 +217,11 @@ def _said(repository: str, error: BaseException | None) -> tuple[str, str] | Non
                 f"a file cannot be read or written: {error.strerror} ('{error.filename}').",
                 "mend that, and run the same command again.",
             )
+        case UnicodeEncodeError():
+            return (
+                f"the Hub was not asked about {repository!r}: the token has characters that no token has.",
+                "set HF_TOKEN to the token as its page shows it, or run 'hf auth login'.",
+            )
         case ValueError() | KeyError() | TypeError():
             return (
                 f"the Hub gave an answer about {repository!r} that is no answer ({type(error).__name__}).",

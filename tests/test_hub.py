@@ -155,7 +155,9 @@ def answers(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dic
     with fake_hub() as gone:
         pass
     unreachable = ask(gone, home, ["model", "org/other", None, False])
-    return found | dict(zip(("cached", "offline", "unreachable"), offline + unreachable, strict=True))
+    quoted = ask(hub, home, ["model", "org/other", None, False], HF_TOKEN="“hf_secret”")
+    names = ("cached", "offline", "unreachable", "quoted token")
+    return found | dict(zip(names, offline + unreachable + quoted, strict=True))
 
 
 def test_a_model_of_the_hub(answers: dict[str, dict], hub: Hub) -> None:
@@ -192,6 +194,7 @@ def test_what_the_cache_holds_needs_no_network(answers: dict[str, dict], hub: Hu
         ),
         ("offline", "'org/other' is not in the local cache", "HF_HUB_OFFLINE"),
         ("unreachable", "'org/other' is not in the local cache", "network"),
+        ("quoted token", "the token has characters that no token has", "set HF_TOKEN"),
         ("no dataset", "no Hub repository 'org/none'", "HF_TOKEN"),
         ("no split", "no .jsonl, .txt or .parquet file of split 'validation'", "hf:org/texts:SPLIT"),
     ],
