@@ -34,6 +34,7 @@ class Commands(click.Group):
     def main(self, args: Sequence[str] | None = None, *more: Any, **kwargs: Any) -> Any:
         """Run a command line; the exit codes are in every command's help."""
         words = sys.argv[1:] if args is None else list(args)
+        terminal.stand_in_for_closed()
         terminal.show_every_name()
         with terminal.Ending() as ending:
             try:

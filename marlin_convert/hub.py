@@ -151,7 +151,7 @@ def aside(call: Callable[[], T]) -> T:
 def hub_errors(repository: str) -> Iterator[None]:
     """Turn what goes wrong with the Hub into a SourceError with a sentence and a hint.
 
-    Only calls of the client stand inside: what it cannot understand of an answer is a ValueError or KeyError.
+    Only calls of the client stand inside: what it cannot understand of an answer is an error of Python's.
     """
     try:
         yield
@@ -192,7 +192,7 @@ def _said(repository: str, error: BaseException | None) -> tuple[str, str] | Non
         case errors.LocalEntryNotFoundError():
             return (
                 f"{repository!r} is not in the local cache and the Hub did not give it.",
-                "check the network and HF_HUB_OFFLINE.",
+                "check the network, HF_ENDPOINT and HF_HUB_OFFLINE.",
             )
         case errors.OfflineModeIsEnabled():
             return (
@@ -217,7 +217,12 @@ def _said(repository: str, error: BaseException | None) -> tuple[str, str] | Non
                 f"a file cannot be read or written: {error.strerror} ('{error.filename}').",
                 "mend that, and run the same command again.",
             )
-        case ValueError() | KeyError() | TypeError():
+        case UnicodeEncodeError():
+            return (
+                f"the Hub was not asked about {repository!r}: the token has characters that no token has.",
+                "set HF_TOKEN to the token as its page shows it, or run 'hf auth login'.",
+            )
+        case ValueError() | KeyError() | TypeError() | AttributeError():
             return (
                 f"the Hub gave an answer about {repository!r} that is no answer ({type(error).__name__}).",
                 "check HF_ENDPOINT, and run the same command again.",
@@ -251,7 +256,8 @@ _REFUSED_HINT = "mend what the Hub says, or check HF_ENDPOINT, and run the same 
 _HINTS = {
     401: "the token is not accepted: run 'hf auth login', or set HF_TOKEN.",
     402: "see to the plan of the account that the repository belongs to.",
-    403: "if the token may not do that, make one with write access at huggingface.co/settings/tokens.",
+    403: "if the token may not do that, make one that may at huggingface.co/settings/tokens; to push, it "
+    "needs write access.",
     413: "what was sent is more than the Hub takes: a smaller --max-shard-size makes smaller files.",
     409: "somebody else is at work on it: run the same command again.",
     412: "somebody else has pushed to it meanwhile: run the same command again.",

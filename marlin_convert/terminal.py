@@ -20,6 +20,19 @@ class AboveBars(logging.StreamHandler):
             super().emit(record)
 
 
+def stand_in_for_closed() -> None:
+    """Put the null device where stdin, stdout or stderr was closed; Python has None for such a stream.
+
+    A file that is opened for a checkpoint would get the number, and what a library prints.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # which takes the lowest number
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
+
+
 def show_every_name() -> None:
     """Escape what the encoding of stdout and stderr has no letter for, in place of failing at it."""
     for stream in (sys.stdout, sys.stderr):

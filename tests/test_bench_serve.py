@@ -1,5 +1,7 @@
 """`bench serve`: the times it measures against a server's own, what it prints, and servers that misbehave."""
 
+import codecs
+import gzip
 import json
 import math
 import random
@@ -236,6 +238,7 @@ def test_what_is_heard(how):
             "answered an error in the stream: too long",
         ),
         ([b'event: error\ndata: {"detail": "gone"}\n\n'], "answered an error in the stream: gone"),
+        ([WORD, b'data: {"code": 500, "message": "died"}\n\n'], "answered an error in the stream: died"),
         ([WORD, b'data: {"choices": [{"text": "", "finish_reason": "abort"}]}\n\n'], "finish_reason abort"),
         ([b'{"object": "error", "message": "too long"}'], "did not stream: too long"),
         ([b'data: {"choices": [{"index":\n\n'], "sent what is no event"),
@@ -422,6 +425,120 @@ def test_what_a_server_refuses_is_left_out_and_named(warmups, stub, cli):
     assert "  it does not take ignore_eos, it is left out: Unrecognized argument; ignore_eos" in said
 
 
+# Of ignore_eos, as several servers word it; not every one names it in its sentence.
+REFUSALS = [
+    b"unknown field `ignore_eos`, expected one of `model`, `temperature`, `stream_options`, `max_tokens`",
+    b'{"title": "Invalid", "detail": "Validation failed", "errors": {"ignore_eos": ["not known"]}}',
+    b'{"error": {"message": "Provider error", "metadata": {"raw": "{\\"no\\": \\"ignore_eos\\"}"}}}',
+    b'{"error": {"message": "Invalid", "details": [{"fieldViolations": [{"field": "ignore_eos"}]}]}}',
+    b'{"errors": [{"path": "/body/ignore_eos", "message": "is unknown"}]}',
+    b'{"error": {"message": "' + b"what is behind it refused it, and said: " * 9 + b'no ignore_eos"}}',
+]
+
+
+@pytest.fixture
+def answering():
+    """A server that answers the fields of a request as it is told, and keeps what it was asked."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            server.asked.append((self.headers, asked))
+            status, headers, body = server.answer(asked)
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": len(body)}.items():
+                self.send_header(name, str(value))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *words: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.asked, server.url = [], f"http://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.mark.parametrize("body", REFUSALS)
+def test_of_a_refusal_only_the_field_that_it_is_about_is_left_out(body, answering, cli):
+    whole = 200, {}, WORD * 6 + DONE
+    answering.answer = lambda asked: (422, {}, body) if "ignore_eos" in asked else whole
+    done = cli(*words(answering.url, "--model", "m", "--num-warmups", 1, "--json"))
+    assert done.exit_code == 0, done.stderr
+    assert list(json.loads(done.stdout)["refused_fields"]) == ["ignore_eos"]
+    assert set(answering.asked[-1][1]) == {
+        *("model", "prompt", "temperature", "stream", "stream_options", "max_tokens")
+    }
+
+
+def test_what_a_refusal_repeats_of_the_request_is_not_refused(answering, cli):
+    """Of eight prompts one is too long: the others go on with all their fields."""
+
+    def answer(asked: dict) -> tuple[int, dict, bytes]:
+        if asked["prompt"] == answering.asked[0][1]["prompt"]:
+            return 400, {}, json.dumps({"error": f"too long: {asked}"}).encode()
+        return 200, {}, WORD * 6 + DONE
+
+    answering.answer = answer
+    done = cli(*words(answering.url, "--model", "m", "--max-concurrency", 1, "--json"))
+    found = json.loads(done.stdout)
+    assert (found["completed"], found["failed"], found["refused_fields"]) == (7, 1, {})
+
+
+def test_any_success_is_one_and_nothing_comes_compressed(answering, cli):
+    answering.answer = lambda asked: (201, {}, WORD * 6 + DONE)
+    assert cli(*words(answering.url, "--model", "m")).exit_code == 0
+    assert {headers["Accept-Encoding"] for headers, _ in answering.asked} == {"identity"}
+    packed = 200, {"Content-Encoding": "gzip"}, gzip.compress(WORD * 6 + DONE)
+    answering.answer = lambda asked: packed
+    done = cli(*words(answering.url, "--model", "m"))
+    assert done.exit_code == 1
+    assert "8 failed: answered compressed, which it was asked not to" in done.stdout
+    assert "Hint: ask the server itself" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("status", "hint"),
+    [
+        (401, "set OPENAI_API_KEY"),
+        (429, "--max-concurrency"),
+        (502, "has a fault"),
+        (404, "check the address"),
+    ],
+)
+def test_the_hint_of_a_status(status, hint, answering, cli):
+    answering.answer = lambda asked: (status, {}, b'{"error": "no."}')
+    done = cli(*words(answering.url, "--model", "m", "--num-warmups", 1))
+    assert done.exit_code == 1 and f"answered {status}: no.\nHint: " in done.stderr
+    assert hint in done.stderr.partition("Hint: ")[2]
+
+
+@pytest.mark.parametrize(
+    "usage", [{"prompt_tokens": "n/a", "completion_tokens": "n/a"}, {"completion_tokens": -1}]
+)
+def test_counts_that_are_none_are_not_counted(usage, answering, cli):
+    end = b"data: " + json.dumps({"choices": [], "usage": usage}).encode() + b"\n\n"
+    answering.answer = lambda asked: (200, {}, codecs.BOM_UTF8 + WORD * 6 + end + DONE)
+    found = json.loads(cli(*words(answering.url, "--model", "m", "--json")).stdout)
+    assert (found["completed"], found["total_output_tokens"], found["without_usage"]) == (8, 48, 8)
+
+
+def test_a_name_that_no_encoding_holds_is_drawn(answering, cli, tmp_path):
+    """What Python makes of letters on the command line where the locale says ASCII."""
+    answering.answer = lambda asked: (200, {}, WORD * 6 + DONE)
+    done = cli(*words(answering.url, "--model", "Zo\udcc3\udcab", "-o", tmp_path / "out"))
+    assert done.exit_code == 0 and (tmp_path / "out" / "serve.png").exists()
+
+
+def test_tls_where_there_is_none(answering, cli):
+    answering.answer = lambda asked: (200, {}, DONE)
+    done = cli(*words(answering.url.replace("http", "https"), "--model", "m"))
+    assert done.exit_code == 1 and "8 failed: speaks no TLS" in done.stdout
+    assert "Hint: if it is a server without TLS, its address begins with http://." in done.stderr
+
+
 def test_a_server_that_passes_over_the_limit_is_asked_in_its_older_words(stub, cli):
     done = cli(*words(stub.url("older"), "--chat", "--num-warmups", 1, "--json"))
     found = json.loads(done.stdout)
@@ -604,7 +721,7 @@ def test_a_certificate_that_is_not_trusted(cli, tmp_path):
         "-days",
         "2",
         "-subj",
-        "/CN=localhost",
+        "/CN=elsewhere",
     ]
     make += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate]
     subprocess.run(make, check=True, capture_output=True)
@@ -624,12 +741,14 @@ def test_a_certificate_that_is_not_trusted(cli, tmp_path):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("SSL_CERT_FILE", str(certificate))
             trusted = cli(*command)
+            other = cli(*words(f"https://localhost:{server.server_port}", "--model", "m"))
         server.shutdown()
     assert refused.exit_code == 1
     assert "8 failed: has a certificate that is not trusted" in refused.stdout
     assert "(self-signed certificate)" in refused.stdout
     assert "Hint: if it is to be trusted, set SSL_CERT_FILE" in refused.stderr
     assert trusted.exit_code == 0, trusted.stderr
+    assert other.exit_code == 1 and "Hint: use an address with a name that the certif" in other.stderr
 
 
 def test_too_few_files_are_this_machines(stub):

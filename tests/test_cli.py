@@ -463,3 +463,18 @@ def test_what_is_suggested_is_like_what_was_meant(option, suggested, cli):
     assert result.exit_code == 2 and f"No such option '{option}'." in result.output
     assert ("Did you mean" in result.output) == (suggested is not None)
     assert suggested is None or f"'{suggested}'" in result.output
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_stream_that_is_closed_ends_nothing_and_is_no_file_of_ours(closed, quantized, tmp_path):
+    """As under some daemons; a file that took its number would get what libraries print."""
+    seen = tmp_path / "seen"
+    program = (
+        "import os, sys, marlin_convert.inspect as story; from marlin_convert.cli import main\n"
+        "def text(*_, **more): return sys.argv[2][:open(sys.argv[1], 'w').write(str(os.dup(3)))]\n"
+        "story.text = text; main(['inspect', sys.argv[2]])"
+    )
+    command = shlex.join([sys.executable, "-c", program, str(seen), str(quantized("marlin"))])
+    done = subprocess.run(["bash", "-c", f"{command} 3</dev/null {closed}"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert int(seen.read_text()) > 3

@@ -4,9 +4,12 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny_models
@@ -54,7 +57,7 @@ def hub() -> Iterator[Hub]:
         yield hub
 
 
-def environment(hub: Hub, home: Path, **changes: str) -> dict[str, str]:
+def environment(hub: Hub | SimpleNamespace, home: Path, **changes: str) -> dict[str, str]:
     settings = {
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(home),
@@ -67,7 +70,7 @@ def environment(hub: Hub, home: Path, **changes: str) -> dict[str, str]:
     )
 
 
-def ask(hub: Hub, home: Path, *orders: list[object], **changes: str) -> list[dict]:
+def ask(hub: Hub | SimpleNamespace, home: Path, *orders: list[object], **changes: str) -> list[dict]:
     done = subprocess.run(
         [sys.executable, "-c", RESOLVE], input=json.dumps(orders), capture_output=True, text=True,
         env=environment(hub, home, **changes),
@@ -155,7 +158,9 @@ def answers(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dic
     with fake_hub() as gone:
         pass
     unreachable = ask(gone, home, ["model", "org/other", None, False])
-    return found | dict(zip(("cached", "offline", "unreachable"), offline + unreachable, strict=True))
+    quoted = ask(hub, home, ["model", "org/other", None, False], HF_TOKEN="“hf_secret”")
+    names = ("cached", "offline", "unreachable", "quoted token")
+    return found | dict(zip(names, offline + unreachable + quoted, strict=True))
 
 
 def test_a_model_of_the_hub(answers: dict[str, dict], hub: Hub) -> None:
@@ -192,6 +197,7 @@ def test_what_the_cache_holds_needs_no_network(answers: dict[str, dict], hub: Hu
         ),
         ("offline", "'org/other' is not in the local cache", "HF_HUB_OFFLINE"),
         ("unreachable", "'org/other' is not in the local cache", "network"),
+        ("quoted token", "the token has characters that no token has", "set HF_TOKEN"),
         ("no dataset", "no Hub repository 'org/none'", "HF_TOKEN"),
         ("no split", "no .jsonl, .txt or .parquet file of split 'validation'", "hf:org/texts:SPLIT"),
     ],
@@ -210,6 +216,29 @@ def test_the_hubs_own_sentence_is_shown(status: int, answers: dict[str, dict]) -
         assert f"you (***) may not: rule {status}." in answer["error"]
         assert "hf_secret" not in json.dumps(answer)
         assert answer["hint"] and "uploaded" not in answer["hint"]
+
+
+@pytest.mark.parametrize("body", [b"null", b'["no"]'])
+def test_a_refusal_of_another_shape_is_a_sentence_too(body: bytes, tmp_path: Path) -> None:
+    """As what stands in front of a Hub may answer; the client stumbles over it."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(400)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *words: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        (answer,) = ask(SimpleNamespace(url=address), tmp_path, ["info", "org/model"])
+        server.shutdown()
+    assert "'org/model' that is no answer" in answer["error"] and "HF_ENDPOINT" in answer["hint"]
 
 
 def test_a_text_of_the_hub(answers: dict[str, dict]) -> None:

@@ -248,6 +248,25 @@ def test_gradients(format: str, dtype: torch.dtype) -> None:
         assert not module(x).requires_grad
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast_and_tangents(dtype: torch.dtype) -> None:
+    """Both go past what a launch knows of: activations in float32, and one that carries a tangent."""
+    from marlin_convert.kernels.matmul import MarlinLinear
+
+    one = layer(1024, 768, 128)
+    module = MarlinLinear(**marlin.pack(one)).cuda()
+    x = torch.randn(5, 1024, device="cuda")
+    expected = x.to(dtype).double() @ one.dequantize(torch.float64).cuda().t()
+    with torch.no_grad(), torch.autocast("cuda", dtype):
+        for call in (module, torch.compile(module, fullgraph=True)):
+            found = call(x)
+            assert found.dtype == dtype and error(found, expected) < TOLERANCE[dtype]
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(torch.zeros_like(x, dtype=dtype), x.to(dtype))
+        tangent = torch.autograd.forward_ad.unpack_dual(module(dual)).tangent
+        assert error(tangent, expected) < TOLERANCE[dtype]
+
+
 @pytest.mark.parametrize("m", [1, 12, 40, 200])
 def test_the_largest_scales(m: int) -> None:
     from marlin_convert.kernels.matmul import LARGEST_SCALE, matmul, reference

@@ -1,5 +1,6 @@
 """What a server streams: events put together from the parts of a body, and the answer that they make."""
 
+import codecs
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -33,7 +34,14 @@ class Failed(Exception):
 
 
 class Refused(Failed):
-    """The server says itself that it does not do what it was asked: by its status, or in its stream."""
+    """The server says itself that it does not do what it was asked: by its status, or in its stream.
+
+    `said` is all that it said.
+    """
+
+    def __init__(self, reason: str, detail: str = "", hint: str | None = None, said: bytes = b""):
+        super().__init__(reason, detail, hint)
+        self.said = said
 
 
 @dataclass
@@ -115,7 +123,7 @@ class Listener:
         for line in lines:
             if self.done:
                 return
-            self._hear_line(line.strip(), now)
+            self._hear_line(line.strip().removeprefix(codecs.BOM_UTF8), now)
         if len(self._open) + len(self._data) > LONGEST:
             raise Failed("sent an event that has no end")
 
@@ -123,7 +131,7 @@ class Listener:
         """The body is at its end; Failed unless a whole answer has come."""
         self.hear(b"\n\n", now)  # the last lines may have none
         if not self._events and not self.done:
-            raise Refused("did not stream", self._excerpt(self._first))
+            raise Refused("did not stream", self._excerpt(self._first), said=self._first)
         if not self.done and self._answer.finish_reason is None:
             raise Failed("ended without [DONE] or a finish_reason", self._excerpt(self._first))
         if not self._answer.arrivals or not self._answer.output_tokens:
@@ -152,8 +160,8 @@ class Listener:
         self._data = b""
         self._events += 1
         try:
-            if self._name == b"error" or event.get("error") or event.get("object") == "error":
-                raise Refused("answered an error in the stream", self._excerpt(data))
+            if self._name == b"error" or _is_error(event):
+                raise Refused("answered an error in the stream", self._excerpt(data), said=data)
             self._note(event.get("choices") or [], event.get("usage") or {}, now)
         except (ValueError, TypeError, AttributeError) as error:
             raise Failed("sent what is no event", self._excerpt(data)) from error
@@ -170,11 +178,23 @@ class Listener:
             if reason in BROKEN_OFF:
                 raise Failed(f"broke off with finish_reason {reason}")
             answer.finish_reason = str(reason)
-        # in every chunk, or in the last one; 0 is what some put where they do not count
-        if usage.get("prompt_tokens"):
-            answer.prompt_tokens = int(usage["prompt_tokens"])
-        if usage.get("completion_tokens"):
-            answer.completion_tokens = int(usage["completion_tokens"])
+        # in every chunk, or in the last one
+        answer.prompt_tokens = _count(usage.get("prompt_tokens")) or answer.prompt_tokens
+        answer.completion_tokens = _count(usage.get("completion_tokens")) or answer.completion_tokens
+
+
+def _is_error(event: dict[str, Any]) -> bool:
+    """Whether an event says what went wrong: under that name, or with a code where choices would be."""
+    bare = "choices" not in event and {"code", "message"} <= event.keys()
+    return bool(event.get("error")) or event.get("object") == "error" or bare
+
+
+def _count(said: Any) -> int:
+    """A number of tokens; 0, and whatever is no number above it, is what some put where they do not count."""
+    try:
+        return max(0, int(said))
+    except (ValueError, TypeError):
+        return 0
 
 
 def _has_text(said: Any) -> bool:

@@ -11,6 +11,7 @@ from marlin_convert.bench.latencies import TIMES, Served
 from marlin_convert.bench.multipliers import CUBLAS, DENSE, SPARSE
 from marlin_convert.bench.sustained import Slice
 from marlin_convert.bench.timing import Ceilings, Cell
+from marlin_convert.errors import printable
 
 SPEEDUP = "speed-up over cuBLAS float16"
 
@@ -131,7 +132,7 @@ def served(servers: Sequence[Served]) -> Figure:
         for place, server in zip(("server", "baseline"), servers, strict=False):
             if values := server.times()[name]:
                 # a dollar would begin a formula
-                axes.ecdf(values, label=f"{place}: {server.model}".replace("$", r"\$"))
+                axes.ecdf(values, label=printable(f"{place}: {server.model}").replace("$", r"\$"))
         axes.set_xlabel(f"{said}, ms")
         axes.set_ylabel("share at most that")
         axes.grid(alpha=0.3)

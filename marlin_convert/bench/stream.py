@@ -31,6 +31,17 @@ _VERSION = re.compile(r"v\d+(alpha|beta)?\d*")
 _CERTIFICATE_HINT = (
     "if it is to be trusted, set SSL_CERT_FILE to a PEM file with the certificate that signed its own."
 )
+_OF_ANOTHER_NAME = (62, 64)  # of OpenSSL: the host's name, or its IP address
+_NAME_HINT = "use an address with a name that the certificate is valid for."
+_NO_TLS_HINT = "if it is a server without TLS, its address begins with http://."
+_COMPRESSED_HINT = "ask the server itself, or let what is in front of it leave streams as they are."
+_KEY_HINT = "set OPENAI_API_KEY to a key that the server takes."
+_BROKEN_HINT = "the server, or one behind it, has a fault: its log may say more."
+_HINTS = {
+    401: _KEY_HINT,
+    403: _KEY_HINT,
+    429: "send fewer requests: --max-concurrency, or --request-rate.",
+}
 _FILES_HINT = "let this machine open more files with 'ulimit -n', or send fewer at a time: --max-concurrency."
 
 
@@ -95,7 +106,7 @@ class Server:
         text = sentence(body)
         if self.key:
             text = text.replace(self.key, "***")
-        return printable(textwrap.shorten(text, 200))
+        return printable(textwrap.shorten(text, 200)).rstrip(".")
 
 
 @dataclass(frozen=True)
@@ -129,12 +140,13 @@ class Connection:
         self._writer.transport.abort()  # all was read, or no more is wanted
 
     async def ask(self, method: str, path: str, body: bytes = b"") -> None:
-        """Send a request and wait until its answer begins; Failed if that is not a 200."""
+        """Send a request and wait until its answer begins; Failed if that is no success, or not plain."""
         server, http = self._server, self._http
         headers = [
             ("Host", server.name),
             ("Connection", "close"),
             ("Content-Type", "application/json"),
+            ("Accept-Encoding", "identity"),
             ("Content-Length", str(len(body))),
         ]
         if server.key:
@@ -144,14 +156,20 @@ class Connection:
         while isinstance(answer := await self._event(), h11.InformationalResponse):
             pass
         assert isinstance(answer, h11.Response)  # h11 lets nothing else come first
-        if answer.status_code != 200:
+        coding = dict(answer.headers).get(b"content-encoding", b"identity").decode("ascii", "replace")
+        if coding.lower() != "identity":
+            said = f"in {printable(coding)}, with status {answer.status_code}"
+            raise Failed("answered compressed, which it was asked not to", said, _COMPRESSED_HINT)
+        if answer.status_code // 100 != 2:
             raise await self._refused(answer)
 
     async def _refused(self, answer: h11.Response) -> Failed:
         # a redirection is not followed: it may lead to another host, and the key would go there too
         where = dict(answer.headers).get(b"location") if answer.status_code // 100 == 3 else None
-        detail = b"to " + where if where else await self.rest()
-        return Refused(f"answered {answer.status_code}", self._server.excerpt(detail))
+        said = b"to " + where if where else await self.rest()
+        status = answer.status_code
+        hint = _HINTS.get(status, _BROKEN_HINT if status >= 500 else None)
+        return Refused(f"answered {status}", self._server.excerpt(said), hint, said)
 
     async def part(self) -> bytes | None:
         """The next part of the body as soon as it is there; None at the end."""
@@ -182,7 +200,11 @@ class Connection:
 
 def _unconnected(error: OSError) -> Failed:
     if isinstance(error, ssl.SSLCertVerificationError):
-        return Failed("has a certificate that is not trusted", error.verify_message, _CERTIFICATE_HINT)
+        said, other = error.verify_message.rstrip("."), error.verify_code in _OF_ANOTHER_NAME
+        hint = _NAME_HINT if other else _CERTIFICATE_HINT
+        return Failed("has a certificate that is not trusted", said, hint)
+    if isinstance(error, ssl.SSLError):
+        return Failed("speaks no TLS", error.reason or str(error), _NO_TLS_HINT)
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return Failed("not sent, for this machine has too many open files", hint=_FILES_HINT)
     return Failed("cannot connect", error.strerror or str(error))

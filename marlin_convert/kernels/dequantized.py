@@ -40,11 +40,17 @@ def kept_beside(codes: Tensor) -> Tensor | None:
     return None if found is None else found[1]
 
 
-def _state(tensor: Tensor) -> tuple[int, int, int]:
-    """What another content shows by: place, version, and the sum of all words.
+# Makes of 1, 3, 5, ... numbers that have little in common: 2^64 over the golden ratio, as an int64.
+_ODD = -7046029254386353131
 
-    No version counts what is written through .data or into inference tensors. The sum finds it and takes a
-    tenth of the time of a product with one row.
+
+def _state(tensor: Tensor) -> tuple[int, int, int]:
+    """What another content shows by: place, version, and a sum of all words, each with a weight of its place.
+
+    No version counts what is written through .data or into inference tensors. The sum finds it, also where
+    words only change places, and takes a fifth of the time of a product with one row.
     """
     version = -1 if tensor.is_inference() else tensor._version
-    return tensor.data_ptr(), version, int(tensor.contiguous().view(torch.int64).sum())
+    words = tensor.contiguous().view(torch.int64)
+    rows, columns = (_ODD * torch.arange(1, 2 * size, 2, device=words.device) for size in words.shape)
+    return tensor.data_ptr(), version, int((words @ columns) @ rows)

@@ -8,6 +8,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 from torch._C import _len_torch_dispatch_stack
+from torch.autograd import forward_ad
 
 from marlin_convert.errors import KernelError
 from marlin_convert.formats.bounds import LARGEST_SCALE
@@ -27,8 +28,9 @@ def matmul(
 
     With B_meta (k / 32, 2n) int16 the weights are Sparse-MARLIN's, B is B_24 (k / 32, 2n).
     On a GPU x and bias are float16 or bfloat16 and sums float32; elsewhere the weights are dequantized to the
-    dtype of x, and kept so while B lives. x and bias have gradients, the weights have none. No scale may be
-    beyond LARGEST_SCALE: modules refuse it, here it is the caller's to know.
+    dtype of x, and kept so while B lives. x and bias have gradients, the weights have none. Under autocast
+    x and bias are cast, as those of torch's own linear. No scale may be beyond LARGEST_SCALE: modules refuse
+    it, here it is the caller's to know.
     KernelError when shapes, dtypes or devices do not fit, or there is no kernel for the GPU.
     """
     if (
@@ -36,7 +38,8 @@ def matmul(
         or not x.is_cuda
         or torch.compiler.is_compiling()
         or _len_torch_dispatch_stack()
-        or (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+        or torch.is_autocast_enabled("cuda")
+        or _is_differentiated(x, bias)
     ):
         return torch.ops.marlin_convert.matmul.default(x, B, s, bias, B_meta)
     return _cuda(x, B, s, bias, B_meta)  # past the dispatcher, which takes two microseconds
@@ -91,8 +94,29 @@ class PackedLinear(nn.Module):
 
         return super()._apply(moved, recurse)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        cast = []
+        for suffix in self._suffixes:
+            key, ours = prefix + suffix, self._buffers[suffix].dtype  # type: ignore[union-attr]
+            if key in state_dict and state_dict[key].dtype != ours:
+                cast.append(
+                    f"{key} is {state_dict[key].dtype}, {ours} is meant: codes and scales are not cast"
+                )
+        if cast:  # copied, codes would be other ones
+            error_msgs += cast
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
         self.check_scales()
 
 
@@ -282,20 +306,37 @@ def _check(x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None, B_meta: Tensor 
         )
     if bias is not None and (tuple(bias.shape) != (n,) or bias.dtype != x.dtype):
         raise KernelError(f"bias is {tuple(bias.shape)} {bias.dtype}; ({n},) {x.dtype} is meant.")
-    packed = "B" if B_meta is None else "B_24"
-    for name, tensor in ((packed, B), ("s", s), ("bias", bias), ("B_meta", B_meta)):
-        if tensor is None:
-            continue
-        if tensor.device != x.device:
-            raise KernelError(f"{name} is on {tensor.device}, x on {x.device}.")
+    _check_places(x, B, s, bias, B_meta)
+    for name, tensor in _named(B, s, bias, B_meta).items():
         if not tensor.is_contiguous() or tensor.data_ptr() % 16:
             raise KernelError(f"{name} must be contiguous and aligned to 16 bytes.")
+
+
+def _check_places(x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None, B_meta: Tensor | None) -> None:
+    for name, tensor in _named(B, s, bias, B_meta).items():
+        if tensor.device != x.device:
+            raise KernelError(f"{name} is on {tensor.device}, x on {x.device}.")
+
+
+def _named(B: Tensor, s: Tensor, bias: Tensor | None, B_meta: Tensor | None) -> dict[str, Tensor]:
+    """The tensors of a layer, as far as it has them, under their names."""
+    tensors = {"B" if B_meta is None else "B_24": B, "s": s, "bias": bias, "B_meta": B_meta}
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def _check_plain(x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None, B_meta: Tensor | None) -> None:
+    """What torch's own linear refuses: no product of integers, of other inputs, of what is elsewhere."""
+    k = (16 if B_meta is None else 32) * B.shape[0]
+    if not x.dtype.is_floating_point or not x.dim() or x.shape[-1] != k:
+        raise KernelError(f"x is {tuple(x.shape)} {x.dtype}; floating point with {k} inputs is meant.")
+    _check_places(x, B, s, bias, B_meta)
 
 
 def _plain(
     x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None = None, B_meta: Tensor | None = None
 ) -> Tensor:
     """The product where there is no kernel."""
+    _check_plain(x, B, s, bias, B_meta)
     others = (s,) if B_meta is None else (s, B_meta)
     weight = kept(lambda: _weight(B, s, B_meta, x.dtype), x.dtype, B, *others)
     return nn.functional.linear(x, weight, bias)
@@ -314,6 +355,7 @@ def _weight(B: Tensor, s: Tensor, B_meta: Tensor | None, dtype: torch.dtype) -> 
 def _fake(
     x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None = None, B_meta: Tensor | None = None
 ) -> Tensor:
+    _check_plain(x, B, s, bias, B_meta)
     return x.new_empty(*x.shape[:-1], B.shape[1] // 2)
 
 
@@ -321,19 +363,71 @@ def _fake_weight(B: Tensor, s: Tensor, B_meta: Tensor | None, dtype: torch.dtype
     return s.new_empty(B.shape[1] // 2, (16 if B_meta is None else 32) * B.shape[0], dtype=dtype)
 
 
-def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, B, s, _, B_meta = inputs
-    ctx.save_for_backward(B, s, B_meta)
+def _is_differentiated(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether a gradient of the product, or its tangent, may be asked for."""
+    asked = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    return asked or forward_ad._current_level >= 0
 
 
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    """Of x, through the dequantized weights, and of the bias."""
-    x = bias = None
-    if ctx.needs_input_grad[0]:
-        x = gradient @ torch.ops.marlin_convert.weight.default(*ctx.saved_tensors, gradient.dtype)
-    if any(ctx.needs_input_grad[3:]):  # which ends where arguments have their defaults
-        bias = gradient.flatten(0, -2).sum(0)
-    return x, None, None, bias, None
+class _Differentiable(torch.autograd.Function):
+    """The product with its derivatives in x and bias: those in x go through the dequantized weights."""
+
+    @staticmethod
+    def forward(x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None, B_meta: Tensor | None) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.marlin_convert.matmul.default(x, B, s, bias, B_meta)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, B, s, _, B_meta = inputs
+        ctx.save_for_backward(B, s, B_meta)
+        ctx.save_for_forward(B, s, B_meta)
+        ctx.shape = output.shape
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x = bias = None
+        if ctx.needs_input_grad[0]:
+            x = gradient @ torch.ops.marlin_convert.weight.default(*ctx.saved_tensors, gradient.dtype)
+        if ctx.needs_input_grad[3]:
+            bias = gradient.flatten(0, -2).sum(0)
+        return x, None, None, bias, None
+
+    @staticmethod
+    def jvp(ctx: Any, x: Tensor | None, B: None, s: None, bias: Tensor | None, B_meta: None) -> Tensor:
+        if x is None:
+            assert bias is not None  # one of the two has a tangent
+            return bias.expand(ctx.shape)
+        packed, scales, meta = ctx.saved_tensors
+        return matmul(x, packed, scales, bias, meta)
+
+
+def _differentiable(
+    x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None = None, B_meta: Tensor | None = None
+) -> Tensor:
+    if _is_differentiated(x, bias):
+        return _Differentiable.apply(x, B, s, bias, B_meta)
+    return _Differentiable.forward(x, B, s, bias, B_meta)
+
+
+def _autocast(device: str) -> Callable[..., Tensor]:
+    """The product under autocast: x and bias are cast as those of torch's own linear, the weights follow."""
+    ours = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
+
+    def product(
+        x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None = None, B_meta: Tensor | None = None
+    ) -> Tensor:
+        dtype = torch.get_autocast_dtype(device)
+        x, bias = _cast(x, dtype), None if bias is None else _cast(bias, dtype)
+        with torch._C._ExcludeDispatchKeyGuard(ours):
+            return torch.ops.marlin_convert.matmul.default(x, B, s, bias, B_meta)
+
+    return product
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """What autocast makes of a tensor: float64 and integers are left as they are."""
+    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 
 
 _library = torch.library.Library("marlin_convert", "DEF")
@@ -344,6 +438,6 @@ _library.impl("matmul", _plain, "CompositeExplicitAutograd")
 _library.impl("weight", _weight, "CompositeExplicitAutograd")
 torch.library.register_fake("marlin_convert::matmul", _fake, lib=_library)
 torch.library.register_fake("marlin_convert::weight", _fake_weight, lib=_library)
-torch.library.register_autograd(
-    "marlin_convert::matmul", _backward, setup_context=_keep_for_backward, lib=_library
-)
+_library.impl("matmul", _differentiable, "Autograd")
+for _device in ("cpu", "cuda"):
+    _library.impl("matmul", _autocast(_device), f"Autocast{_device.upper()}")
