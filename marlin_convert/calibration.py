@@ -235,14 +235,15 @@ def _from_file(path: Path) -> Iterator[str | list[dict[str, Any]]]:
             f"calibration text '{path}' does not exist.",
             "pass builtin, a .txt or .jsonl file, or hf:DATASET.",
         )
-    if path.suffix == ".txt":
+    suffix = path.suffix.lower()
+    if suffix == ".txt":
         yield plain_text.read(path)
-    elif path.suffix == ".jsonl":
+    elif suffix == ".jsonl":
         # split("\n"), not splitlines: JSON text may hold other line separators as they are
         for number, line in enumerate(plain_text.read(path).split("\n"), 1):
             if line.strip():
                 yield _json_document(line, f"{path.name}, line {number}")
-    elif path.suffix == ".parquet":
+    elif suffix == ".parquet":
         yield from _from_parquet(path)
     else:
         raise SourceError(
@@ -272,10 +273,10 @@ def _json_document(line: str, where: str) -> str | list[dict[str, Any]]:
 def _with_text(message: dict[str, Any], where: str) -> dict[str, Any]:
     """A message whose content is the text that its parts hold: a template would print the list itself."""
     content = message.get("content")
-    if not isinstance(content, list):
+    if content is None or isinstance(content, str):
         return message
     texts = []
-    for part in content:
+    for part in content if isinstance(content, list) else [content]:
         text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
         if not isinstance(text, str):
             kind = repr(part.get("type")) if isinstance(part, dict) else type(part).__name__

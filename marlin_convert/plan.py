@@ -186,7 +186,7 @@ def make_plan(
     symmetric, act_order = True, False
     if repack:
         symmetric, act_order = _check_codes(fates, weights, asked, together)
-        _check_quads(fates, weights)
+        _check_quads(fates, weights, recipe, together)
     else:
         _check_shapes(fates, recipe, together)
 
@@ -224,7 +224,8 @@ def _config(
     """The source's config.json as it is true of what is written; `packed` says how the codes are."""
     config = {key: value for key, value in weights.checkpoint.config.items() if key not in _NOT_KEPT}
     if recipe.dtype != "auto":
-        config["torch_dtype" if "torch_dtype" in config else "dtype"] = recipe.dtype
+        for key in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:
+            config[key] = recipe.dtype
     if claims_tied(weights, model):
         config["tie_word_embeddings"] = False
     if recipe.format != "dense":
@@ -484,7 +485,9 @@ def _check_codes(
     return all(kind.symmetric for kind in kinds), any(kind.act_order for kind in kinds)
 
 
-def _check_quads(fates: Sequence[Fate], weights: Weights) -> None:
+def _check_quads(
+    fates: Sequence[Fate], weights: Weights, recipe: Recipe, together: Mapping[str, Sequence[str]]
+) -> None:
     """Check that what becomes marlin-24 and is not yet is 2:4, which only the codes tell."""
     todo = [
         fate
@@ -503,10 +506,13 @@ def _check_quads(fates: Sequence[Fate], weights: Weights) -> None:
             refused.append((fate, str(error)))
     if refused:
         fate, why = refused[0]
+        beside = {name for fate, _ in refused for name in together[fate.linear]}
+        unpruned = option_for("--unpruned", [fate.linear for fate in fates if fate.linear in beside], fates)
         raise FormatError(
             f"{fate.linear} is not 2:4: {why}{_more(refused)}.",
-            "--format marlin holds it; to write only what is not 2:4 so: "
-            + option_for("--unpruned", [fate.linear for fate, _ in refused], fates),
+            f"--format marlin holds it; to write only what is not 2:4 so: {unpruned}"
+            if recipe.sparsity == "none"
+            else "a repack does not prune: --requantize does, and solves again from the dequantized weights.",
         )
 
 

@@ -247,6 +247,11 @@ def _open(job: Job, manifest: dict[str, Any] | None, problems: list[str]) -> _Su
 
 def _open_original(job: Job) -> _Original:
     assert job.source is not None
+    if job.source.directory.samefile(job.checkpoint.directory):
+        raise ConvertError(
+            f"--source is the checkpoint itself, '{job.checkpoint.name}': nothing would be compared.",
+            "give the model that it was made from.",
+        )
     weights = Weights(Checkpoint.open(job.source.directory))
     tokenizer = load_tokenizer(job.source, trust_remote_code=job.trust_remote_code)
     text = calibrate(

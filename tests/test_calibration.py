@@ -215,6 +215,7 @@ def messages(directory: Path, content) -> str:
         lambda text: [{"type": "text", "text": text[:5]}, {"type": "text", "text": text[5:]}],
         lambda text: [{"text": text}],
         lambda text: [text],
+        lambda text: {"type": "text", "text": text},
     ],
 )
 def test_content_in_parts_is_the_text_they_hold(parts, chat, tmp_path) -> None:
@@ -237,6 +238,20 @@ def test_content_that_is_no_text_is_named(part, kind, chat, tmp_path) -> None:
     path = messages(tmp_path, lambda text: [{"type": "text", "text": text}, part])
     with pytest.raises(SourceError, match=rf"chat\.jsonl, line 1: a message has a part of type {kind}"):
         calibrate(chat, path, samples=1, length=8, seed=0)
+
+
+@pytest.mark.parametrize("content, kind", [({"type": "image"}, "'image'"), (7, "int")])
+def test_content_that_is_one_part_and_no_text(content, kind, chat, tmp_path) -> None:
+    path = messages(tmp_path, lambda text: content)
+    with pytest.raises(SourceError, match=rf"line 1: a message has a part of type {kind}"):
+        calibrate(chat, path, samples=1, length=8, seed=0)
+
+
+def test_a_name_in_capitals(text, tokenizer, tmp_path) -> None:
+    shouted = tmp_path / "TEXT.TXT"
+    shouted.write_bytes(text.read_bytes())
+    plain, found = (calibrate(tokenizer, str(path), samples=2, length=64, seed=0) for path in (text, shouted))
+    assert plain.digest == found.digest
 
 
 def test_half_a_surrogate_pair_is_no_text(tokenizer, tmp_path) -> None:

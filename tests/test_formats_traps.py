@@ -211,6 +211,16 @@ def test_negative_g_idx_counts_from_the_end():
             gptq.unpack(packed, Scheme("gptq", 4, 64))
 
 
+def test_a_g_idx_of_zeros_says_nothing():
+    q = layer(k=256, group_size=64)
+    q.scales[:] = torch.tensor([1, 2, 3, 4]).half()[:, None]
+    packed = gptq.pack(q)
+    packed["g_idx"].zero_()
+    read = gptq.unpack(packed, Scheme("gptq", 4, 64))
+    assert read.group_of_row is None
+    assert torch.equal(read.dequantize(), q.dequantize())
+
+
 def test_without_g_idx():
     packed = gptq.pack(layer(k=256, group_size=64))
     del packed["g_idx"]

@@ -167,3 +167,26 @@ def test_a_report_of_verify_replaces_a_report_only(
     refused = cli("verify", tmp_path / "out", "--report", report, "-q")
     assert refused.exit_code == 1 and "is no report of marlin-convert" in refused.stderr
     assert report.read_text() == '{"results": "of four years"}'
+
+
+def test_a_mount_point_is_no_output(cli: Cli, source: Path) -> None:
+    """No rename can replace it, which would be found out at the very end."""
+    result = cli("quantize", source, "-o", "/proc", "--dry-run")
+    assert result.exit_code == 1 and "'/proc' is a mount point" in result.stderr
+
+
+@pytest.mark.parametrize("words", [[], ["--overwrite"]])
+def test_the_current_directory_is_no_output(
+    words: list[str], quantize: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replaced under its feet, a shell stands in a directory that is no more."""
+    output = tmp_path / "out"
+    if words:
+        earlier_output(output)
+    else:
+        output.mkdir()
+    monkeypatch.chdir(output)
+    before = contents(output)
+    result = quantize(*words)
+    assert result.exit_code == 1 and "is the current directory" in result.stderr
+    assert contents(output) == before

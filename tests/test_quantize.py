@@ -287,6 +287,17 @@ def test_another_dtype_for_what_stays_dense(
     assert config["dtype"] == "float16"
 
 
+def test_another_dtype_under_every_name_that_a_config_has_for_it(tinypy, cli, tmp_path) -> None:
+    source = shutil.copytree(tinypy, tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    assert "dtype" in config
+    (source / "config.json").write_text(json.dumps(config | {"torch_dtype": "bfloat16"}))
+    words = ("--dtype", "float16", "--samples", 2, "--sequence-length", 64, "--device", "cpu")
+    assert cli("quantize", source, "-o", tmp_path / "out", *words).exit_code == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["dtype"], config["torch_dtype"]) == ("float16", "float16")
+
+
 def test_an_earlier_output_is_replaced_only_if_asked(quantize: Callable[..., Result], tmp_path: Path) -> None:
     earlier_output(tmp_path / "out")
     assert quantize().exit_code == 1

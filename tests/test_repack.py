@@ -263,8 +263,8 @@ def test_what_is_not_sparse_is_refused_with_its_first_quad(tmp_path, refuse):
         f"Error: {name} is not 2:4: 1 of 8192 quads have more than two non-zeros; the first, "
         "rows 40 to 43 of column 200, has codes 9, 3, 8, 7.\n" in said
     )
-    assert f"--unpruned '{name}'" in said
     # gate is fused with up: both or none
+    assert f"--unpruned 'model.layers.1.mlp.gate_proj' --unpruned '{name}'" in said
     said = refuse(source, "--unpruned", name, format="marlin-24")
     assert f"Error: {name} is not 2:4, model.layers.1.mlp.gate_proj beside it not" in said
     assert "Hint: add --unpruned 'model.layers.1.mlp.gate_proj'" in said
@@ -275,6 +275,12 @@ def test_a_model_that_was_never_pruned_is_refused(make, refuse, source):
     said = refuse(make(source)[0], format="marlin-24")
     assert f"Error: {FIRST} is not 2:4: " in said and "(and 13 more linears)" in said
     assert "--format marlin holds it" in said and "--unpruned '*.down_proj'" in said
+
+
+def test_a_repack_that_is_asked_to_prune_says_what_does(make, refuse):
+    said = refuse(make("gptq-channel")[0], "--sparsity", "2:4", format="marlin-24")
+    assert f"Error: {FIRST} is not 2:4: " in said
+    assert "a repack does not prune: --requantize does" in said and "--unpruned" not in said
 
 
 def test_quantize_prunes_only_when_asked(tinypy, make, refuse):

@@ -175,6 +175,10 @@ def biases(tensors: Tensors) -> None:
     tensors["model.layers.0.self_attn.q_proj.bias"] = torch.ones(256)
 
 
+def adapted(tensors: Tensors) -> Tensors:
+    return {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
+
+
 @pytest.mark.parametrize(
     "change, config, said",
     [
@@ -183,6 +187,7 @@ def biases(tensors: Tensors) -> None:
         (without_second_block, {}, ["num_hidden_layers = 2", "1 blocks"]),
         (one_twice, {}, ["layers.0.mlp.up_proj.weight and", "model.layers.0.mlp.up_proj.weight"]),
         (biases, {}, ["q_proj.bias", "attention_bias"]),
+        (adapted, {}, ["names like 'base_model.model.", "adapters merged"]),
         (lambda _: None, {"vocab_size": 4000}, ["(4096, 128)", "(4000, 128)"]),
     ],
 )  # fmt: skip
@@ -213,6 +218,12 @@ def test_what_is_no_parameter_is_left_out_and_named(source, plain, cli, text, tm
 
 WORDS = [(key, not value) for key, value in FORWARD.items()]
 WORDS += [("_attn_implementation", "flash_attention_2"), ("attn_implementation", "flash_attention_2")]
+
+
+def test_a_config_of_a_training_with_checkpoints_of_its_gradients(source, cli, text, tmp_path) -> None:
+    directory = source(gradient_checkpointing=True)
+    result = cli("quantize", directory, "-o", tmp_path / "out", "--calibration", text, *FAST)
+    assert result.exit_code == 0, result.stderr
 
 
 @pytest.mark.parametrize("key, value", WORDS)

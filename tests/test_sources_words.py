@@ -8,6 +8,7 @@ import pytest
 import tiny_models
 import torch
 from packed_models import (
+    AWQ_CONFIG,
     FIRST,
     GROUP_SIZE,
     LINEARS,
@@ -78,8 +79,15 @@ def codes(directory: Path) -> dict:
         (compressed_tensors.pack, PLAIN | {"quantization_status": "frozen"}),
         (compressed_tensors.pack, PLAIN | {"kv_cache_scheme": KV_CACHE}),
         (marlin.pack, OF_MARLIN),
+        (gptq.pack, gptq_config(bits=4.0, group_size=float(GROUP_SIZE), sym=1, desc_act=0)),
+        (gptq.pack, gptq_config(quant_method="GPTQ", checkpoint_format="GPTQ", format="gptq")),
+        (gptq.pack, {"bits": 4, "group_size": GROUP_SIZE, "sym": True}),
+        (gptq.pack, AUTO_ROUND | {"data_type": None, "extra_config": {"lm_head": None}}),
     ],
-    ids=["auto-round", "gptq_marlin", "awq", "text", "dynamic", "frozen", "kv cache", "group size alone"],
+    ids=[
+        *("auto-round", "gptq_marlin", "awq", "text", "dynamic", "frozen", "kv cache", "group size alone"),
+        *("numbers", "capitals", "no method", "nulls"),
+    ],
 )
 def test_words_that_are_no_obstacle(pack, words, cli, tmp_path) -> None:
     linears = random_linears()
@@ -129,6 +137,8 @@ def test_names_without_the_prefix_of_packed_linears(cli, tmp_path) -> None:
     [
         (gptq.pack, gptq_config(dynamic={r"-:nothing": {}, r"+:.*\.down_proj$": {"bits": 8}})),
         (gptq.pack, AUTO_ROUND | {"extra_config": DOWN_HAS_8}),
+        (gptq.pack, AUTO_ROUND | {"extra_config": {"mlp.*": {"bits": 4}, **DOWN_HAS_8}}),
+        (gptq.pack, AUTO_ROUND | {"extra_config": {r"\.down_(x|proj)": {"bits": 8}}}),
         (
             compressed_tensors.pack,
             PLAIN
@@ -143,7 +153,7 @@ def test_names_without_the_prefix_of_packed_linears(cli, tmp_path) -> None:
             },
         ),
     ],
-    ids=["gptq", "auto-round", "compressed-tensors"],
+    ids=["gptq", "auto-round", "name before pattern", "pattern", "compressed-tensors"],
 )  # fmt: skip
 def test_a_linear_of_other_bits_is_named_and_requantize_gets_past_it(pack, words, cli, text, tmp_path):
     down = "mlp.down_proj"
@@ -163,6 +173,55 @@ def test_a_linear_of_other_bits_is_named_and_requantize_gets_past_it(pack, words
     result = cli("quantize", source, "-o", tmp_path / "out", *words)
     assert result.exit_code == 0, result.stderr
     assert {layer.bits for layer in codes(tmp_path / "out").values()} == {4}
+
+
+BROKEN = PLAIN["config_groups"]["group_0"] | {"targets": ["re:*down_proj"]}
+BROKEN |= {"weights": BROKEN["weights"] | {"num_bits": 8}}
+
+
+@pytest.mark.parametrize(
+    "pack, words",
+    [
+        (gptq.pack, gptq_config(dynamic={"+:*down_proj": {"bits": 8}})),
+        (gptq.pack, AUTO_ROUND | {"extra_config": {"*down_proj": {"bits": 8}}}),
+        (compressed_tensors.pack, PLAIN | {"config_groups": PLAIN["config_groups"] | {"group_1": BROKEN}}),
+    ],
+    ids=["gptq", "auto-round", "compressed-tensors"],
+)
+def test_a_pattern_that_is_none(pack, words, cli, tmp_path) -> None:
+    source = save(tmp_path / "source", random_linears(), pack, words)
+    result = cli("quantize", source, "-o", tmp_path / "out")
+    assert result.exit_code == 1 and "'*down_proj' is no regular expression" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "pack, words, said",
+    [
+        (gptq.pack, None, ["gptq's layout", "neither config.json nor quantize_config.json"]),
+        (compressed_tensors.pack, None, ["compressed-tensors's layout", "neither"]),
+        (gptq.pack, AWQ_CONFIG, ["says awq", "shaped as gptq packs them", "quant_method gptq"]),
+        (pack_awq, gptq_config(), ["says gptq", "shaped as awq packs them", "quant_method awq"]),
+        (gptq.pack, PLAIN, ["says compressed-tensors", "'*.weight_packed'", "quant_method gptq"]),
+        (compressed_tensors.pack, gptq_config(), ["says gptq", "quant_method compressed-tensors"]),
+    ],
+)
+def test_words_of_another_layout_than_the_tensors_have(pack, words, said, cli, tmp_path) -> None:
+    source = save(tmp_path / "source", random_linears(), pack, words)
+    for command in (["quantize", source, "-o", tmp_path / "out"], ["verify", source, "--checks", "files"]):
+        result = cli(*command)
+        assert result.exit_code == 1
+        assert all(part in result.stderr for part in said), result.stderr
+
+
+def test_scales_that_float16_does_not_hold_are_solved_again(cli, text, tmp_path) -> None:
+    def pack(layer):
+        return {k: v.float() * 1.0001 if k == "scales" else v for k, v in gptq.pack(layer).items()}
+
+    source = save(tmp_path / "source", random_linears(), pack, gptq_config())
+    result = cli("quantize", source, "-o", tmp_path / "out")
+    assert result.exit_code == 1 and "in float16" in result.stderr and "--requantize" in result.stderr
+    result = cli("quantize", source, "-o", tmp_path / "out", "--requantize", "--calibration", text, *SOLVE)
+    assert result.exit_code == 0, result.stderr
 
 
 def test_quantized_activations_are_no_obstacle_to_requantize(cli, text, tmp_path) -> None:

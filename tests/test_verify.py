@@ -475,6 +475,13 @@ def test_a_wrong_permutation_shows_beside_the_source(copy, tinypy, report):
     fails(found, "numbers", Q, "perplexity")
 
 
+def test_itself_as_source(copy, cli):
+    """It would count as verified, with a divergence of zero on the card."""
+    directory = copy("gptq")
+    result = cli("verify", directory, "--source", directory / ".." / directory.name)
+    assert result.exit_code == 1 and "is the checkpoint itself" in result.stderr
+
+
 def test_another_model_as_source(copy, report, tmp_path):
     other = tiny_models.save(tiny_models.build("llama"), tmp_path / "other")
     fails(report(copy("marlin"), "--source", other, *SMALL_TEXT), "numbers", "in the source")

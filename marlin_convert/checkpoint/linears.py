@@ -62,20 +62,33 @@ class Weights:
             self.disregarded = f"{checkpoint.said_in} says that weights are quantized, and none is packed"
         elif config:
             self.scheme = formats.detect(config)
-            if not self.packed_linears():
-                raise self._other_layout()
+            layout = _layout(checkpoint)
+            if not self.packed_linears() or {layout, self.scheme.format} == {"gptq", "awq"}:
+                raise self._other_layout(layout)
+        elif layout := _layout(checkpoint):
+            raise SourceError(
+                f"the linears of {checkpoint.directory.name} are packed in {layout}'s layout, and neither "
+                "config.json nor quantize_config.json says how.",
+                "fetch the model again, with the file of those two that its maker wrote.",
+            )
 
-    def _other_layout(self) -> SourceError:
+    def _other_layout(self, layout: str | None) -> SourceError:
+        """The config says a layout, and the tensors are of another one."""
         assert self.scheme is not None
-        name, said_in = self.checkpoint.directory.name, self.checkpoint.said_in
-        gptq = any(tensor.endswith(".qzeros") for tensor in self.checkpoint.tensors)
-        return SourceError(
-            f"{said_in} of {name} says {self.scheme.format}, "
-            f"but no tensor of it is called '*.{formats.suffixes(self.scheme)[0]}'.",
-            "its tensors are GPTQ's, and GPTQModel names a kernel so: set its checkpoint_format to gptq."
-            if gptq
-            else "they are packed in another layout; make the config say which.",
-        )
+        said = f"{self.checkpoint.said_in} of {self.checkpoint.directory.name} says {self.scheme.format}"
+        if self.packed_linears():
+            said += f", but its tensors are shaped as {layout} packs them."
+        else:
+            said += f", but no tensor of it is called '*.{formats.suffixes(self.scheme)[0]}'."
+        if layout == "gptq" and self.scheme.format.startswith("marlin"):
+            hint = (
+                "its tensors are GPTQ's, and GPTQModel names a kernel so: set its checkpoint_format to gptq."
+            )
+        elif layout:
+            hint = f"make it say quant_method {layout}, with the bits and the group_size of its codes."
+        else:
+            hint = "they are packed in another layout; make the config say which."
+        return SourceError(said, hint)
 
     def __contains__(self, name: str) -> bool:
         return name in self.checkpoint.tensors or self.is_packed(name.removesuffix(".weight"))
@@ -240,6 +253,23 @@ def _is_dense(checkpoint: Checkpoint) -> bool:
         name.rpartition(".")[2] not in CODES and (info.code in FLOATS or not name.endswith(".weight"))
         for name, info in checkpoint.tensors.items()
     )
+
+
+def _layout(checkpoint: Checkpoint) -> str | None:
+    """The format whose names and shapes the first packed linear has, whatever the config says."""
+    for name, info in checkpoint.tensors.items():
+        linear, _, suffix = name.rpartition(".")
+        if suffix != "qweight":
+            found = next(
+                (format for format in formats.FORMATS if suffix == formats.FORMATS[format].SUFFIXES[0]), None
+            )
+            if found:
+                return found
+        elif (scales := checkpoint.tensors.get(f"{linear}.scales")) and info.shape and scales.shape:
+            # a word holds eight rows in GPTQ, eight columns in AWQ
+            columns = {scales.shape[-1]: "gptq", scales.shape[-1] // 8: "awq"}
+            return columns.get(info.shape[-1])
+    return None
 
 
 def _is_mlx(checkpoint: Checkpoint) -> bool:

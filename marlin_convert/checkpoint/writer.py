@@ -318,7 +318,8 @@ def check_replaceable(
     """ConvertError for an output that must not be replaced: nothing is lost that we did not write.
 
     An empty directory may be. Another one may be with `overwrite`, where `strangers` finds nothing in it that
-    is not ours. A link or a file never is.
+    is not ours. A link or a file never is, nor what no rename can replace, or should: a mount point, and the
+    directory that the user's shell would then stand in without knowing.
     """
     if not os.path.lexists(output):
         return
@@ -329,6 +330,12 @@ def check_replaceable(
         )
     if not output.is_dir():
         raise ConvertError(f"'{output}' already exists and is a file.", "choose another directory.")
+    if output.is_mount() or output.samefile("."):
+        what = "a mount point" if output.is_mount() else "the current directory"
+        raise ConvertError(
+            f"'{output}' is {what}: it cannot be the output, which comes by a rename.",
+            "give a directory to be made in it.",
+        )
     with reading(output):
         if not any(output.iterdir()):
             return

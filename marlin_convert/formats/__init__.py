@@ -43,7 +43,7 @@ def detect(quantization_config: Mapping[str, Any]) -> Scheme:
 
 def _detect(config: Mapping[str, Any]) -> Scheme:
     said = config.get("quant_method") or config.get("method") or _implied_method(config)
-    method = _METHODS.get(str(said).lower(), said)
+    method = said and _METHODS.get(str(said).lower(), str(said).lower())
     if method == "compressed-tensors":
         scheme = compressed_tensors.read_config(config)
         return marlin_24.checked(scheme) if scheme.format == "marlin-24" else scheme
@@ -75,7 +75,7 @@ def _implied_method(config: Mapping[str, Any]) -> str | None:
         return "awq"
     if "config_groups" in config:
         return "compressed-tensors"
-    if "bits" in config and "desc_act" in config:
+    if "bits" in config and ("desc_act" in config or "sym" in config):
         return "gptq"
     return "mlx" if "bits" in config and "group_size" in config else None
 

@@ -10,7 +10,10 @@ from typing import Any
 
 from marlin_convert.errors import FormatError
 from marlin_convert.formats import awq, gptq
-from marlin_convert.formats.scheme import Scheme, boolean, integer, mapping_of
+from marlin_convert.formats.scheme import Scheme, boolean, integer, mapping_of, pattern_of
+
+# A key of extra_config with one of these is a pattern, found anywhere in the name; else it is a layer's name.
+_PATTERN = re.compile(r"[*+?^$()\[\]{}|\\]")
 
 # Bits from which a layer is not quantized.
 _DENSE = 16
@@ -24,16 +27,21 @@ def read_config(config: Mapping[str, Any]) -> Scheme:
             f"quantization_config: AutoRound's packing_format {packing!r} is not supported",
             "export the model from AutoRound with format auto_round:auto_gptq, or start from its original.",
         )
-    if config.get("data_type", "int") != "int":
+    if (config.get("data_type") or "int") != "int":
         raise FormatError(f"quantization_config: data_type {config['data_type']!r}, must be int")
     scheme = _read(config, packing)
-    overrides = []
-    for layer, said in mapping_of(config, "extra_config").items():
+    named, matched = [], []
+    for layer in mapping_of(config, "extra_config"):
+        said = mapping_of(config["extra_config"], layer)
         settings = {**config, **{key: value for key, value in said.items() if value is not None}}
         if integer(settings, "bits") < _DENSE:
             other = _read(settings, packing)
-            if other != scheme:
-                overrides.append((f"{re.escape(layer)}$", other))
+            if _PATTERN.search(layer):
+                matched.append((f".*(?:{pattern_of(layer)})", other))
+            else:
+                named.append((f"{re.escape(layer)}$", other))
+    # a name goes before a pattern, and the first that matches counts, also where it changes nothing
+    overrides = [*named, *matched] if any(other != scheme for _, other in named + matched) else []
     activations = integer(config, "act_bits", default=_DENSE)
     beyond = f"act_bits is {activations}: quantized activations" if activations < _DENSE else None
     return replace(scheme, overrides=tuple(overrides), beyond=beyond)

@@ -31,7 +31,7 @@ def float16_scales(scales: Tensor) -> Tensor:
     _refuse(~torch.isfinite(scales), "scales", "are not finite", scales)
     narrow = scales.to(torch.float16)
     inexact = narrow.to(torch.float32) != scales.to(torch.float32)
-    _refuse(inexact, "scales", "cannot be represented exactly in float16", scales)
+    _refuse(inexact, "scales", "cannot be represented exactly in float16", scales, hint=_SOLVE)
     return narrow.contiguous()
 
 
@@ -69,9 +69,13 @@ def check_zeros_below(zeros: Tensor, limit: int, reason: str) -> None:
     _refuse(zeros >= limit, "zero points", reason, zeros)
 
 
-def _refuse(wrong: Tensor, what: str, why: str, values: Tensor) -> None:
+# Scales in float16 are what solving gives.
+_SOLVE = "--requantize solves again from the dequantized weights."
+
+
+def _refuse(wrong: Tensor, what: str, why: str, values: Tensor, hint: str | None = None) -> None:
     count = int(wrong.sum())
     if count:
         row, column = wrong.nonzero()[0].tolist()
         first = f"the first at [{row}, {column}] is {values[row, column].item():g}"
-        raise FormatError(f"{count} of {wrong.numel()} {what} {why}; {first}")
+        raise FormatError(f"{count} of {wrong.numel()} {what} {why}; {first}", hint)

@@ -34,6 +34,7 @@ from marlin_convert.formats.scheme import (
     integer,
     mapping_of,
     names_of,
+    pattern_of,
     tensor,
 )
 from marlin_convert.quantized import QuantizedLinear
@@ -253,7 +254,7 @@ def _group(groups: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 def _pattern(target: str) -> str:
     """A target as a pattern for re.match: a name, or the end of one, matches whole."""
     if target.startswith("re:"):
-        return target.removeprefix("re:")
+        return pattern_of(target.removeprefix("re:"))
     return rf"(.*\.)?{re.escape(target)}$"
 
 

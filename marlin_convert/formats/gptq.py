@@ -27,6 +27,7 @@ from marlin_convert.formats.scheme import (
     group_size_of,
     groups_of,
     mapping_of,
+    pattern_of,
     tensor,
 )
 from marlin_convert.quantized import QuantizedLinear, contiguous_groups
@@ -152,7 +153,7 @@ def _zeros(qzeros: Tensor, scheme: Scheme, n: int) -> Tensor | None:
 
 
 def _group_of_row(tensors: Mapping[str, Tensor], scheme: Scheme, k: int, groups: int) -> Tensor | None:
-    """The group of each row (k,) int32 as g_idx says; None when there is no g_idx."""
+    """The group of each row (k,) int32 as g_idx says; None when there is no g_idx, or it says nothing."""
     if "g_idx" not in tensors:
         if scheme.act_order and groups > 1:
             raise FormatError("desc_act is true and there is no g_idx: the group of each row is unknown")
@@ -162,6 +163,8 @@ def _group_of_row(tensors: Mapping[str, Tensor], scheme: Scheme, k: int, groups:
     low, high = int(g_idx.min()), int(g_idx.max())
     if low < -groups or high >= groups:
         raise FormatError(f"g_idx runs from {low} to {high}, there are {groups} groups")
+    if groups > 1 and low == high == 0:
+        return None  # those who wrote it left it at that: of several groups, one cannot be of all rows
     # GPTQModel counts negative groups from the end
     return torch.where(g_idx < 0, g_idx + groups, g_idx)
 
@@ -213,9 +216,10 @@ def checkpoint_format(config: Mapping[str, Any]) -> str:
     spelled = {key: config[key] for key in ("format", "checkpoint_format") if config.get(key)}
     if config.get("is_marlin_format"):
         spelled["is_marlin_format"] = "marlin"
-    if len(set(map(str, spelled.values()))) > 1:
+    said = {str(value).lower() for value in spelled.values()}
+    if len(said) > 1:
         raise FormatError(f"quantization_config contradicts itself: {spelled}")
-    return str(next(iter(spelled.values()), "gptq"))
+    return next(iter(said), "gptq")
 
 
 # What GPTQModel's overrides by layer say of how the layer is stored; the rest is of how it was solved.
@@ -244,7 +248,7 @@ def _by_layer(
         stored = {name: value for name, value in said.items() if name in _STORED}
         other = read_config({**config, **stored, "dynamic": None})
         # the first pattern that matches counts, also where it changes nothing
-        overrides.append((pattern, other))
+        overrides.append((pattern_of(pattern), other))
     if all(other == scheme for _, other in overrides):
         overrides = []
     return tuple(skipped), tuple(overrides)

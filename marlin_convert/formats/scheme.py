@@ -72,13 +72,15 @@ def groups_of(k: int, group_size: int) -> int:
 
 
 def integer(config: Mapping[str, Any], *keys: str, default: int | None = None) -> int:
-    """The first of the keys that the config has, an integer or one written as text; else the default.
+    """The first of the keys that the config has, an integer, also as text or as 128.0; else the default.
 
     FormatError when it is something else, or there is no default.
     """
     for key in keys:
         value = config.get(key)
         if isinstance(value, str) and re.fullmatch(r"-?\d{1,9}", value):
+            value = int(value)
+        if isinstance(value, float) and value.is_integer():
             value = int(value)
         if value is not None:
             if isinstance(value, bool) or not isinstance(value, int):
@@ -90,10 +92,12 @@ def integer(config: Mapping[str, Any], *keys: str, default: int | None = None) -
 
 
 def boolean(config: Mapping[str, Any], key: str, default: bool) -> bool:
-    """What the config says under the key: true, false, one of them as text. FormatError otherwise."""
+    """What the config says under the key: true, false, one of them as text, 1 or 0. FormatError otherwise."""
     value = config.get(key)
     if isinstance(value, str):
         value = {"true": True, "false": False}.get(value.lower(), value)
+    if value in (0, 1):
+        value = bool(value)
     if value is None:
         return default
     if not isinstance(value, bool):
@@ -127,6 +131,18 @@ def names_of(config: Mapping[str, Any], key: str) -> tuple[str, ...]:
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise FormatError(f"quantization_config: {key} must be a list of names, is {names!r}")
     return tuple(names)
+
+
+def pattern_of(written: str) -> str:
+    """A regular expression that a config has. FormatError when it is none."""
+    try:
+        re.compile(written)
+    except re.error as error:
+        raise FormatError(
+            f"quantization_config: {written!r} is no regular expression: {error}",
+            "correct it: a part of a name is meant with '.*' before it, not '*'.",
+        ) from error
+    return written
 
 
 def mapping_of(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:

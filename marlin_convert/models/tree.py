@@ -22,13 +22,14 @@ OTHER_MODEL = "the config.json may be of another model; fetch the model again."
 # some hundred blocks; labels are for classifiers.
 MOST = {"num_hidden_layers": 1000, "num_labels": 1000}
 
-# What a config.json may ask a forward to return, left over from training or exporting the model.
+# What a config.json may ask a forward to do or to return, left over from training or exporting the model.
 FORWARD = {
     "return_dict": True,
     "output_hidden_states": False,
     "output_attentions": False,
     "torchscript": False,
     "use_cache": False,
+    "gradient_checkpointing": False,
 }
 
 # What is stored beside the parameters and is none: buffers that every model computes, the bookkeeping of
@@ -158,6 +159,12 @@ def _way_to_names(wrong: Sequence[str], weights: Weights, model: PreTrainedModel
         for name in weights.checkpoint.tensors
         if name.startswith(blocks)
     }
+    if not numbers:
+        first = next(iter(weights.checkpoint.tensors))
+        return (
+            f"its tensors have names like {first!r}; engines know those of the "
+            "language model alone: save that, with adapters merged."
+        )
     if len(numbers) != model.config.num_hidden_layers:
         return (
             f"config.json says num_hidden_layers = {model.config.num_hidden_layers}, the tensors are of "
