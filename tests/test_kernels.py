@@ -429,12 +429,8 @@ def test_the_operators_keep_to_torch_s_rules(sparse: bool) -> None:
     if sparse:
         B, B_meta, s = marlin_24.pack(sparse_layer(128, 64, 128)).values()
     else:
-        B, s, B_meta = (
-            *marlin.pack(
-                QuantizedLinear(sparse_layer(128, 64, 128).codes, torch.ones(1, 64).half(), 128)
-            ).values(),
-            None,
-        )
+        module = random_linear(0)
+        B, s, B_meta = module.B, module.s, None
     x, bias = torch.randn(3, 128, requires_grad=True), torch.randn(64, requires_grad=True)
     torch.library.opcheck(torch.ops.marlin_convert.matmul.default, (x, B, s, bias, B_meta))
     torch.library.opcheck(torch.ops.marlin_convert.weight.default, (B, s, B_meta, torch.float32))

@@ -33,12 +33,15 @@ def matmul(
     it, here it is the caller's to know.
     KernelError when shapes, dtypes or devices do not fit, or there is no kernel for the GPU.
     """
+    kind = "cuda" if x.is_cuda else "cpu"
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        x, bias = _cast(x, dtype), None if bias is None else _cast(bias, dtype)
     if (
         type(x) is not Tensor
         or not x.is_cuda
         or torch.compiler.is_compiling()
         or _len_torch_dispatch_stack()
-        or torch.is_autocast_enabled("cuda")
         or _is_differentiated(x, bias)
     ):
         return torch.ops.marlin_convert.matmul.default(x, B, s, bias, B_meta)
@@ -339,7 +342,8 @@ def _plain(
     _check_plain(x, B, s, bias, B_meta)
     others = (s,) if B_meta is None else (s, B_meta)
     weight = kept(lambda: _weight(B, s, B_meta, x.dtype), x.dtype, B, *others)
-    return nn.functional.linear(x, weight, bias)
+    with torch.autocast(x.device.type, enabled=False):  # what is cast was cast before
+        return nn.functional.linear(x, weight, bias)
 
 
 def _weight(B: Tensor, s: Tensor, B_meta: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -410,21 +414,6 @@ def _differentiable(
     return _Differentiable.forward(x, B, s, bias, B_meta)
 
 
-def _autocast(device: str) -> Callable[..., Tensor]:
-    """The product under autocast: x and bias are cast as those of torch's own linear, the weights follow."""
-    ours = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
-
-    def product(
-        x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None = None, B_meta: Tensor | None = None
-    ) -> Tensor:
-        dtype = torch.get_autocast_dtype(device)
-        x, bias = _cast(x, dtype), None if bias is None else _cast(bias, dtype)
-        with torch._C._ExcludeDispatchKeyGuard(ours):
-            return torch.ops.marlin_convert.matmul.default(x, B, s, bias, B_meta)
-
-    return product
-
-
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """What autocast makes of a tensor: float64 and integers are left as they are."""
     return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
@@ -439,5 +428,3 @@ _library.impl("weight", _weight, "CompositeExplicitAutograd")
 torch.library.register_fake("marlin_convert::matmul", _fake, lib=_library)
 torch.library.register_fake("marlin_convert::weight", _fake_weight, lib=_library)
 _library.impl("matmul", _differentiable, "Autograd")
-for _device in ("cpu", "cuda"):
-    _library.impl("matmul", _autocast(_device), f"Autocast{_device.upper()}")
