@@ -312,9 +312,8 @@ def _copy_from_source(job: Job, plan: Plan, checkpoint: Checkpoint) -> list[str]
             data = (source / name).read_bytes()
         (staging / name).write_bytes(data)
     others = [name for name in checkpoint.others() if name not in copied]
-    if (
-        ours := manifests.load(source)
-    ) is not None:  # what somebody has put beside our files is no part of it
+    ours = manifests.load(source)
+    if ours is not None:  # what somebody has put beside our files is no part of it
         others = [name for name in others if name in ours["files"]]
     return list(dict.fromkeys([*behind, *others]))
 
