@@ -559,8 +559,6 @@ def verify(
     from marlin_convert.hub import resolve
 
     check_report(report)
-    if report:
-        writer.check_report(report)
     code = settings["trust_remote_code"]
     job = story.Job(
         checkpoint=resolve(checkpoint, revision, code=code),
@@ -568,6 +566,8 @@ def verify(
         device=pick_device(device),
         **settings,
     )
+    if report:
+        writer.check_report(report, job.checkpoint.directory)
     done = story.verify(job, block_progress(quiet))
     if as_json:
         click.echo(json.dumps(done.to_dict(), indent=2))

@@ -334,17 +334,12 @@ def _check_names(job: Job) -> None:
         raise ConvertError(
             f"'{job.output}' cannot be the output: it comes by a rename.", "give a directory to be made."
         )
-    if job.report is not None and output in job.report.resolve().parents:
-        raise ConvertError(
-            f"the report '{job.report}' would be a file of the output that its manifest does not know.",
-            "choose a file beside the output for --report.",
-        )
+    if job.report is not None:
+        check_report(job.report, job.output)
 
 
 def _check_output(job: Job, plan: Plan) -> None:
     _check_names(job)
-    if job.report is not None:
-        check_report(job.report)
     job.run.check_ours()
     if job.resume and job.run.published():
         return

@@ -153,7 +153,7 @@ def test_a_report_replaces_a_report_only(quantize: Callable[..., Result], tmp_pa
     assert refused.exit_code == 1 and "is no report of marlin-convert" in refused.stderr
     assert report.read_text() == "<!doctype html><title>Thesis</title>"
     refused = quantize("--report", tmp_path / "out" / "report.html", "--overwrite")
-    assert refused.exit_code == 1 and "would be a file of the output" in refused.stderr
+    assert refused.exit_code == 1 and "that its manifest does not know" in refused.stderr
 
 
 def test_a_report_of_verify_replaces_a_report_only(

@@ -665,3 +665,11 @@ def test_a_difference_takes_back_an_earlier_pass(copy, report):
     assert json.loads((directory / VERIFIED).read_text())["passed"], "a part does not take the place of all"
     fails(report(directory, "--checks", "numbers", "--tolerance", 1e-30), "numbers")
     assert not json.loads((directory / VERIFIED).read_text())["passed"]
+
+
+def test_a_report_inside_of_the_checkpoint_is_refused(copy, cli):
+    """The next verification would find a file that the manifest does not know."""
+    directory = copy("gptq")
+    result = cli("verify", directory, "--checks", "files", "--report", directory / "report.json")
+    assert result.exit_code == 1 and "its manifest does not know" in result.output
+    assert not (directory / "report.json").exists()

@@ -279,8 +279,17 @@ def write_text(path: Path, text: str) -> None:
     _fsync(path.parent)
 
 
-def check_report(path: Path) -> None:
-    """ConvertError for a file in the place of a report that is no earlier one: it is not replaced."""
+def check_report(path: Path, about: Path) -> None:
+    """ConvertError for a report inside of the directory it is `about`, or in the place of what is none."""
+    if about.resolve() in path.resolve().parents:
+        raise ConvertError(
+            f"the report '{path}' would be a file of '{about}' that its manifest does not know.",
+            "choose a file beside it for --report.",
+        )
+    _check_no_stranger(path)
+
+
+def _check_no_stranger(path: Path) -> None:
     if not path.is_file():
         return
     with reading(path), path.open("rb") as file:
@@ -294,7 +303,7 @@ def check_report(path: Path) -> None:
 
 def write_report(path: Path, text: str, hint: str) -> None:
     """Write what a user wants at `path`: a file whole or not at all; ConvertError if that cannot be done."""
-    check_report(path)
+    _check_no_stranger(path)  # again: somebody may have put something there
     try:
         if path.exists() and not path.is_file():  # a pipe or a device, which stays what it is
             path.write_text(text, "utf-8")
