@@ -462,8 +462,15 @@ def test_a_disk_that_fills_up(
 ) -> None:
     source, output = contents(tinypy), small_disk / "out"
     earlier = earlier_output(output)
+
+    def fill_up() -> None:
+        patience = time.monotonic() + 30
+        while blocks_done(output) < 2 and time.monotonic() < patience:  # the writing thread may be behind
+            time.sleep(0.01)
+        fill(small_disk)
+
     with pytest.raises(ConvertError, match="no space left") as refused:
-        story.quantize(job(tinypy, output, text, overwrite=True), stop_after(2, lambda: fill(small_disk)))
+        story.quantize(job(tinypy, output, text, overwrite=True), stop_after(2, fill_up))
     assert "--resume" in (refused.value.hint or "")
     assert contents(tinypy) == source
     assert contents(output) == earlier
