@@ -45,12 +45,12 @@ _ODD = -7046029254386353131
 
 
 def _state(tensor: Tensor) -> tuple[int, int, int]:
-    """What another content shows by: place, version, and a sum of all words, each with a weight of its place.
+    """What another content shows by: place, version, and the sums of rows and of columns, weighed by place.
 
-    No version counts what is written through .data or into inference tensors. The sum finds it, also where
-    words only change places, and takes a fifth of the time of a product with one row.
+    No version counts what is written through .data or into inference tensors. The sums find it, also where
+    rows or columns only change places, and take a third of the time of a product with one row.
     """
     version = -1 if tensor.is_inference() else tensor._version
     words = tensor.contiguous().view(torch.int64)
     rows, columns = (_ODD * torch.arange(1, 2 * size, 2, device=words.device) for size in words.shape)
-    return tensor.data_ptr(), version, int((words @ columns) @ rows)
+    return tensor.data_ptr(), version, int(words.sum(1) @ rows + words.sum(0) @ columns)
