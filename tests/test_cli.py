@@ -250,19 +250,15 @@ with Ending() as ending:
     assert (done.stdout, done.returncode) == ("cleaned up\n", 143), done.stderr
 
 
+def quantizing(source: Path, output: Path, *options: str) -> list[str]:
+    """The command line of a process that quantizes."""
+    return [sys.executable, "-m", "marlin_convert", "quantize", str(source), "-o", str(output), *options]
+
+
 def test_a_terminal_that_is_closed_ends_the_run(tinypy, tmp_path):
     """SIGHUP comes, and what is written to the terminal from then on fails."""
     sizes = ("--samples", "16", "--sequence-length", "256")
-    words = [
-        sys.executable,
-        "-m",
-        "marlin_convert",
-        "quantize",
-        str(tinypy),
-        "-o",
-        str(tmp_path / "out"),
-        *sizes,
-    ]
+    words = quantizing(tinypy, tmp_path / "out", *sizes)
     child, terminal = pty.fork()
     if child == 0:
         os.execv(sys.executable, words)
@@ -344,16 +340,7 @@ def test_log_lines_stand_above_the_bar(tinypy, tmp_path):
     ours, its = pty.openpty()
     fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
     sizes = ("--samples", "4", "--sequence-length", "64", "--recipe", "w4a16-quick", "-v")
-    words = [
-        sys.executable,
-        "-m",
-        "marlin_convert",
-        "quantize",
-        str(tinypy),
-        "-o",
-        str(tmp_path / "out"),
-        *sizes,
-    ]
+    words = quantizing(tinypy, tmp_path / "out", *sizes)
     shown = b""
     with subprocess.Popen(words, stdin=its, stdout=its, stderr=its) as process:
         os.close(its)

@@ -20,8 +20,8 @@ from marlin_convert.quantized import QuantizedLinear, contiguous_groups
 FLOATS = ("F16", "BF16", "F32")
 
 
-# The suffixes of codes in all layouts that are read.
-CODES = {formats.FORMATS[name].SUFFIXES[0] for name in formats.FORMATS}
+# The suffix of its codes tells the layout of a packed linear, but for GPTQ's and AWQ's, which share one.
+CODES = {layout.SUFFIXES[0]: name for name, layout in formats.FORMATS.items()}
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class Weights:
         self.scheme: formats.Scheme | None = None
         self.disregarded: str | None = None
         self._schemes: dict[str, formats.Scheme] = {}
+        self._same: dict[tuple[str, str], bool] = {}
         if _is_mlx(checkpoint):
             raise SourceError(
                 f"{checkpoint.directory.name} is quantized by MLX, whose layout is not read.",
@@ -201,9 +202,11 @@ class Weights:
         return {suffix: name for suffix, name in possible.items() if name in self.checkpoint.tensors}
 
     def same(self, one: str, other: str) -> bool:
-        """Whether two parameters have the same values in the model's own type."""
-        a, b = (self.read(name).to(self.own_dtype) for name in (one, other))
-        return torch.equal(a, b)
+        """Whether two parameters have the same values in the model's own type; they are read once."""
+        if (one, other) not in self._same:
+            a, b = (self.read(name).to(self.own_dtype) for name in (one, other))
+            self._same[one, other] = torch.equal(a, b)
+        return self._same[one, other]
 
     def dtype(self, name: str) -> torch.dtype:
         """The type of a parameter as it is stored; what is packed counts as the model's own type.
@@ -259,13 +262,14 @@ def _layout(checkpoint: Checkpoint) -> str | None:
     """The format whose names and shapes the first packed linear has, whatever the config says."""
     for name, info in checkpoint.tensors.items():
         linear, _, suffix = name.rpartition(".")
-        if suffix != "qweight":
-            found = next(
-                (format for format in formats.FORMATS if suffix == formats.FORMATS[format].SUFFIXES[0]), None
-            )
-            if found:
-                return found
-        elif (scales := checkpoint.tensors.get(f"{linear}.scales")) and info.shape and scales.shape:
+        if suffix in CODES and suffix != "qweight":
+            return CODES[suffix]
+        if (
+            suffix == "qweight"
+            and (scales := checkpoint.tensors.get(f"{linear}.scales"))
+            and info.shape
+            and scales.shape
+        ):
             # a word holds eight rows in GPTQ, eight columns in AWQ
             columns = {scales.shape[-1]: "gptq", scales.shape[-1] // 8: "awq"}
             return columns.get(info.shape[-1])
