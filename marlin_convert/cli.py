@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -57,19 +57,26 @@ class Commands(click.Group):
         except click.ClickException as error:
             error.show()
             sys.exit(error.exit_code)
-        except OSError as error:  # a disk that fails where no code can say more than it does
-            if ending.begun:  # it is the terminal, which has gone with SIGHUP
-                raise KeyboardInterrupt from error
+        except (click.Abort, KeyboardInterrupt) as interrupt:
+            self._interrupted(words, interrupt)
+        except Exception as error:
+            # a signal in a lock of Python's own comes out as an error of the lock
+            if ending.begun or isinstance(error.__context__, KeyboardInterrupt):
+                self._interrupted(words, error)
+            if not isinstance(error, OSError):
+                raise
+            # a disk that fails where no code can say more than it does
             where = f" ('{error.filename}')" if error.filename else ""
             click.echo(f"Error: {error.strerror or error}{where}.", err=True)
             click.echo("Hint: check the disk and its permissions, then run the same command again.", err=True)
             sys.exit(1)
-        except (click.Abort, KeyboardInterrupt) as interrupt:
-            with suppress(OSError):  # the terminal may be what has gone
-                click.echo("Interrupted.", err=True)
-                if hint := going_on(words):
-                    click.echo(f"Hint: {hint}", err=True)
-            raise KeyboardInterrupt from interrupt
+
+    def _interrupted(self, words: Sequence[str], why: BaseException) -> NoReturn:
+        with suppress(OSError):  # the terminal may be what has gone
+            click.echo("Interrupted.", err=True)
+            if hint := going_on(words):
+                click.echo(f"Hint: {hint}", err=True)
+        raise KeyboardInterrupt from why
 
 
 def resembling(error: click.NoSuchOption) -> click.NoSuchOption:

@@ -143,7 +143,11 @@ def aside(call: Callable[[], T]) -> T:
         except BaseException as error:
             done.set_exception(error)
 
-    threading.Thread(target=run, daemon=True).start()
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        # a wait without an end does not hear a signal that came just before it began
+        thread.join(0.2)
     return done.result()
 
 

@@ -250,6 +250,27 @@ with Ending() as ending:
     assert (done.stdout, done.returncode) == ("cleaned up\n", 143), done.stderr
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_a_lock_turns_into_an_error_is_still_an_interrupt(number):
+    """A signal between two lines of Python's own Condition comes out as RuntimeError."""
+    code = f"""
+import os, signal, threading
+from marlin_convert.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+@main.command()
+def wait():
+    lock = threading.Condition()
+    with lock:
+        lock.release()
+        os.kill(os.getpid(), {int(number)})
+
+main(["wait"])
+"""
+    done = python("-c", code)
+    assert (done.stderr, done.returncode) == ("Interrupted.\n", 128 + number)
+
+
 def quantizing(source: Path, output: Path, *options: str) -> list[str]:
     """The command line of a process that quantizes."""
     return [sys.executable, "-m", "marlin_convert", "quantize", str(source), "-o", str(output), *options]
