@@ -176,7 +176,7 @@ def test_70b_in_under_a_second(tmp_path):
 
 def test_torch_is_not_imported(quantized):
     program = (
-        "import sys; from marlin_convert.cli import main\n"
+        "import sys; from marlin_convert.cli.main import main\n"
         "try: main()\nfinally: assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     words = [sys.executable, "-c", program, "inspect", str(quantized("gptq"))]

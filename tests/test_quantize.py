@@ -91,7 +91,7 @@ def done(tinypy: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """One run with most options: its output, what it printed, its report."""
     from click.testing import CliRunner
 
-    from marlin_convert.cli import main
+    from marlin_convert.cli.main import main
 
     folder = tmp_path_factory.mktemp("done")
     source = Path(shutil.copytree(tinypy, folder / "source"))

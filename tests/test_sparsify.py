@@ -25,7 +25,7 @@ def model(tmp_path_factory):
 def pruned(model, tmp_path_factory):
     from click.testing import CliRunner
 
-    from marlin_convert.cli import main
+    from marlin_convert.cli.main import main
 
     output = tmp_path_factory.mktemp("pruned") / "out"
     result = CliRunner().invoke(main, [str(word) for word in ("sparsify", model, "-o", output, *SHORT)])

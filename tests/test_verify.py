@@ -16,14 +16,15 @@ from marlin_convert import verify as story
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.manifest import MANIFEST, VERIFIED
 from marlin_convert.checkpoint.reader import Checkpoint
+from marlin_convert.checks import kernel
+from marlin_convert.checks.divergence import compare
+from marlin_convert.checks.kernel import _kernel_error, _OnKernel
 from marlin_convert.errors import FormatError
-from marlin_convert.evaluate import compare
 from marlin_convert.formats import FORMATS as LAYOUTS
 from marlin_convert.formats import Scheme, marlin, marlin_24
 from marlin_convert.hub import Source
 from marlin_convert.kernels.matmul import Marlin24Linear, MarlinLinear
 from marlin_convert.models.blocks import BlockModel
-from marlin_convert.verify import _kernel_error, _OnKernel
 
 FORMATS = ["marlin", "marlin-24", "gptq", "compressed-tensors"]
 SCALES = {"marlin": "s", "marlin-24": "s", "gptq": "scales", "compressed-tensors": "weight_scale"}
@@ -619,7 +620,7 @@ def test_a_kernel_that_is_wrong_and_then_refuses(quantized, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(story, "_kernel_error", kernel_error)
+    monkeypatch.setattr(kernel, "_kernel_error", kernel_error)
     source = Source(quantized("marlin"), "marlin", None)
     job = story.Job(source, frozenset({"kernel"}), torch.device("cuda"))
     done = story.verify(job)
