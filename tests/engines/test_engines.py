@@ -233,6 +233,40 @@ def test_vllm_answers_right(format, quantized, deviation, tmp_path):
     assert deviation(answers, quantized(format)) < TOLERANCE
 
 
+@pytest.fixture(scope="session")
+def mixture(tinypy, tmp_path_factory) -> Callable[[str], Path]:
+    """A checkpoint whose attention has finer groups than the rest. vLLM has no 8 bits on a CPU."""
+
+    @cache
+    def make(format: str) -> Path:
+        directory = tmp_path_factory.mktemp("mixture")
+        recipe = {
+            "format": format,
+            "overrides": {"*.self_attn.*": {"group_size": 64}},
+            "samples": 4,
+            "sequence_length": 128,
+        }
+        (directory / "recipe.yaml").write_text(json.dumps(recipe))
+        words = ["quantize", tinypy, "-o", directory / format, "--recipe", directory / "recipe.yaml", "-q"]
+        done = run(sys.executable, "-m", "marlin_convert", *words)
+        assert done.returncode == 0, done.stdout
+        return directory / format
+
+    return make
+
+
+@needs_avx512
+@pytest.mark.parametrize("format", ["gptq", "compressed-tensors"])
+def test_vllm_answers_right_of_a_mixture(format, mixture, deviation, tmp_path):
+    answers, _ = answer("vllm", "vllm_generate.py", mixture(format), tmp_path)
+    assert deviation(answers, mixture(format)) < TOLERANCE
+
+
+def test_vllm_with_the_plugin_answers_right_of_a_mixture(mixture, plugin, deviation, tmp_path):
+    answers, _ = answer("vllm", "vllm_generate.py", mixture("marlin"), tmp_path, **plugin)
+    assert deviation(answers, mixture("marlin")) < TOLERANCE
+
+
 @needs_avx512
 @pytest.mark.parametrize("format", ["gptq", "compressed-tensors"])
 def test_vllm_serves_right_answers(format, quantized, deviation, tmp_path):
