@@ -2,6 +2,7 @@
 //
 // Four warps side by side take 64 features each of the same 128 rows of k (a chunk); SPLITS such teams take chunks in
 // turn. Weights go from memory to registers one chunk ahead; activations go through shared memory, shared by a team.
+// Of a last chunk of 64 rows the weights are multiplied twice, the second time by zeros.
 // TOKENS: 8, 16 or 32. GROUP: rows of k per scale, 0 for one scale for all.
 struct Chunk {
   uint4 codes[STEPS];
@@ -17,12 +18,15 @@ extern "C" __global__ void __launch_bounds__(128 * SPLITS, 1) marlin_mma(const P
   const Schedule& plan = p.plan;
   const int count = plan.count(), columns = p.n / 64;
 
+  // groups of 128 rows leave no half of a chunk
+  auto whole = [&](const Position& at) { return GROUP == 128 || at.k * 128 + 64 < p.k; };
   auto load = [&](Chunk& c, const Position& at) {
     // of a narrower last tile the last column, again: its sums are not used
     const int column = min(at.tile.feature / 64 + warp, columns - 1);
     const uint4* w = p.weights + ((u64)at.k * STEPS * columns + column) * 32 + lane;
+    const uint4* half = whole(at) ? w + (u64)(STEPS / 2) * columns * 32 : w;
 #pragma unroll
-    for (int s = 0; s < STEPS; s++) c.codes[s] = load_once(w + (u64)s * columns * 32);
+    for (int s = 0; s < STEPS; s++) c.codes[s] = load_once((s < STEPS / 2 ? w : half) + (u64)(s % (STEPS / 2)) * columns * 32);
 #if SPARSE
 #pragma unroll
     for (int s = 0; s < 4; s++) {
@@ -33,16 +37,16 @@ extern "C" __global__ void __launch_bounds__(128 * SPLITS, 1) marlin_mma(const P
 #if GROUP
 #pragma unroll
     for (int g = 0; g < GROUPS; g++)
-      c.scales[g] = *(const uint4*)(p.scales + (u64)(at.k * GROUPS + g) * p.n + column * 64 + 8 * (lane / 4));
+      c.scales[g] = *(const uint4*)(p.scales + (u64)(at.k * GROUPS + (g < GROUPS / 2 || whole(at) ? g : g - GROUPS / 2)) * p.n + column * 64 + 8 * (lane / 4));
 #endif
   };
   auto load_x = [&](int buffer, const Position& at) {
 #pragma unroll
     for (int i = 0; i < TILES; i++) {
       const int token = i * 8 + thread / 16, v = thread % 16;
-      const bool there = at.tile.token + token < p.m;
+      const bool there = at.tile.token + token < p.m && (whole(at) || v < 8);
       copy_async(xs + buffer * (TOKENS * 256) + place(token, v),
-                 p.x + (u64)(there ? at.tile.token + token : 0) * p.k + at.k * 128 + v * 8, there);
+                 p.x + (there ? (u64)(at.tile.token + token) * p.k + at.k * 128 + v * 8 : 0), there);
     }
     copies_commit();
   };
