@@ -325,9 +325,12 @@ def _notes(fates: Sequence[Fate], recipe: Recipe, repacked: Weights | None) -> I
     if recipe.format in ("gptq", "compressed-tensors", "marlin") and any(fate.sparse for fate in fates):
         yield f"{recipe.format} stores the pruned codes too: engines load it as ordinary int4"
     if recipe.format in ("marlin", "marlin-24"):
-        odd = sum(fate.packed and bool(fate.n % 256) for fate in fates)
+        odd = sum(fate.packed and bool(fate.k % 128 or fate.n % 256) for fate in fates)
         if odd:
-            yield f"{odd} linears have outputs not divisible by 256: for our own kernel and plugins only"
+            yield (
+                f"{odd} linears have inputs not divisible by 128 or outputs not by 256: for our own kernel and "
+                "plugins only"
+            )
         if recipe.group_size in (32, 64):  # in marlin: marlin-24 has no such groups
             yield f"group size {recipe.group_size} in marlin files: for our own kernel and plugins only"
 

@@ -261,7 +261,10 @@ def test_marlin_under_autoawqs_names():
     "k, n, options, numbers",
     [
         (128, 96, {}, "outputs divisible by 64, has 96"),
-        (1500, 64, {}, "inputs divisible by 128, has 1500"),
+        (1500, 64, {}, "inputs divisible by 64, has 1500"),
+        (96, 64, {"group_size": 32}, "inputs divisible by 64, has 96"),
+        (576, 64, {}, "inputs divisible by the group size 128, has 576"),
+        (64, 64, {}, "inputs divisible by the group size 128, has 64"),
         (128, 64, {"bits": 8}, "holds 4 bits, not 8"),
         (256, 64, {"group_size": 16}, "has 16"),
         (128, 64, {"symmetric": False}, "not symmetric"),

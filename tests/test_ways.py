@@ -42,16 +42,17 @@ QWEN_15_32B = {"hidden_size": 128, "intermediate_size": 6848}  # 27392 / 4: grou
 @pytest.mark.parametrize(
     "changes, words, best",
     [
-        (WIDTH_192, (), "--format gptq --group-size 64"),
+        (WIDTH_192, (), "--group-size 64"),
+        (WIDTH_576, (), "--group-size 64"),
         (WIDTH_576, ("--format", "gptq"), "--group-size 64"),
         ({"hidden_size": 192}, ("--format", "compressed-tensors"), "--group-size 64"),
-        ({"intermediate_size": 320}, (), "--format gptq --group-size 64"),
+        ({"intermediate_size": 320}, (), "--group-size 64"),
         ({"intermediate_size": 320}, ("--format", "gptq"), "--group-size 64"),
         ({"intermediate_size": 416}, (), "--format gptq --group-size 32"),
         ({"intermediate_size": 272}, (), "--format compressed-tensors --group-size -1"),
-        (QWEN_15_32B, (), "--format gptq --group-size 64"),
+        (QWEN_15_32B, (), "--group-size 64"),
         ({}, (*SPARSE, "--group-size", 64), "--group-size 128"),
-        ({"intermediate_size": 320}, SPARSE, "--format gptq --group-size 64"),
+        ({"intermediate_size": 320}, SPARSE, "--format marlin --group-size 64"),
     ],
 )  # fmt: skip
 def test_every_way_works_and_the_best_is_first(changes, words, best, cli, tmp_path) -> None:
