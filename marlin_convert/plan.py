@@ -328,8 +328,8 @@ def _notes(fates: Sequence[Fate], recipe: Recipe, repacked: Weights | None) -> I
         odd = sum(fate.packed and bool(fate.k % 128 or fate.n % 256) for fate in fates)
         if odd:
             yield (
-                f"{odd} linears have inputs not divisible by 128 or outputs not by 256: for our own kernel and "
-                "plugins only"
+                f"{odd} linears have inputs not divisible by 128 or outputs not by 256: for our own kernel "
+                "and plugins only"
             )
         if recipe.group_size in (32, 64):  # in marlin: marlin-24 has no such groups
             yield f"group size {recipe.group_size} in marlin files: for our own kernel and plugins only"

@@ -123,7 +123,9 @@ def slow_marlin_24(packed, meta, k, n):
     return codes, kept
 
 
-@pytest.mark.parametrize("k, n, group_size", [(128, 64, 128), (256, 64, 128), (384, 128, 384)])
+@pytest.mark.parametrize(
+    "k, n, group_size", [(128, 64, 128), (256, 64, 128), (384, 128, 384), (64, 64, 64), (576, 64, 576)]
+)
 def test_marlin_24_is_its_index_formula(k, n, group_size):
     q = layer(k, n, group_size, seed=k + n, sparse=True)
     packed = marlin_24.pack(q)
@@ -189,7 +191,7 @@ def test_marlin_there_and_back(k, n, group_size, seed):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    k=st.integers(1, 5),
+    k=st.integers(1, 10),
     n=st.integers(1, 5),
     group_size=st.sampled_from([128, None]),
     masked=st.booleans(),
@@ -197,7 +199,7 @@ def test_marlin_there_and_back(k, n, group_size, seed):
     seed=st.integers(0, 2**31),
 )
 def test_marlin_24_there_and_back(k, n, group_size, masked, in_memory, seed):
-    k, n = 128 * k, 64 * n
+    k, n = 64 * (k + k % 2 if group_size else k), 64 * n
     q = layer(k, n, group_size or k, seed=seed)
     kept = two_of_four(k, n, torch.Generator().manual_seed(seed))
     q.codes[~kept] = 8

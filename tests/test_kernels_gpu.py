@@ -108,10 +108,12 @@ def test_the_kernel_of_other_architectures(dtype: torch.dtype, group_size: int) 
                 assert error(y, reference(x, one, bias)) < TOLERANCE[dtype], (k, n, tokens, m)
 
 
-@pytest.mark.parametrize("group_size", [128, -1])
+@pytest.mark.parametrize(
+    "k, n, group_size",
+    [*((*shape, size) for shape in SHAPES for size in (128, -1)), *((*shape, -1) for shape in HALVES)],
+)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("k, n", [(128, 64), (256, 320), (1024, 768), (4096, 4096), (14336, 1088)])
-def test_every_edge_of_sparse_layers(k: int, n: int, dtype: torch.dtype, group_size: int) -> None:
+def test_every_edge_of_sparse_layers(k: int, n: int, group_size: int, dtype: torch.dtype) -> None:
     from marlin_convert.kernels.configurations import Configuration
     from marlin_convert.kernels.launch import Call
     from marlin_convert.kernels.matmul import matmul, reference

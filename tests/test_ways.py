@@ -52,7 +52,7 @@ QWEN_15_32B = {"hidden_size": 128, "intermediate_size": 6848}  # 27392 / 4: grou
         ({"intermediate_size": 272}, (), "--format compressed-tensors --group-size -1"),
         (QWEN_15_32B, (), "--group-size 64"),
         ({}, (*SPARSE, "--group-size", 64), "--group-size 128"),
-        ({"intermediate_size": 320}, SPARSE, "--format marlin --group-size 64"),
+        ({"intermediate_size": 320}, SPARSE, "--group-size -1"),
     ],
 )  # fmt: skip
 def test_every_way_works_and_the_best_is_first(changes, words, best, cli, tmp_path) -> None:

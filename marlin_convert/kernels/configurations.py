@@ -1,7 +1,7 @@
 """Which kernel multiplies how many tokens, with what tiles: the heuristics, and what they rest on.
 
-A tile is 256 features by `tokens` tokens; every kernel works on chunks of 128 rows of k, of which the last may
-have 64 (csrc/tiles.cuh).
+A tile is 256 features by `tokens` tokens; every kernel works on chunks of 128 rows of k, the last of which
+may have 64 (csrc/tiles.cuh).
 """
 
 from dataclasses import dataclass
