@@ -255,8 +255,8 @@ class Call:
         if configuration.kernel != "mma":
             kind = BFLOAT16 if x.dtype == torch.bfloat16 else FLOAT16
             self._tiles = kind, m, k, (configuration.tokens, 64)
-            # Boxes of whole chunks: what the last one has beyond k arrives as zeros. As metadata they are no two
-            # rows of a quad, but of activations that are zeros as well.
+            # Boxes of whole chunks: what the last one has beyond k arrives as zeros. As metadata these are no
+            # two rows of a quad, but of one that is zeros as well.
             box = configuration.code_rows, FEATURES
             maps.append(_tensor_map(B.data_ptr(), UINT64, len(B), n, box, NO_SWIZZLE))
             if B_meta is None:
