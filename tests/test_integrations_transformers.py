@@ -46,8 +46,10 @@ def test_it_answers_as_the_dequantized_weights_do(format, quantized, tmp_path):
     assert torch.equal(*answers)
 
 
-@pytest.mark.parametrize("options", ["--group-size 64", "--format marlin-24 --sparsity 2:4 --group-size -1"])
-def test_widths_that_64_divides_answer_as_the_dequantized_weights_do(options, cli, tmp_path):
+@pytest.mark.parametrize(
+    "options, groups", [("--format marlin", (2, 5)), ("--format marlin-24 --sparsity 2:4", (1, 1))]
+)
+def test_widths_that_64_divides_answer_as_the_dequantized_weights_do(options, groups, cli, tmp_path):
     widths = {"hidden_size": 192, "intermediate_size": 320}
     source = tiny_models.save(tiny_models.build("llama", **widths), tmp_path / "source")
     calibration = ("--calibration", tiny_models.text(tmp_path), "--samples", 4, "--sequence-length", 64)
@@ -58,7 +60,8 @@ def test_widths_that_64_divides_answer_as_the_dequantized_weights_do(options, cl
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     dense = packed_models.dequantize(tmp_path / "out", tmp_path / "dense", torch.float32)
     reference = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
-    assert isinstance(model.model.layers[0].mlp.down_proj, MarlinLinear | Marlin24Linear)
+    block = model.model.layers[0]
+    assert (len(block.self_attn.o_proj.s), len(block.mlp.down_proj.s)) == groups  # of 256 inputs and of 320
     assert torch.equal(logits(model), logits(reference))
 
 
