@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import rows
 import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
