@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from marlin_convert.checkpoint.reader import json_file
 from marlin_convert.errors import SourceError, printable, readable
-from marlin_convert.models.architectures import architecture_of
+from marlin_convert.models.tree import check_type
 
 T = TypeVar("T")
 
@@ -73,7 +73,7 @@ def resolve(model: str, revision: str | None = None, *, code: bool = False) -> S
             raise
         except EntryNotFoundError as error:
             raise _no_model(model, revision) from error
-        architecture_of(json_file(config.parent, config.name))
+        check_type(json_file(config.parent, config.name))
         patterns = _FILES + (["*.py"] if code else [])
         directory = Path(
             aside(
