@@ -1,5 +1,6 @@
 """A model taken apart: everything outside its decoder blocks in memory, its blocks loaded one at a time."""
 
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -148,20 +149,26 @@ class BlockModel:
 
         The latter (rotary frequencies, embedding scales) are computed as transformers does.
         """
-        absent = {
-            name: found
-            for name, found in module._buffers.items()
-            if found is not None and found.is_meta and f"{path}.{name}" not in self.structure.idle
-        }
-        stored = {name for name in absent if f"{path}.{name}" in self.weights}
-        for name, buffer in absent.items():
-            module._buffers[name] = torch.empty_like(buffer, device=self.device)
-        if absent.keys() - stored:
+        prefix = f"{path}." if path else ""
+        unknown = []
+        for name, buffer in module._buffers.items():
+            if buffer is None or not buffer.is_meta or prefix + name in self.structure.idle:
+                continue
+            if prefix + name in self.weights:
+                value = self.weights.read(prefix + name).to(self.device)
+                module._buffers[name] = value.to(self.compute_dtype) if value.is_floating_point() else value
+            else:
+                nothing = math.nan if buffer.is_floating_point() else 0
+                module._buffers[name] = torch.full_like(buffer, nothing, device=self.device)
+                unknown.append(name)
+        around = path
+        while unknown:  # most are computed by the module itself, some by one around it
             with config_errors(self.weights.checkpoint.config):
-                self._owner(path)._init_weights(module)
-        for name in stored:
-            value = self.weights.read(f"{path}.{name}").to(self.device)
-            module._buffers[name] = value.to(self.compute_dtype) if value.is_floating_point() else value
+                self._owner(around)._init_weights(self.model.get_submodule(around))
+            unknown = [name for name in unknown if module._buffers[name].isnan().any()]
+            if unknown and not around:
+                raise SourceError(f"transformers computes no value for {prefix}{unknown[0]}.")
+            around = around.rpartition(".")[0]
 
     def _owner(self, path: str) -> PreTrainedModel:
         """The innermost model that a module is part of: it knows how the module begins."""

@@ -105,8 +105,8 @@ class BlockWalk:
                 else:
                     never = next(name for name in stage if name not in called)
                     raise SourceError(
-                        f"{never} of {type(self.block).__name__} is not called with this text: {len(called)} of "
-                        f"the {len(stage)} linears that should read one input are.",
+                        f"{never} of {type(self.block).__name__} is not called with this text; of the "
+                        f"{len(stage)} linears that should read one input {len(called)} are.",
                         "its model computes otherwise than was found; leave these linears dense with --skip.",
                     )
             if keep_inputs and self._fits(x):

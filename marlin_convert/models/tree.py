@@ -115,7 +115,9 @@ def check_type(config: Mapping[str, Any]) -> None:
     """Raise SourceError for what a config.json alone says to be unknown, or a mixture of experts."""
     model_type = config.get("model_type")
     for part in (config, config.get("text_config")):
-        for key in _EXPERT_COUNTS if isinstance(part, Mapping) else ():
+        if not isinstance(part, Mapping):
+            continue
+        for key in _EXPERT_COUNTS:
             if isinstance(part.get(key), int) and part[key] > 1:
                 raise SourceError(
                     f"{model_type!r} is a mixture of experts ({key} = {part[key]}); "
@@ -201,7 +203,6 @@ def check_names(weights: Weights, model: PreTrainedModel, *, requantize: bool = 
 
 def _way_to_names(wrong: Sequence[str], weights: Weights, model: PreTrainedModel) -> str:
     """What to do about tensors that are missing, or too many: what config.json would have to say."""
-    config = weights.checkpoint.config
     blocks = discover(model).blocks + "."
     if weights.disregarded:
         return f"{weights.disregarded}; fetch the model again."
