@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from marlin_convert.models.architectures import Stage
 from torch import Tensor
 
 from marlin_convert import evaluate
@@ -23,7 +24,6 @@ from marlin_convert.calibration import calibrate, load_tokenizer
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.hub import Source
-from marlin_convert.models.architectures import Stage
 from marlin_convert.models.blocks import BlockModel
 from marlin_convert.models.hidden import HiddenStates
 from marlin_convert.models.stages import BlockWalk

@@ -20,11 +20,11 @@ from marlin_convert.checkpoint import manifest as manifests
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.writer import ShardWriter
 from marlin_convert.errors import FormatError, SourceError
-from marlin_convert.models.architectures import Stage
 from marlin_convert.models.blocks import BlockModel
 from marlin_convert.models.hidden import HiddenStates
 from marlin_convert.models.memory import memory_for_activations
 from marlin_convert.models.stages import BlockWalk
+from marlin_convert.models.structure import Stage
 from marlin_convert.plan import Fate, Plan
 from marlin_convert.quantized import QuantizedLinear, first_crowded, quad_nonzeros, same_codes
 from marlin_convert.solvers import gptq, sparsity

@@ -19,7 +19,7 @@ from marlin_convert.checkpoint.writer import TensorSpec
 from marlin_convert.errors import ConvertError, FormatError, SourceError
 from marlin_convert.fate import Fate
 from marlin_convert.formats import bounds
-from marlin_convert.models.architectures import Architecture, Stage, architecture_of
+from marlin_convert.models.structure import Stage
 from marlin_convert.models.tree import OTHER_MODEL, block_linears, check_names, claims_tied, module_tree
 from marlin_convert.quantized import QuantizedLinear
 from marlin_convert.recipe import Recipe

@@ -25,7 +25,6 @@ from marlin_convert.errors import ConvertError, FormatError, KernelError, Source
 from marlin_convert.evaluate import Comparison, compare, log_probabilities
 from marlin_convert.formats import bounds
 from marlin_convert.hub import Source, fetch, remote_files
-from marlin_convert.models.architectures import architecture_of
 from marlin_convert.models.blocks import BlockModel
 from marlin_convert.models.tree import block_linears, check_names, claims_tied, module_tree
 from marlin_convert.quantized import QuantizedLinear, contiguous_groups, first_crowded, quad_nonzeros

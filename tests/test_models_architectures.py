@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import tiny_models
 import torch
+from marlin_convert.models.architectures import ARCHITECTURES, architecture_of
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -16,7 +17,6 @@ from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.errors import SourceError
 from marlin_convert.hub import Source
-from marlin_convert.models.architectures import ARCHITECTURES, architecture_of
 from marlin_convert.models.blocks import BlockModel
 from marlin_convert.models.hidden import HiddenStates
 from marlin_convert.recipe import Recipe

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import tiny_models
 import torch
+from marlin_convert.models.architectures import FUSED, SPLIT, Part, Stage
 from torch import Tensor, nn
 
 from marlin_convert import quantize as story
@@ -16,7 +17,6 @@ from marlin_convert.errors import ConvertError
 from marlin_convert.hub import Source
 from marlin_convert.models import blocks as blocks_module
 from marlin_convert.models import hidden as hidden_module
-from marlin_convert.models.architectures import FUSED, SPLIT, Part, Stage
 from marlin_convert.models.blocks import BlockModel
 from marlin_convert.models.hidden import HiddenStates
 from marlin_convert.models.stages import BlockWalk

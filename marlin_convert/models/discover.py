@@ -4,6 +4,7 @@ So nothing is computed and nothing has to be made smaller: the run takes some hu
 whatever the model's size. Storages tell which linears read one input, and what is made from what.
 """
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -159,6 +160,17 @@ def _storage(x: Tensor) -> int:
     return x.untyped_storage()._cdata
 
 
+def _same_memory(one: Any, other: Any) -> bool:
+    """Whether two tensors are one, or views of one that show the same."""
+    return (
+        isinstance(one, Tensor)
+        and isinstance(other, Tensor)
+        and _storage(one) == _storage(other)
+        and (one.shape, one.stride(), one.storage_offset())
+        == (other.shape, other.stride(), other.storage_offset())
+    )
+
+
 def _run(model: PreTrainedModel) -> tuple[list[_Call], _Reads, dict[str, int]]:
     """Every call of a module in the order they began, what was made from what, and where tensors were."""
     calls: list[_Call] = []
@@ -184,6 +196,10 @@ def _run(model: PreTrainedModel) -> tuple[list[_Call], _Reads, dict[str, int]]:
                 module.register_forward_hook(ends),
             ):
                 stack.callback(handle.remove)
+        # of a model that does not run we tell ourselves
+        traces = logging.getLogger(FakeTensorMode.__module__)
+        stack.callback(setattr, traces, "disabled", traces.disabled)
+        traces.disabled = True
         stack.enter_context(torch.no_grad())
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         tensors = {
@@ -196,7 +212,9 @@ def _run(model: PreTrainedModel) -> tuple[list[_Call], _Reads, dict[str, int]]:
             functional_call(model, tensors, kwargs=text)
         except Exception as error:  # it can be in need of as many things as there are models
             why = " ".join(str(error).split())
-            raise SourceError(f"{_type(model)} does not run on text alone: {why}.") from error
+            raise SourceError(
+                f"{_type(model)} does not run on the ids of a text alone: {why.rstrip('.')}."
+            ) from error
     return calls, reads, {name: _storage(tensor) for name, tensor in tensors.items()}
 
 
@@ -254,7 +272,7 @@ def _check_chain(blocks: Sequence[_Call], reads: _Reads) -> None:
     What they write into a dictionary that all are handed (shared keys and values) stays there.
     """
     for before, call in pairwise(blocks):
-        if _hidden(call) is not before.given:
+        if not _same_memory(_hidden(call), before.given):
             raise SourceError(
                 f"{call.path} is not handed what {before.path} gives, but something made of it."
             )
@@ -321,7 +339,7 @@ def _parts(block: str, calls: Sequence[_Call], dense: dict[str, str]) -> Iterato
     for call in calls:
         if isinstance(call.module, nn.Linear) and call.path not in dense:
             path = call.path.removeprefix(f"{block}.")
-            x = call.args[0]
+            x = call.args[0] if call.args else call.kwargs["input"]
             # what parallel parts read is one tensor too, but they are fused by no engine
             key = (path.rpartition(".")[0], _storage(x), x.storage_offset(), x.numel(), call.versions[0][1])
             if path not in output_of:
@@ -354,7 +372,6 @@ def _part(
             weights = output[1]
             pair = weights is None or (isinstance(weights, Tensor) and weights.dim() == 4)
             output = output[0] if pair else None
-        x = output_of[last[0]]
-        if isinstance(output, Tensor) and _storage(output) == _storage(x) and output.shape == x.shape:
+        if _same_memory(output, output_of[last[0]]):
             return Part(child, stages, pair)
     return Part("", stages)
