@@ -21,10 +21,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from marlin_convert import evaluate
 from marlin_convert.calibration import calibrate
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.reader import Checkpoint
+from marlin_convert.checks.divergence import Comparison, compare
 from marlin_convert.models.blocks import BlockModel
 
 HERE = Path(__file__).resolve().parent
@@ -58,13 +58,13 @@ def run(command: list[str]) -> dict[str, float]:
     return {"cpu": usage.ru_utime + usage.ru_stime, "rss": usage.ru_maxrss / 1024}
 
 
-def quality(model: Path, checkpoint: Path, ids: torch.Tensor) -> evaluate.Comparison:
+def quality(model: Path, checkpoint: Path, ids: torch.Tensor) -> Comparison:
     """A checkpoint against the model it was made from."""
     pair = [
         BlockModel(Weights(Checkpoint.open(path)), torch.device("cpu"), fast=False)
         for path in (model, checkpoint)
     ]
-    return evaluate.compare(pair[0], pair[1], ids)
+    return compare(pair[0], pair[1], ids)
 
 
 def main() -> None:

@@ -19,10 +19,10 @@ import torch
 from marlin_convert.models.architectures import Stage
 from torch import Tensor
 
-from marlin_convert import evaluate
 from marlin_convert.calibration import calibrate, load_tokenizer
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.reader import Checkpoint
+from marlin_convert.checks.divergence import compare
 from marlin_convert.hub import Source
 from marlin_convert.models.blocks import BlockModel
 from marlin_convert.models.hidden import HiddenStates
@@ -207,7 +207,7 @@ def main() -> None:
         pair = [
             BlockModel(found, CPU, fast=False) for found in (Weights(Checkpoint.open(chosen.model)), weights)
         ]
-        found = evaluate.compare(pair[0], pair[1], held_out)
+        found = compare(pair[0], pair[1], held_out)
         if not divergence:
             print(f"{'original':20} perplexity {found.source_perplexity:7.4f}")
         divergence[name] = found.divergence

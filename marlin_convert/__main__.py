@@ -1,5 +1,5 @@
 """`python -m marlin_convert` is `marlin-convert`."""
 
-from marlin_convert.cli import main
+from marlin_convert.cli.main import main
 
 main()

@@ -16,6 +16,7 @@ from marlin_convert.checkpoint import manifest as manifests
 from marlin_convert.checkpoint.reader import belongs
 from marlin_convert.errors import ConvertError
 from marlin_convert.hub import is_hub_id
+from marlin_convert.matrix import fate_of
 
 log = logging.getLogger("marlin_convert")
 
@@ -267,7 +268,7 @@ def _metadata(published: Published, facts: Facts) -> dict[str, Any]:
 
 
 def _overview(published: Published, facts: Facts) -> str:
-    recipe, manifest = published.manifest["recipe"], published.manifest
+    manifest = published.manifest
     base = facts.base_model
     original = (
         f"[{base}](https://huggingface.co/{base})"
@@ -279,11 +280,14 @@ def _overview(published: Published, facts: Facts) -> str:
             f"{original} with two of every four weights of its linears pruned (2:4), dense, made by "
             f"{_code(manifest['tool'])}.\n"
         )
-    pruned = ", two of every four pruned (2:4)" if manifest.get("sparsity") else ""
-    size = recipe["group_size"]
-    groups = "one scale for every output" if size == -1 else f"one scale for every {size} weights"
+    packed = [fate.layout for fate in manifests.fates(manifest).values() if fate.packed]
+    pruned = ", two of every four pruned (2:4)" if manifests.sparsity(manifest) else ""
+    sizes = sorted({layout.group_size for layout in packed}, reverse=True)
+    several = " or ".join(str(size) for size in sizes if size != -1)
+    groups = f"one scale for every {several} weights" if several else "one scale for every output"
+    bits = " or ".join(str(bits) for bits in sorted({layout.bits for layout in packed}))
     return (
-        f"{original} with the weights of its linears in 4 bits{pruned} "
+        f"{original} with the weights of its linears in {bits} bits{pruned} "
         f"({manifest['bits_per_weight']} bits per weight with {groups}), in the `{published.format}` layout, "
         f"made by {_code(manifest['tool'])}.\n"
     )
@@ -321,11 +325,13 @@ def _making(published: Published) -> str:
     if manifest.get("repacked") and provenance.steps(manifest)[:-1]:
         layout = manifest["source"]["quantization"]
         rows["repacked"] = f"from {_code(layout)} by {_code(manifest['tool'])}: the same codes"
-    done, dense = manifest["linears"], manifest["dense"]
+    fates = manifests.fates(manifest).values()
+    done = [row for row in manifest["matrices"] if fate_of(row).worked_on]
+    dense = {fate.name: str(fate.reason) for fate in fates if not fate.worked_on}
     what = "pruned" if published.format == "dense" else "packed"
     rows["linears"] = f"{len(done)} {what}, {len(dense)} of the blocks left dense"
-    unpruned = _object(manifest.get("unpruned"))
-    if manifest.get("sparsity") == manifests.SPARSITY:
+    unpruned = {fate.name: fate.reason for fate in fates if fate.packed and fate.reason}
+    if manifests.sparsity(manifest):
         rows["sparsity"] = f"2:4 in {len(done) - len(unpruned)} of the {what} linears"
     errors = [row["error"] for row in done if "error" in row]
     if errors:

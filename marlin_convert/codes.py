@@ -20,12 +20,13 @@ from marlin_convert.checkpoint import manifest as manifests
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.writer import ShardWriter
 from marlin_convert.errors import FormatError, SourceError
+from marlin_convert.matrix import Fate
 from marlin_convert.models.blocks import BlockModel
 from marlin_convert.models.hidden import HiddenStates
 from marlin_convert.models.memory import memory_for_activations
 from marlin_convert.models.stages import BlockWalk
 from marlin_convert.models.structure import Stage
-from marlin_convert.plan import Fate, Plan
+from marlin_convert.plan import Plan
 from marlin_convert.quantized import QuantizedLinear, first_crowded, quad_nonzeros, same_codes
 from marlin_convert.solvers import gptq, sparsity
 from marlin_convert.solvers.drift import Drift, compensated
@@ -63,9 +64,7 @@ class Repack:
         """Begin with the linears of block `done`, in the order in which they are written."""
         self._plan = plan
         self._weights = weights
-        fates = {
-            fate.linear: fate for number in range(done, plan.blocks) for fate in plan.worked_on_in(number)
-        }
+        fates = {fate.name: fate for number in range(done, plan.blocks) for fate in plan.worked_on_in(number)}
         order = dict.fromkeys(plan.owner[spec.name][0] for spec in plan.specs if spec.name in plan.owner)
         self._todo = iter([fates[linear] for linear in order if linear in fates])
         self._ahead: deque[Future[Packed]] = deque()
@@ -94,11 +93,10 @@ class Repack:
             yield self._ahead.popleft().result()
 
     def _repack(self, fate: Fate) -> Packed:
-        row = {"name": fate.linear, "k": fate.k, "n": fate.n}
         memory = self._memory.get()
         try:
-            layer = self._weights.quantized(fate.linear, memory[0])
-            return _pack(fate.linear, layer, self._plan, memory[1]), row
+            layer = self._weights.quantized(fate.name, memory[0])
+            return _pack(fate, layer, self._plan, memory[1]), fate.row()
         finally:
             self._memory.put(memory)
 
@@ -128,7 +126,11 @@ class Solve:
         self._hidden = HiddenStates(self._model, calibration.ids, directory)
         self._original: tuple[BlockModel, HiddenStates] | None = None
         # the method is one of pruning only: wanda and magnitude leave the weights they keep as they are
-        if any(fate.packed or plan.recipe.method == "sparsegpt" for fate in plan.fates if fate.sparse):
+        if any(
+            fate.packed or plan.recipe.method == "sparsegpt"
+            for fate in plan.fates.values()
+            if fate.layout.sparse
+        ):
             original = BlockModel(weights, device, dtype=plan.dtype, trust_remote_code=trust_remote_code)
             self._original = original, HiddenStates(original, calibration.ids, directory)
         self.replayed = 0
@@ -140,14 +142,12 @@ class Solve:
             log.debug("block %d was finished before, running the text through it", number)
             block = self._model.load(number)
             for fate in plan.worked_on_in(number):
-                stored = {
-                    suffix: writer.read(f"{fate.linear}.{suffix}") for suffix in plan.suffixes(fate.linear)
-                }
+                stored = {suffix: writer.read(f"{fate.name}.{suffix}") for suffix in plan.suffixes(fate)}
                 if fate.pruned:
                     weight = stored["weight"]
                 else:
-                    weight = plan.unpack(fate.linear, stored).dequantize(self._model.dtype)
-                self._model.replace(fate.linear, weight)
+                    weight = plan.unpack(fate, stored).dequantize(self._model.dtype)
+                self._model.replace(fate.name, weight)
             self._hidden.advance(block, number)
             self._model.unload(number)
             if self._original:
@@ -159,7 +159,7 @@ class Solve:
         """Solve the block stage by stage, with the inputs that the stages before leave it."""
         model = self._model
         path = model.name(number)
-        stages = self._plan.stages(path)
+        stages = self._plan.stages(number)
         hessians: dict[Stage, Hessian] = {}
         drifts: dict[Stage, Drift] = {}
         solved: list[Packed] = []
@@ -212,7 +212,7 @@ class Solve:
         block = model.load(number)
         share = 2 if self._original else 1
         return BlockWalk(
-            block, model.architecture.parts, len(hidden), lambda i: hidden.forward(i, block, number),
+            block, model.structure.parts[number], len(hidden), lambda i: hidden.forward(i, block, number),
             observe, solve, keep_bytes=memory_for_activations(model.device) // share, dtype=model.dtype,
         )  # fmt: skip
 
@@ -220,12 +220,12 @@ class Solve:
         """Solve the linears of a stage and put what they have become into the model."""
         if not hessian.isfinite().all():
             raise self._overflow(f"the inputs of {linears[0]} are")
-        fates = [self._plan.fate(linear) for linear in linears]
+        fates = [self._plan.fates[linear] for linear in linears]
         # those of a kind as one matrix
-        for kind in sorted({(fate.sparse, fate.pruned) for fate in fates}):
-            chosen = [fate for fate in fates if (fate.sparse, fate.pruned) == kind]
+        for kind in sorted({(fate.layout.sparse, fate.pruned) for fate in fates}):
+            chosen = [fate for fate in fates if (fate.layout.sparse, fate.pruned) == kind]
             weights: list[Tensor] = [
-                self._model.model.get_parameter(f"{fate.linear}.weight") for fate in chosen
+                self._model.model.get_parameter(f"{fate.name}.weight") for fate in chosen
             ]
             if kind == (True, True):
                 yield from self._prune(chosen, weights, hessian, drift)
@@ -235,16 +235,16 @@ class Solve:
     def _quantize(
         self, fates: list[Fate], weights: list[Tensor], hessian: Tensor, drift: Tensor | None
     ) -> Iterator[Packed]:
-        recipe, k = self._recipe, hessian.shape[0]
-        group_size = k if recipe.group_size == -1 else recipe.group_size
+        recipe, layout = self._recipe, fates[0].layout  # engines load a stage as one: it has one layout
+        group_size = len(hessian) if layout.group_size == -1 else layout.group_size
         weight = torch.cat(weights)
         settings: dict[str, Any] = {
-            "bits": self._plan.bits,
+            "bits": layout.bits,
             "group_size": group_size,
             "damping": recipe.damping,
             "sweeps": recipe.sweeps,
         }
-        if fates[0].sparse:
+        if layout.sparse:
             mask = self._mask(fates, weights)
             if drift is not None:
                 weight = compensated(weight, hessian, drift, damping=recipe.damping)
@@ -259,12 +259,13 @@ class Solve:
                 found.codes[:, columns].contiguous(),
                 found.scales[:, columns].contiguous(),
                 group_size,
+                layout.bits,
                 kept=None if found.mask is None else found.mask[:, columns].contiguous(),
             )
-            self._model.replace(fate.linear, layer.dequantize(self._model.dtype))
-            row = _row(fate.linear, layer.k, layer.n, found, columns, recipe.damping)
-            log.debug("%s: relative output error %.4f", fate.linear, row["error"])
-            yield _pack(fate.linear, layer, self._plan), row
+            self._model.replace(fate.name, layer.dequantize(self._model.dtype))
+            row = _row(fate, found, columns, recipe.damping)
+            log.debug("%s: relative output error %.4f", fate.name, row["error"])
+            yield _pack(fate, layer, self._plan), row
 
     def _mask(self, fates: list[Fate], weights: list[Tensor]) -> Tensor | None:
         """What weights that are 2:4 keep, None if they are not; SourceError if they are said to be."""
@@ -273,9 +274,9 @@ class Solve:
         if not any(crowded):
             return sparsity.complete_mask(torch.cat(weights))
         for fate, held, count in zip(fates, quads, crowded, strict=True):
-            if count and fate.linear in self._claimed:
+            if count and fate.name in self._claimed:
                 raise SourceError(
-                    f"{fate.linear} is said to be 2:4 and is not: {count} quads have more than two "
+                    f"{fate.name} is said to be 2:4 and is not: {count} quads have more than two "
                     f"non-zeros; {first_crowded(held)}.",
                     "prune it again: --sparsity 2:4 with the original, or sparsify.",
                 )
@@ -293,15 +294,14 @@ class Solve:
             mask = sparsity.choose_mask(weight, hessian, method=recipe.method, damping=recipe.damping)
             pruned = weight * mask.T
         for fate, old, new in zip(fates, weights, pruned.split([len(one) for one in weights]), strict=True):
-            written = new.to(self._plan.dtypes[f"{fate.linear}.weight"]).contiguous()
-            self._model.replace(fate.linear, written.to(self._model.dtype))
+            written = new.to(getattr(torch, fate.layout.dtype)).contiguous()
+            self._model.replace(fate.name, written.to(self._model.dtype))
             squares = (
                 gptq.output_energy(hessian, one.T) for one in (old.float() - written.float(), old.float())
             )
             error = _relative(*(one.sum().item() for one in squares))
-            row = {"name": fate.linear, "k": fate.k, "n": fate.n, "error": error}
-            log.debug("%s: relative output error %.4f", fate.linear, error)
-            yield {f"{fate.linear}.weight": written.cpu()}, row
+            log.debug("%s: relative output error %.4f", fate.name, error)
+            yield {f"{fate.name}.weight": written.cpu()}, fate.row() | {"error": error}
 
 
 def _relative(error: float, energy: float) -> float:
@@ -309,35 +309,29 @@ def _relative(error: float, energy: float) -> float:
     return float(f"{(max(error, 0.0) / energy) ** 0.5:.6g}") if energy > 0 else 0.0
 
 
-def _row(linear: str, k: int, n: int, found: Solution, columns: slice, asked: float) -> dict[str, Any]:
-    """What the manifest says of a solved linear; `error` is ||x(W - W_q)|| / ||xW|| on the calibration."""
+def _row(fate: Fate, found: Solution, columns: slice, asked: float) -> dict[str, Any]:
+    """What the manifest says of a solved matrix; `error` is ||x(W - W_q)|| / ||xW|| on the calibration."""
     error, energy = (one[columns].sum().item() for one in (found.error, found.energy))
-    row = {
-        "name": linear,
-        "k": k,
-        "n": n,
-        "error": _relative(error, energy),
-        "damping": found.damping,
-    }
+    row = fate.row() | {"error": _relative(error, energy), "damping": found.damping}
     if found.damping is not None and found.damping > asked:
-        log.warning("%s: its Hessian needed damping %g, not %g", linear, found.damping, asked)
+        log.warning("%s: its Hessian needed damping %g, not %g", fate.name, found.damping, asked)
     if found.damping is None:
         row["rounded_to_nearest"] = True
-        log.warning("%s: its Hessian could not be factorised; weights are rounded to nearest", linear)
+        log.warning("%s: its Hessian could not be factorised; weights are rounded to nearest", fate.name)
     return row
 
 
-def _pack(linear: str, layer: QuantizedLinear, plan: Plan, memory: Tensor | None = None) -> dict[str, Tensor]:
+def _pack(fate: Fate, layer: QuantizedLinear, plan: Plan, memory: Tensor | None = None) -> dict[str, Tensor]:
     """The tensors of a packed linear by full name; what was packed is unpacked again and compared.
 
     The codes it is compared with are put in `memory`, if that is given.
     """
     try:
-        packed = plan.pack(linear, layer)
+        packed = plan.pack(fate, layer)
     except FormatError as error:
-        hint = error.hint or f"leave it dense with --skip '{linear}'."
-        raise FormatError(f"{linear}: {error}.", hint) from error
-    again = plan.unpack(linear, packed, memory)
+        hint = error.hint or f"leave it dense with --skip '{fate.name}'."
+        raise FormatError(f"{fate.name}: {error}.", hint) from error
+    again = plan.unpack(fate, packed, memory)
     if not (
         same_codes(again.codes, layer.codes)
         and torch.equal(again.scales.float(), layer.scales.float())
@@ -348,6 +342,6 @@ def _pack(linear: str, layer: QuantizedLinear, plan: Plan, memory: Tensor | None
         and (again.kept is None or layer.kept is None or not bool((layer.kept & ~again.kept).any()))
     ):
         raise RuntimeError(
-            f"{linear} does not survive {plan.recipe.format}; this is a bug, nothing was published"
+            f"{fate.name} does not survive {fate.layout.format}; this is a bug, nothing was published"
         )
-    return {f"{linear}.{suffix}": tensor for suffix, tensor in packed.items()}
+    return {f"{fate.name}.{suffix}": tensor for suffix, tensor in packed.items()}

@@ -59,12 +59,12 @@ class _Work:
 
 def estimate(plan: Plan, device: torch.device) -> Estimate:
     """Seconds from the work counted and the speeds measured; memory from the largest things held."""
-    block = [fate for fate in plan.worked_on_in(0)] or list(plan.fates)
+    block = plan.worked_on_in(0) or list(plan.fates.values())
     if plan.repack:
         return Estimate(plan.output_bytes / REPACKED, 12.0 * max(fate.k * fate.n for fate in block))
     stages = {fate.k: sum(other.n for other in block if other.k == fate.k) for fate in block}
-    last = plan.architecture.parts[0].last[0]
-    heads = next((fate.k for fate in plan.fates if fate.linear.endswith("." + last)), min(stages))
+    last = plan.structure.parts[0][0].last[0]
+    heads = next((fate.k for fate in plan.fates.values() if fate.name.endswith("." + last)), min(stages))
     recipe = plan.recipe
     work = _Work(recipe.samples * recipe.sequence_length, recipe.sequence_length, stages, heads)
     of_a_block = _on_gpu if device.type == "cuda" else _on_cpu

@@ -34,8 +34,10 @@ def inspect(source: Source) -> dict[str, Any]:
     stored = sum(one["bytes"] for one in packed.values())
     formats = [one["format"] or config.get("quant_method") for one in packed.values()]
     format = "marlin-24" if "marlin-24" in formats else next(iter(formats), None)
-    pruned = [] if packed else manifests.pruned(manifest)
-    sparse = format == "marlin-24" or manifest.get("sparsity") == manifests.SPARSITY
+    fates = manifests.fates(manifest)
+    reasons = {name: fate.reason for name, fate in fates.items()}
+    pruned = [name for name, fate in fates.items() if fate.pruned]
+    sparse = format == "marlin-24" or manifests.sparsity(manifest) is not None
     return {
         "name": source.name,
         "commit": source.commit,
@@ -45,10 +47,10 @@ def inspect(source: Source) -> dict[str, Any]:
         "group_sizes": sorted({one["group_size"] for one in packed.values()}),
         "sparsity": manifests.SPARSITY if sparse else None,
         "packed": len(packed),
-        "unpruned": _unpruned(packed, format, _object(manifest.get("unpruned"))),
+        "unpruned": _unpruned(packed, format, reasons),
         "bits_per_weight": round(8 * stored / weights, 4) if weights else None,
         "pruned": pruned,
-        "dense": _dense(checkpoint, _object(manifest.get("dense")), pruned),
+        "dense": _dense(checkpoint, reasons, pruned),
         "tensors": len(checkpoint.tensors),
         "shards": len(checkpoint.weight_files),
         "bytes": sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()),
@@ -104,22 +106,25 @@ def _packed(infos: list[TensorInfo], bits: int | None) -> dict[str, Any]:
 
 
 def _unpruned(
-    packed: dict[str, dict[str, Any]], format: str | None, reasons: dict[str, Any]
+    packed: dict[str, dict[str, Any]], format: str | None, reasons: dict[str, str | None]
 ) -> dict[str, str | None]:
     """The packed linears that are not 2:4 while others are, and why, where the manifest says."""
     if format == "marlin-24":
         return {name: reasons.get(name) for name, one in packed.items() if one["format"] != format}
-    return {name: reason for name, reason in reasons.items() if name in packed}
+    return {name: reason for name, reason in reasons.items() if name in packed and reason}
 
 
-def _dense(checkpoint: Checkpoint, reasons: dict[str, Any], pruned: list[str]) -> dict[str, str | None]:
+def _dense(
+    checkpoint: Checkpoint, reasons: dict[str, str | None], pruned: list[str]
+) -> dict[str, str | None]:
     """The matrices of the blocks that are not packed or pruned, and why, where the manifest says."""
     names = [
         name.removesuffix(".weight")
         for name, info in checkpoint.tensors.items()
         if len(info.shape) == 2 and _IN_A_BLOCK.search(name)
     ]
-    return {name: reasons.get(name) for name in names if name not in pruned}
+    known = set(pruned)
+    return {name: reasons.get(name) for name in names if name not in known}
 
 
 def _original(manifest: dict[str, Any]) -> str | None:

@@ -93,31 +93,16 @@ def carried(stated: dict[str, Any], directory: Path) -> dict[str, Any]:
     left out before with those left out now.
     """
     source = manifests.load(directory) or {}
-    rows = {
-        row["name"]: row
-        for row in _list(source.get("linears"))
-        if isinstance(row, dict) and isinstance(row.get("name"), str)
-    }
-    linears = [
-        row
-        | {
-            key: rows[row["name"]][key]
-            for key, kind in OF_CODES.items()
-            if row["name"] in rows and isinstance(rows[row["name"]].get(key), kind)
-        }
-        for row in stated["linears"]
-    ]
+    rows = {row["name"]: row for row in source.get("matrices", ())}
+    matrices = []
+    for row in stated["matrices"]:
+        known = rows.get(row["name"], {})
+        more = {key: known[key] for key, kind in OF_CODES.items() if isinstance(known.get(key), kind)}
+        if row["format"] == known.get("format") == "dense" and known.get("reason"):
+            more["reason"] = known["reason"]
+        matrices.append(row | more)
     before = [name for name in _list(source.get("left_out")) if isinstance(name, str)]
-    return {
-        "linears": linears,
-        "dense": _reasons(stated["dense"], source.get("dense")),
-        "left_out": [*before, *stated["left_out"]],
-    }
-
-
-def _reasons(own: dict[str, str], before: Any) -> dict[str, str]:
-    known = before if isinstance(before, dict) else {}
-    return {name: known[name] if isinstance(known.get(name), str) else reason for name, reason in own.items()}
+    return {"matrices": matrices, "left_out": [*before, *stated["left_out"]]}
 
 
 def _list(value: Any) -> list[Any]:

@@ -200,6 +200,7 @@ def _repack(job: Job, format: str, directory: Path) -> None:
     from marlin_convert import quantize, recipe, verify
     from marlin_convert.checkpoint.linears import Weights
     from marlin_convert.checkpoint.reader import Checkpoint
+    from marlin_convert.checks import CHECKS
 
     source = Source(job.checkpoint, job.repository, None)
     settings = recipe.load("w4a16-g128").changed({"format": format})
@@ -210,7 +211,7 @@ def _repack(job: Job, format: str, directory: Path) -> None:
             f"the {format} repack failed: {error}",
             SCRATCH_HINT,
         ) from error
-    checks = frozenset(verify.CHECKS) - {"generate"}
+    checks = frozenset(CHECKS) - {"generate"}
     task = verify.Job(Source(directory, job.repository, None), checks, torch.device("cpu"))
     done = verify.verify(task)
     if not done.verified:

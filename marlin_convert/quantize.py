@@ -122,7 +122,7 @@ def quantize(
             run.begin(settings, done)
             files, rows, replayed = _convert(job, plan, weights, calibration, settings, done, progress)
             manifest = _assemble(job, plan, weights, settings, rows, files)
-            run.complete({"blocks": plan.blocks, "tensors": len(plan.specs), "linears": rows})
+            run.complete({"blocks": plan.blocks, "tensors": len(plan.specs), "matrices": rows})
             check_replaceable(job.output, job.overwrite)  # again: somebody may have put something there
             publish(run.staging, job.output, job.overwrite)
         if job.report is not None:
@@ -157,8 +157,8 @@ def _convert(
     done: dict[str, Any],
     progress: Callable[[range, int], Iterable[int]],
 ) -> tuple[dict[str, str], list[dict[str, Any]], int]:
-    """Write the shards; returns their sha256, the manifest's row of every linear, and the parts replayed."""
-    rows: list[dict[str, Any]] = done["linears"]
+    """Write the shards; returns their sha256, the manifest's rows of what was worked on, and the replays."""
+    rows: list[dict[str, Any]] = done["matrices"]
     with ExitStack() as stack:
         writer = stack.enter_context(ShardWriter(job.run.staging, plan.specs, job.max_shard_size))
         writer.resume(done["tensors"])
@@ -181,7 +181,7 @@ def _convert(
                 while name in packed or (name is not None and name not in plan.owner):
                     writer.write(name, packed.pop(name) if name in packed else _dense(weights, plan, name))
                     name = next(names, None)
-            finished = {"blocks": number + 1, "linears": list(rows)}
+            finished = {"blocks": number + 1, "matrices": list(rows)}
             if packed:
                 continue  # tensors of odd sizes come last of all: until they are written nothing is finished
             writer.checkpoint(partial(job.run.save, settings, finished))
@@ -379,10 +379,7 @@ def _assemble(
         **settings,
         "source": {**source, "card": read_facts(job.source.directory)},
         "bits_per_weight": round(plan.bits_per_weight, 4),
-        "linears": rows,
-        "sparsity": plan.sparsity,
-        "unpruned": {fate.linear: fate.reason for fate in plan.unpruned},
-        "dense": {fate.linear: fate.reason for fate in plan.dense},
+        "matrices": [*rows, *(fate.row() for fate in plan.dense)],
         "left_out": list(plan.left_out),
         "left_behind": left_behind,
         "files": {

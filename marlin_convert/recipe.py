@@ -3,7 +3,8 @@
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatchcase
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ import yaml
 from marlin_convert import plain_text
 from marlin_convert.errors import ConvertError
 
-DEFAULT = "w4a16-g128"
+DEFAULT = "w4a16"
 # "dense" is what sparsify writes
 FORMATS = ("marlin", "marlin-24", "gptq", "compressed-tensors", "dense")
 METHODS = ("sparsegpt", "wanda", "magnitude")
 # The settings that a repack heeds; the others are about how codes are made.
 REPACKED = ("format", "group_size", "skip", "unpruned", "dtype")
+BITS = (4, 8)
+GROUP_SIZES = ("auto", 128, 64, 32, -1)
 MOST = 10**9  # of anything that is counted
 NESTING_LIMIT = 10
 # What Python makes of the bytes of a file's name that are no text where the locale is another.
@@ -26,12 +29,30 @@ _BYTES = re.compile("[\udc80-\udcff]")
 _HINT = f"the recipe.yaml of any output, and the recipe {DEFAULT}, show every setting."
 
 
+_OVERRIDE = "must give bits (4 or 8), group_size (auto, 128, 64, 32 or -1) or both for each pattern"
+
+
+def _is_override(said: Any) -> bool:
+    """Whether this is what an override may say."""
+    allowed = {"bits": BITS, "group_size": GROUP_SIZES}
+    return (
+        isinstance(said, Mapping)
+        and bool(said)
+        and all(
+            name in allowed and type(value) in (int, str) and value in allowed[name]
+            for name, value in said.items()
+        )
+    )
+
+
 @dataclass(frozen=True)
 class Recipe:
     """The settings of one conversion; recipes/*.yaml say what each of them means."""
 
     format: str = "marlin"
-    group_size: int = 128
+    bits: int = 4
+    group_size: int | str = "auto"
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     skip: tuple[str, ...] = ()
     sparsity: str = "none"
     method: str = "sparsegpt"
@@ -47,7 +68,9 @@ class Recipe:
     def __post_init__(self) -> None:
         checks: dict[str, tuple[bool, str]] = {
             "format": (self.format in FORMATS, "unknown"),
-            "group_size": (self.group_size in (-1, 32, 64, 128), "must be 128, 64, 32 or -1"),
+            "bits": (self.bits in BITS, "must be 4 or 8"),
+            "group_size": (self.group_size in GROUP_SIZES, "must be auto, 128, 64, 32 or -1"),
+            "overrides": (all(map(_is_override, self.overrides.values())), _OVERRIDE),
             "sparsity": (self.sparsity in ("none", "2:4"), "must be none or 2:4"),
             "method": (self.method in METHODS, f"must be one of {', '.join(METHODS)}"),
             "dtype": (self.dtype in ("auto", "float16", "bfloat16"), "must be auto, float16 or bfloat16"),
@@ -61,6 +84,17 @@ class Recipe:
         for name, (holds, rule) in checks.items():
             if not holds:
                 raise ConvertError(f"recipe: {name} = {getattr(self, name)!r} {rule}.", _HINT)
+
+    def of(self, name: str) -> tuple[int, int | str]:
+        """Bits and group size of a matrix: of the first override whose pattern it matches, or of all."""
+        pattern = next((pattern for pattern in self.overrides if fnmatchcase(name, pattern)), None)
+        said = self.overrides[pattern] if pattern is not None else {}
+        return said.get("bits", self.bits), said.get("group_size", self.group_size)
+
+    @property
+    def all_bits(self) -> set[int]:
+        """The bits that any matrix has."""
+        return {self.bits, *(said.get("bits", self.bits) for said in self.overrides.values())}
 
     def changed(self, settings: Mapping[str, Any]) -> "Recipe":
         """This recipe with some settings replaced; those that are None stay."""
@@ -133,24 +167,31 @@ def from_settings(settings: Any, source: str) -> Recipe:
     """The recipe of settings, with defaults for the others; ConvertError, which names `source`, for none."""
     if not isinstance(settings, dict):
         raise ConvertError(f"recipe {source!r} is not a mapping of settings.", _HINT)
-    defaults = {field.name: field.default for field in fields(Recipe)}
+    defaults = asdict(Recipe())
     for name, value in settings.items():
         if name not in defaults:
             known = ", ".join(defaults)
             raise ConvertError(f"recipe {source!r} has an unknown setting {name!r}.", f"known are {known}.")
-        expected = type(defaults[name])
-        if expected is tuple:
+        if isinstance(defaults[name], tuple):
             if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
                 raise ConvertError(
                     f"recipe {source!r}: {name} must be a list of patterns, not {value!r}.", _HINT
                 )
             settings[name] = tuple(value)
-        elif isinstance(value, bool) or not isinstance(
-            value, (int, float) if expected is float else expected
-        ):
-            raise ConvertError(
-                f"recipe {source!r}: {name} must be {expected.__name__}, not {value!r}.", _HINT
-            )
+        elif not _is_like(value, name, defaults[name]):
+            kind = "int" if name == "group_size" else type(defaults[name]).__name__
+            raise ConvertError(f"recipe {source!r}: {name} must be {kind}, not {value!r}.", _HINT)
     if "calibration" in settings:  # no shell has seen a ~ in it
         settings["calibration"] = os.path.expanduser(settings["calibration"])  # noqa: PTH111, may be no path
     return Recipe(**settings)
+
+
+def _is_like(value: Any, name: str, default: Any) -> bool:
+    """Whether a value is of a setting's kind."""
+    if isinstance(value, bool):
+        return False
+    if name == "group_size":
+        return isinstance(value, int | str)
+    if isinstance(default, Mapping):
+        return isinstance(value, Mapping) and all(isinstance(pattern, str) for pattern in value)
+    return isinstance(value, int | float if isinstance(default, float) else type(default))

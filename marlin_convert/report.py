@@ -2,10 +2,12 @@
 
 import html as markup
 import shlex
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from marlin_convert.checkpoint.manifest import PAGE
+from marlin_convert.matrix import Fate, fate_of
 from marlin_convert.recipe import REPACKED
 
 if TYPE_CHECKING:
@@ -27,18 +29,7 @@ def plan_json(plan: "Plan") -> dict[str, Any]:
             for key, value in plan.recipe.to_dict().items()
             if key in REPACKED or not plan.repack  # the others are about what a repack does not do
         },
-        "linears": [
-            {
-                "name": fate.linear,
-                "k": fate.k,
-                "n": fate.n,
-                "format": fate.format,
-                "sparse": fate.sparse,
-                "dense": None if fate.packed or fate.pruned else fate.reason,
-                "unpruned": fate.reason if fate.packed else None,
-            }
-            for fate in plan.fates
-        ],
+        "matrices": [fate.row() for fate in plan.fates.values()],
         "sparsity": plan.sparsity,
         "left_out": list(plan.left_out),
         "notes": list(plan.notes),
@@ -58,14 +49,14 @@ def plan_text(plan: "Plan", job: "Job") -> str:
     else:
         lines = [
             f"{'Repack' if plan.repack else 'Quantize'} {job.source.name} to {recipe.format}, "
-            f"group size {recipe.group_size}",
+            f"{_groups(plan.fates.values())}",
             f"  {_worked_on(plan)}",
         ]
     lines += [
         *([f"  {len(plan.unpruned)} of them not 2:4"] if plan.unpruned else []),
-        *(f"    {fate.linear}: {fate.format}, {fate.reason}" for fate in plan.unpruned),
+        *(f"    {fate.name}: {fate.layout.format}, {fate.reason}" for fate in plan.unpruned),
         f"  {len(plan.dense)} linears of the blocks {_left(plan)}",
-        *(f"    {fate.linear}: {fate.reason}" for fate in plan.dense),
+        *(f"    {fate.name}: {fate.reason}" for fate in plan.dense),
         f"  tensors {_size(plan.source_bytes)} -> {_size(plan.output_bytes)}",
     ]
     if not plan.repack:
@@ -78,6 +69,14 @@ def plan_text(plan: "Plan", job: "Job") -> str:
     lines += [f"  {line}" for line in left_out(plan)]
     lines += [f"  note: {note}" for note in plan.notes]
     return "\n".join(lines)
+
+
+def _groups(fates: Iterable[Fate]) -> str:
+    """The bits and group sizes of what is packed."""
+    layouts = [fate.layout for fate in fates if fate.packed]
+    bits = " and ".join(map(str, sorted({layout.bits for layout in layouts})))
+    sizes = " and ".join(map(str, sorted({layout.group_size for layout in layouts}, reverse=True)))
+    return f"{bits} bits, group size {sizes}" if layouts else "dense"
 
 
 def _left(plan: "Plan") -> str:
@@ -118,7 +117,7 @@ def summary(done: "Report") -> dict[str, Any]:
 
 def summary_text(done: "Report", job: "Job") -> str:
     """The table at the end of a run: worst linears, sizes, seconds, and the next command to type."""
-    plan, rows = done.plan, done.manifest["linears"]
+    plan, rows = done.plan, done.manifest["matrices"]
     lines = []
     errors = sorted((row for row in rows if "error" in row), key=lambda row: -row["error"])
     if errors and not plan.repack:  # those of a repack were found by another run
@@ -127,8 +126,8 @@ def summary_text(done: "Report", job: "Job") -> str:
         lines += [f"{row['name']:48} {row['k']:7} {row['n']:7} {row['error']:8.4f}" for row in errors[:WORST]]
         lines.append(f"{f'mean of {len(errors)} linears':48} {'':7} {'':7} {mean:8.4f}")
     lines += [f"rounded to nearest: {row['name']}" for row in rows if row.get("rounded_to_nearest")]
-    lines += [f"not 2:4: {fate.linear}, as {fate.format} ({fate.reason})" for fate in plan.unpruned]
-    lines += [f"{_left(plan)}: {fate.linear} ({fate.reason})" for fate in plan.dense]
+    lines += [f"not 2:4: {fate.name}, as {fate.layout.format} ({fate.reason})" for fate in plan.unpruned]
+    lines += [f"{_left(plan)}: {fate.name} ({fate.reason})" for fate in plan.dense]
     lines += left_out(plan)
     if done.manifest["left_behind"]:
         lines.append(f"not copied from the source: {', '.join(done.manifest['left_behind'])}")
@@ -197,20 +196,23 @@ def push_text(done: "Outcome", job: "PushJob") -> str:
 
 def html(manifest: dict[str, Any]) -> str:
     """One self-contained page: the error of every linear as a plot, by kind over the blocks, and a table."""
-    rows = [row for row in manifest["linears"] if "error" in row]
+    rows = [row for row in manifest["matrices"] if "error" in row]
     source, recipe = manifest["source"], manifest["recipe"]
     table = "".join(
         f"<tr><td>{markup.escape(row['name'])}<td>{row['k']}<td>{row['n']}"
         f"<td>{row['error']:.4f}<td>{'rounded to nearest' if row.get('rounded_to_nearest') else ''}"
         for row in rows
     )
+    fates = [fate_of(row) for row in manifest["matrices"]]
     dense = "".join(
-        f"<li>{markup.escape(name)}: {markup.escape(reason)}" for name, reason in manifest["dense"].items()
+        f"<li>{markup.escape(fate.name)}: {markup.escape(str(fate.reason))}"
+        for fate in fates
+        if not fate.worked_on
     )
     behind = [f"tensor {name}" for name in manifest["left_out"]] + manifest["left_behind"]
-    behind += [f"{name} is not 2:4 ({reason})" for name, reason in manifest["unpruned"].items()]
+    behind += [f"{fate.name} is not 2:4 ({fate.reason})" for fate in fates if fate.packed and fate.reason]
     left = "".join(f"<li>{markup.escape(name)}" for name in behind)
-    title = markup.escape(f"{source['name']} in {recipe['format']}, group size {recipe['group_size']}")
+    title = markup.escape(f"{source['name']} in {recipe['format']}, {_groups(fates)}")
     return (
         f"{PAGE}<title>{title}</title><style>{_STYLE}</style>"
         f"<h1>{title}</h1><p>{markup.escape(manifest['tool'])}, "

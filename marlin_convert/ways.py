@@ -6,13 +6,13 @@ Every way is one that the plan takes: it is made of the plan's own refusals.
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from marlin_convert import formats
-from marlin_convert.fate import Fate
+from marlin_convert.fates import group_size_for, refusal
+from marlin_convert.matrix import Fate, Layout
 from marlin_convert.recipe import Recipe
 
 # The finest hold the most shapes, the coarsest are the smallest files; one scale for all is furthest from the
 # original.
-GROUP_SIZES = (128, 64, 32, -1)
+GROUP_SIZES = ("auto", 128, 64, 32, -1)
 WRITTEN = ("marlin", "gptq", "compressed-tensors")
 
 
@@ -29,12 +29,12 @@ class Way:
         return " ".join(self.options)
 
 
-def other_layouts(fates: Sequence[Fate], recipe: Recipe, together: Mapping[str, Sequence[str]]) -> str:
+def other_layouts(fates: Mapping[str, Fate], recipe: Recipe, together: Mapping[str, Sequence[str]]) -> str:
     """How to quantize linears that the recipe's layout does not all hold: the best ways, what they pack.
 
     `together` has the linears that engines fuse with each: these are left dense with it.
     """
-    asked = [fate for fate in fates if fate.packed]
+    asked = {name: fate for name, fate in fates.items() if fate.packed}
     ways = _ways(asked, recipe, together)
     if not ways:
         return "no format and no group size holds any of them."
@@ -49,19 +49,23 @@ def other_layouts(fates: Sequence[Fate], recipe: Recipe, together: Mapping[str, 
 
 
 def other_codes(
-    fates: Sequence[Fate],
+    fates: Mapping[str, Fate],
     recipe: Recipe,
     together: Mapping[str, Sequence[str]],
-    refusal: Callable[[Fate, str], str | None],
+    refused: Callable[[Fate, str], str | None],
 ) -> str:
     """How to go on with codes that the recipe's format does not hold: one that does, or solving them again.
 
-    `refusal` says why a format holds the codes of a linear not.
+    `refused` says why a format holds the codes of a linear not.
     """
-    packed = [fate for fate in fates if fate.packed]
-    holding = [format for format in WRITTEN if not any(refusal(fate, format) for fate in packed)]
+    packed = [fate for fate in fates.values() if fate.packed]
+    holding = [format for format in WRITTEN if not any(refused(fate, format) for fate in packed)]
     said = f"--format {holding[0]} holds all of them as they are; " if holding else ""
-    ways = _ways([replace(fate, format=recipe.format) for fate in fates], recipe, together)
+    again = {
+        name: replace(fate, layout=Layout(recipe.format, recipe.bits, 128, sparse=fate.layout.sparse))
+        for name, fate in fates.items()
+    }
+    ways = _ways(again, recipe, together)
     if not ways:
         return said + "no format holds them solved again." if said else "start from the original model."
     options = ["--requantize", *ways[0].options]
@@ -73,7 +77,7 @@ def other_codes(
     )
 
 
-def _ways(fates: Sequence[Fate], recipe: Recipe, together: Mapping[str, Sequence[str]]) -> list[Way]:
+def _ways(fates: Mapping[str, Fate], recipe: Recipe, together: Mapping[str, Sequence[str]]) -> list[Way]:
     """The ways that pack something: those that pack most, and of these those that change least, first."""
     ways = [
         _way(fates, recipe, format, group_size, together)
@@ -84,22 +88,23 @@ def _ways(fates: Sequence[Fate], recipe: Recipe, together: Mapping[str, Sequence
 
 
 def _way(
-    fates: Sequence[Fate],
+    fates: Mapping[str, Fate],
     recipe: Recipe,
     format: str,
-    group_size: int,
+    group_size: int | str,
     together: Mapping[str, Sequence[str]],
 ) -> Way:
     """The way to this layout, with what it does not hold, and what engines fuse with that, left dense."""
 
     def holds(fate: Fate) -> bool:
         # what is not 2:4 is marlin beside marlin-24
-        layout = formats.FORMATS["marlin" if format == "marlin-24" and not fate.sparse else format]
-        refused = layout.refusal(fate.k, fate.n, bits=4, group_size=group_size)
-        return not (refused or short_group(fate.k, group_size))
+        written = "marlin" if format == "marlin-24" and not fate.layout.sparse else format
+        bits = fate.layout.bits
+        size = group_size_for(fate.matrix, written, bits) if group_size == "auto" else int(group_size)
+        return not refusal(fate.matrix, Layout(written, bits, size))
 
-    dense = {name for fate in fates if not holds(fate) for name in together[fate.linear]}
-    kept = [fate for fate in fates if fate.linear not in dense]
+    dense = {name for fate in fates.values() if not holds(fate) for name in together[fate.name]}
+    kept = [fate for fate in fates.values() if fate.name not in dense]
     options = [
         *([f"--format {format}"] if format != recipe.format else []),
         *([f"--group-size {group_size}"] if group_size != recipe.group_size else []),
@@ -108,20 +113,14 @@ def _way(
     return Way(tuple(options), format, len(kept), sum(fate.k * fate.n for fate in kept))
 
 
-def short_group(k: int, group_size: int) -> str | None:
-    """Why inputs do not divide into groups, None if they do. Files may end in a short one; we solve none."""
-    if group_size != -1 and k % group_size:
-        return f"needs inputs divisible by the group size {group_size}, has {k}"
-    return None
-
-
-def option_for(option: str, linears: Collection[str], fates: Sequence[Fate]) -> str:
+def option_for(option: str, linears: Collection[str], fates: Collection[str]) -> str:
     """The option for these linears: by kind where all of a kind are among them, else by name."""
+    linears = set(linears)
     if len(linears) == 1:
         return f"{option} '{next(iter(linears))}'"
     kinds: dict[str, list[str]] = {}
-    for fate in fates:
-        kinds.setdefault(fate.linear.rpartition(".")[2], []).append(fate.linear)
+    for name in fates:
+        kinds.setdefault(name.rpartition(".")[2], []).append(name)
     named = []
     for kind, names in sorted(kinds.items()):
         chosen = [name for name in names if name in linears]

@@ -16,8 +16,8 @@ import tiny_models
 import torch
 from click.testing import CliRunner, Result
 
-from marlin_convert.cli import main
-from marlin_convert.terminal import AboveBars
+from marlin_convert.cli.main import main
+from marlin_convert.cli.terminal import AboveBars
 
 
 @pytest.fixture(scope="session")

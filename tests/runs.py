@@ -16,7 +16,7 @@ STARTER = """
 import ctypes, importlib, json, os, signal, sys
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 from marlin_convert import calibration, estimate, quantize, report, verify
-from marlin_convert.cli import main
+from marlin_convert.cli.main import main
 from marlin_convert.models import hidden
 
 def kill_at(place, call):

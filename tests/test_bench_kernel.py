@@ -17,12 +17,12 @@ import pytest
 import torch
 from matplotlib.axes import Axes
 
-from marlin_convert import cli as commands
 from marlin_convert.bench import figures, kernel, measurements, multipliers, shapes, sustained, timing
 from marlin_convert.bench.measurements import Measurements
 from marlin_convert.bench.shapes import LAYERS, MODELS, Shape
 from marlin_convert.bench.sustained import Reading, Slice
 from marlin_convert.bench.timing import Ceilings, Cell
+from marlin_convert.cli import bench_kernel as command
 from marlin_convert.errors import ConvertError, KernelError
 from marlin_convert.formats import words
 
@@ -332,7 +332,7 @@ def measuring(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Shape]]:
         uuid = "0"
 
     peer = replace(fake("vllm-marlin"), source="vllm 0.26")
-    monkeypatch.setattr(commands, "pick_gpu", lambda name: torch.device("cuda:0"))
+    monkeypatch.setattr(command, "pick_gpu", lambda name: torch.device("cuda:0"))
     monkeypatch.setattr(kernel, "measure", measure)
     monkeypatch.setattr(kernel, "ceilings", lambda: CEILINGS)
     monkeypatch.setattr(kernel, "peers", lambda: ([peer], {"humming": "humming is not installed"}))

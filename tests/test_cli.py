@@ -20,7 +20,9 @@ import click
 import pytest
 
 from marlin_convert import quantize, recipe
-from marlin_convert.cli import going_on, main, parse_size, pick_device
+from marlin_convert.cli.arguments import parse_size
+from marlin_convert.cli.devices import pick_device
+from marlin_convert.cli.main import going_on, main
 from marlin_convert.errors import ConvertError
 
 COMMANDS = sorted(main.commands)
@@ -75,7 +77,7 @@ def test_every_command_has_the_output_options(command):
 
 def test_starting_up_imports_nothing_heavy():
     heavy = ("torch", "transformers", "numpy", "safetensors", "huggingface_hub", "yaml", "tqdm")
-    code = f"import sys, marlin_convert.cli; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, marlin_convert.cli.main; print([name for name in {heavy} if name in sys.modules])"
     assert python("-c", code).stdout.strip() == "[]"
 
 
@@ -94,7 +96,7 @@ def test_the_readme_names_no_option_that_is_not_there():
 
 
 def test_completion():
-    code = "from marlin_convert.cli import main; main(prog_name='marlin-convert')"
+    code = "from marlin_convert.cli.main import main; main(prog_name='marlin-convert')"
     done = python("-c", code, _MARLIN_CONVERT_COMPLETE="bash_source")
     assert done.returncode == 0
     assert "complete -o nosort -F _marlin_convert_completion marlin-convert" in done.stdout
@@ -235,7 +237,7 @@ def test_a_second_sigterm_does_not_cut_the_cleaning_up_short():
     """Whoever ends a process may do it twice; nohup has SIGHUP ignored, and so it stays."""
     code = """
 import os, signal, sys
-from marlin_convert.terminal import Ending
+from marlin_convert.cli.terminal import Ending
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
 with Ending() as ending:
     os.kill(os.getpid(), signal.SIGHUP)
@@ -255,7 +257,7 @@ def test_a_signal_that_a_lock_turns_into_an_error_is_still_an_interrupt(number):
     """A signal between two lines of Python's own Condition comes out as RuntimeError."""
     code = f"""
 import os, signal, threading
-from marlin_convert.cli import main
+from marlin_convert.cli.main import main
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @main.command()
@@ -478,7 +480,7 @@ def test_a_stream_that_is_closed_ends_nothing_and_is_no_file_of_ours(closed, qua
     """As under some daemons; a file that took its number would get what libraries print."""
     seen = tmp_path / "seen"
     program = (
-        "import os, sys, marlin_convert.inspect as story; from marlin_convert.cli import main\n"
+        "import os, sys, marlin_convert.inspect as story; from marlin_convert.cli.main import main\n"
         "def text(*_, **more): return sys.argv[2][:open(sys.argv[1], 'w').write(str(os.dup(3)))]\n"
         "story.text = text; main(['inspect', sys.argv[2]])"
     )

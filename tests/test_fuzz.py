@@ -39,7 +39,7 @@ from transformers import PreTrainedTokenizerFast
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.manifest import MANIFEST, VERIFIED
 from marlin_convert.checkpoint.reader import Checkpoint
-from marlin_convert.cli import main
+from marlin_convert.cli.main import main
 from marlin_convert.errors import ConvertError
 from marlin_convert.recipe import load, named_recipes
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from marlin_convert.cli import main
+from marlin_convert.cli.main import main
 from marlin_convert.solvers import sparsity
 from marlin_convert.solvers.gptq import solve
 from marlin_convert.solvers.hessian import Hessian

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.reader import Checkpoint
-from marlin_convert.evaluate import log_probabilities
+from marlin_convert.checks.divergence import log_probabilities
 from marlin_convert.models.blocks import BlockModel
 from marlin_convert.models.tree import FORWARD
 

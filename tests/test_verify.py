@@ -16,14 +16,15 @@ from marlin_convert import verify as story
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.manifest import MANIFEST, VERIFIED
 from marlin_convert.checkpoint.reader import Checkpoint
+from marlin_convert.checks import kernel
+from marlin_convert.checks.divergence import compare
+from marlin_convert.checks.kernel import _kernel_error, _OnKernel
 from marlin_convert.errors import FormatError
-from marlin_convert.evaluate import compare
 from marlin_convert.formats import FORMATS as LAYOUTS
 from marlin_convert.formats import Scheme, marlin, marlin_24
 from marlin_convert.hub import Source
 from marlin_convert.kernels.matmul import Marlin24Linear, MarlinLinear
 from marlin_convert.models.blocks import BlockModel
-from marlin_convert.verify import _kernel_error, _OnKernel
 
 FORMATS = ["marlin", "marlin-24", "gptq", "compressed-tensors"]
 SCALES = {"marlin": "s", "marlin-24": "s", "gptq": "scales", "compressed-tensors": "weight_scale"}
@@ -493,11 +494,11 @@ def test_a_product_beyond_the_tolerance(copy, report):
 
 def test_linears_rounded_to_nearest(copy, report, cli):
     directory = copy("marlin")
-    rows = json.loads((directory / MANIFEST).read_text())["linears"]
-    rows[3]["rounded_to_nearest"] = True
-    edit_json(directory / MANIFEST, linears=rows)
-    assert f"rounded to nearest: {rows[3]['name']}" in cli("verify", directory).stdout.splitlines()
-    fails(report(directory, "--strict"), "numbers", rows[3]["name"])
+    found = json.loads((directory / MANIFEST).read_text())["matrices"]
+    found[3]["rounded_to_nearest"] = True
+    edit_json(directory / MANIFEST, matrices=found)
+    assert f"rounded to nearest: {found[3]['name']}" in cli("verify", directory).stdout.splitlines()
+    fails(report(directory, "--strict"), "numbers", found[3]["name"])
 
 
 def test_a_model_compared_with_itself(tmp_path):
@@ -619,7 +620,7 @@ def test_a_kernel_that_is_wrong_and_then_refuses(quantized, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(story, "_kernel_error", kernel_error)
+    monkeypatch.setattr(kernel, "_kernel_error", kernel_error)
     source = Source(quantized("marlin"), "marlin", None)
     job = story.Job(source, frozenset({"kernel"}), torch.device("cuda"))
     done = story.verify(job)

@@ -105,13 +105,14 @@ class Weights:
 
     def sparse_linears(self, manifest: Mapping[str, Any] | None) -> list[str]:
         """The linears that are 2:4 by their layout, or if what their manifest claims is true."""
+        claimed = {name for name, fate in manifests.fates(manifest).items() if fate.layout.sparse}
         if self.scheme is None:
-            return manifests.pruned(manifest)
-        if self.scheme and self.scheme.format == "marlin-24":
+            return [linear for linear in claimed if f"{linear}.weight" in self.checkpoint.tensors]
+        if self.scheme.format == "marlin-24":
             return [
                 linear for linear in self.packed_linears() if self.scheme_of(linear).format == "marlin-24"
             ]
-        return [linear for linear in self.packed_linears() if manifests.claims_sparse(manifest, linear)]
+        return [linear for linear in self.packed_linears() if linear in claimed]
 
     def scheme_of(self, linear: str) -> formats.Scheme:
         """How a packed linear is stored."""

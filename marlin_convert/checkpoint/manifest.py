@@ -6,8 +6,10 @@ from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from marlin_convert.checkpoint import older_manifest
 from marlin_convert.checkpoint.reader import belongs, json_file
 from marlin_convert.errors import SourceError, reading
+from marlin_convert.matrix import Fate, by_name, fate_of
 
 MANIFEST = "marlin_convert.json"
 # What `verify` found, beside the manifest and about it; no file of it.
@@ -30,6 +32,9 @@ def load(directory: Path) -> dict[str, Any] | None:
     if not os.path.lexists(path):
         return None
     manifest = json_file(directory, MANIFEST)
+    if "linears" in manifest:
+        beside = json_file(directory, "config.json") if (directory / "config.json").is_file() else {}
+        manifest["matrices"] = older_manifest.rows(manifest, beside)
     files = manifest.get("files")
     if not isinstance(files, dict):
         raise SourceError(f"'{path}' is not a manifest: it lists no files.")
@@ -40,7 +45,22 @@ def load(directory: Path) -> dict[str, Any] | None:
             or not isinstance(entry.get("sha256"), str)
         ):
             raise SourceError(f"'{path}' gives no size and sha256 for {name!r}.")
+    rows = manifest.setdefault("matrices", [])
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise SourceError(f"'{path}' is not a manifest: its matrices are no list of rows.")
+    for row in rows:
+        try:
+            fate_of(row)
+        except ValueError as error:
+            raise SourceError(
+                f"'{path}' says of {row.get('name')!r} what makes no matrix: {error}."
+            ) from error
     return manifest
+
+
+def fates(manifest: Mapping[str, Any] | None) -> dict[str, Fate]:
+    """What has become of every matrix of a manifest that was loaded, by name; empty without one."""
+    return by_name(fate_of(row) for row in (manifest or {}).get("matrices", ()))
 
 
 def is_verified(report: Mapping[str, Any]) -> bool:
@@ -89,33 +109,14 @@ def strangers(directory: Path) -> list[str]:
     return keeping + check_files(directory, manifest, (VERIFIED, VERIFIED + ".tmp"))
 
 
-def rounded_to_nearest(manifest: dict[str, Any]) -> list[str]:
-    """The linears for which the solver found nothing better."""
-    rows = manifest.get("linears")
-    return [
-        str(row.get("name"))
-        for row in (rows if isinstance(rows, list) else ())
-        if isinstance(row, dict) and row.get("rounded_to_nearest")
-    ]
+def rounded_to_nearest(manifest: Mapping[str, Any]) -> list[str]:
+    """The matrices for which the solver found nothing better."""
+    return [row["name"] for row in manifest.get("matrices", ()) if row.get("rounded_to_nearest")]
 
 
-def pruned(manifest: Mapping[str, Any] | None) -> list[str]:
-    """The linears of a dense checkpoint of which its manifest says that they are 2:4."""
-    if (manifest or {}).get("sparsity") != SPARSITY:
-        return []
-    rows = (manifest or {}).get("linears")
-    return [
-        row["name"]
-        for row in (rows if isinstance(rows, list) else ())
-        if isinstance(row, dict) and isinstance(row.get("name"), str)
-    ]
-
-
-def claims_sparse(manifest: Mapping[str, Any] | None, linear: str) -> bool:
-    """Whether a manifest says of a packed linear that its weights are 2:4."""
-    manifest = manifest or {}
-    unpruned = manifest.get("unpruned")
-    return manifest.get("sparsity") == SPARSITY and not (isinstance(unpruned, dict) and linear in unpruned)
+def sparsity(manifest: Mapping[str, Any] | None) -> str | None:
+    """What a manifest says that its matrices are, but for the unpruned ones: 2:4, or nothing special."""
+    return SPARSITY if any(fate.layout.sparse for fate in fates(manifest).values()) else None
 
 
 def sha256_file(path: Path) -> str:

@@ -73,7 +73,7 @@ class UnfinishedRun:
             done = noted.get("done")
             if not isinstance(noted.get("settings"), dict) or not isinstance(done, dict):
                 return f"{PROGRESS} is not one of marlin-convert"
-            if type(done.get("blocks")) is not int or not isinstance(done.get("linears"), list):
+            if type(done.get("blocks")) is not int or not isinstance(done.get("matrices"), list):
                 return f"{PROGRESS} is not one of marlin-convert"
         if names - known:
             return f"it holds {min(names - known)!r}"
@@ -102,7 +102,7 @@ class UnfinishedRun:
 
         ConvertError if an earlier run would be lost without `discard`, or was started with other settings.
         """
-        nothing: dict[str, Any] = {"blocks": 0, "tensors": 0, "linears": []}
+        nothing: dict[str, Any] = {"blocks": 0, "tensors": 0, "matrices": []}
         if not self.blocks:
             return nothing
         progress = json_file(self.directory, PROGRESS)
@@ -133,7 +133,7 @@ class UnfinishedRun:
             replaced.rename(self.output)
         remove(replaced)
         # first the note, then what it is about: what is noted as done is there at any moment
-        self.save(settings, {"blocks": done["blocks"], "linears": done["linears"]}, done["tensors"])
+        self.save(settings, {"blocks": done["blocks"], "matrices": done["matrices"]}, done["tensors"])
         if not done["blocks"]:
             remove(self.staging)
         self.staging.mkdir(exist_ok=True)

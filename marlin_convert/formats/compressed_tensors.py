@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from marlin_convert.errors import FormatError
-from marlin_convert.formats import bounds, words
+from marlin_convert.formats import bounds, mixtures, words
 from marlin_convert.formats.scheme import (
     SCALE_DTYPES,
     Scheme,
@@ -37,6 +37,7 @@ from marlin_convert.formats.scheme import (
     pattern_of,
     tensor,
 )
+from marlin_convert.matrix import Fate
 from marlin_convert.quantized import QuantizedLinear
 
 SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
@@ -168,38 +169,42 @@ def _group_of_row(tensors: Mapping[str, Tensor], scheme: Scheme, k: int, groups:
     return g_idx
 
 
-def quantization_config(
-    *, bits: int, group_size: int, skipped: Sequence[str], symmetric: bool = True, act_order: bool = False
-) -> dict[str, Any]:
-    """The quantization_config of config.json, lm_head always ignored; vLLM refuses any sparsity_config."""
-    weights = {
-        "num_bits": bits,
-        "type": "int",
-        "symmetric": symmetric,
-        "strategy": "channel" if group_size == -1 else "group",
-        "group_size": None if group_size == -1 else group_size,
-        "dynamic": False,
-        "actorder": None,
-        "block_structure": None,
-        "observer": "minmax",
-        "observer_kwargs": {},
-    }
+def quantization_config(fates: Sequence[Fate]) -> dict[str, Any]:
+    """The quantization_config of config.json, lm_head always ignored; vLLM refuses any sparsity_config.
+
+    Matrices of one kind are a group; where there are several, each names its own by patterns.
+    """
+    symmetric = all(fate.layout.symmetric for fate in fates if fate.packed)
+    told = mixtures.patterns(mixtures.kinds(fates))
+    groups = {}
+    for number, ((bits, group_size), patterns) in enumerate(told.items()):
+        weights = {
+            "num_bits": bits,
+            "type": "int",
+            "symmetric": symmetric,
+            "strategy": "channel" if group_size == -1 else "group",
+            "group_size": None if group_size == -1 else group_size,
+            "dynamic": False,
+            "actorder": None,
+            "block_structure": None,
+            "observer": "minmax",
+            "observer_kwargs": {},
+        }
+        groups[f"group_{number}"] = {
+            "targets": [_CLASS] if len(told) == 1 else [f"re:{pattern}" for pattern in patterns],
+            "weights": weights,
+            "input_activations": None,
+            "output_activations": None,
+            "format": "pack-quantized",
+        }
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
-        "ignore": ["lm_head", *(name for name in skipped if name != "lm_head")],
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": weights,
-                "input_activations": None,
-                "output_activations": None,
-                "format": "pack-quantized",
-            }
-        },
+        "ignore": ["lm_head", *(name for name in mixtures.left_dense(fates) if name != "lm_head")],
+        "config_groups": groups,
     }
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from marlin_convert.errors import FormatError
-from marlin_convert.formats import bounds, words
+from marlin_convert.formats import bounds, dynamics, mixtures, words
 from marlin_convert.formats.scheme import (
     SCALE_DTYPES,
     Scheme,
@@ -26,10 +26,9 @@ from marlin_convert.formats.scheme import (
     expect_shape,
     group_size_of,
     groups_of,
-    mapping_of,
-    pattern_of,
     tensor,
 )
+from marlin_convert.matrix import Fate
 from marlin_convert.quantized import QuantizedLinear, contiguous_groups
 
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
@@ -169,24 +168,30 @@ def _group_of_row(tensors: Mapping[str, Tensor], scheme: Scheme, k: int, groups:
     return torch.where(g_idx < 0, g_idx + groups, g_idx)
 
 
-def quantization_config(
-    *, bits: int, group_size: int, skipped: Sequence[str], symmetric: bool = True, act_order: bool = False
-) -> dict[str, Any]:
-    """The quantization_config of config.json as vLLM, AutoGPTQ and GPTQModel read it."""
+def quantization_config(fates: Sequence[Fate]) -> dict[str, Any]:
+    """The quantization_config of config.json as vLLM, SGLang, AutoGPTQ and GPTQModel read it.
+
+    Where matrices differ in bits or group size, those unlike most are named under `dynamic`.
+    """
+    found = mixtures.kinds(fates)
+    bits, group_size = mixtures.usual(found)
+    packed = [fate.layout for fate in fates if fate.packed]
     config: dict[str, Any] = {
         "quant_method": "gptq",
         "bits": bits,
         "group_size": group_size,
-        "sym": symmetric,
-        "desc_act": act_order,
+        "sym": all(layout.symmetric for layout in packed),
+        "desc_act": any(layout.act_order for layout in packed),
         "static_groups": False,
         "true_sequential": True,
         "damp_percent": 0.01,
         "lm_head": False,
         "checkpoint_format": "gptq",
     }
-    if skipped:
-        config["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in skipped}
+    dynamic: dict[str, Any] = {f"-:^{re.escape(name)}$": {} for name in mixtures.left_dense(fates)}
+    dynamic |= dynamics.overrides(mixtures.with_fused(found), (bits, group_size))
+    if dynamic:
+        config["dynamic"] = dynamic
     return config
 
 
@@ -207,7 +212,7 @@ def read_config(config: Mapping[str, Any]) -> Scheme:
         version=2 if stored == "gptq_v2" else 1,
         act_order=boolean(config, "desc_act", False),
     )
-    skipped, overrides = _by_layer(config, scheme)
+    skipped, overrides = dynamics.by_layer(config, scheme, read_config)
     return replace(scheme, skipped=skipped, overrides=overrides)
 
 
@@ -220,35 +225,3 @@ def checkpoint_format(config: Mapping[str, Any]) -> str:
     if len(said) > 1:
         raise FormatError(f"quantization_config contradicts itself: {spelled}")
     return next(iter(said), "gptq")
-
-
-# What GPTQModel's overrides by layer say of how the layer is stored; the rest is of how it was solved.
-_STORED = {"bits", "group_size", "sym", "desc_act"}
-_NOT_STORED_HERE = ("rotation", "adapter", "pack_dtype", "format", "checkpoint_format")
-
-
-def _by_layer(
-    config: Mapping[str, Any], scheme: Scheme
-) -> tuple[tuple[str, ...], tuple[tuple[str, Scheme], ...]]:
-    """Patterns of the modules left dense, and those stored otherwise than the rest, with how.
-
-    FormatError for an override that makes another layout of a layer.
-    """
-    skipped, overrides = [], []
-    for key in mapping_of(config, "dynamic"):
-        pattern, said = key.removeprefix("-:").removeprefix("+:"), mapping_of(config["dynamic"], key)
-        if key.startswith("-:"):
-            skipped.append(pattern)
-            continue
-        unknown = [name for name in _NOT_STORED_HERE if said.get(name) not in (None, config.get(name))]
-        if unknown:
-            raise FormatError(
-                f"quantization_config: dynamic override {key!r} with {unknown[0]} is not supported"
-            )
-        stored = {name: value for name, value in said.items() if name in _STORED}
-        other = read_config({**config, **stored, "dynamic": None})
-        # the first pattern that matches counts, also where it changes nothing
-        overrides.append((pattern_of(pattern), other))
-    if all(other == scheme for _, other in overrides):
-        overrides = []
-    return tuple(skipped), tuple(overrides)

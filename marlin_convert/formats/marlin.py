@@ -11,13 +11,15 @@ as qweight and scales.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from marlin_convert.errors import FormatError
-from marlin_convert.formats import bounds, words
+from marlin_convert.formats import bounds, dynamics, mixtures, words
 from marlin_convert.formats.scheme import (
     SCALE_DTYPES,
     Scheme,
@@ -29,6 +31,7 @@ from marlin_convert.formats.scheme import (
     names_of,
     tensor,
 )
+from marlin_convert.matrix import Fate
 from marlin_convert.quantized import QuantizedLinear
 
 SUFFIXES = ("B", "s")
@@ -194,19 +197,24 @@ def _by_half(planes: Tensor) -> Tensor:
     return planes.view(torch.int64).view(t, 2, 2, 4, half // 8)
 
 
-def quantization_config(
-    *, bits: int, group_size: int, skipped: Sequence[str], symmetric: bool = True, act_order: bool = False
-) -> dict[str, Any]:
-    """The quantization_config of config.json for our readers: AutoGPTQ's keys, quant_method "marlin"."""
-    return {
+def quantization_config(fates: Sequence[Fate]) -> dict[str, Any]:
+    """The quantization_config of config.json for our readers: AutoGPTQ's keys, quant_method "marlin".
+
+    Where matrices differ in group size, those unlike most are named under `dynamic`, as GPTQModel does.
+    """
+    found = mixtures.kinds(fates)
+    bits, group_size = mixtures.usual(found)
+    config = {
         "quant_method": "marlin",
         "bits": bits,
         "group_size": group_size,
         "sym": True,
         "desc_act": False,
         "checkpoint_format": "marlin",
-        "modules_to_not_convert": list(skipped),
+        "modules_to_not_convert": mixtures.left_dense(fates),
     }
+    dynamic = dynamics.overrides(found, (bits, group_size))
+    return config | ({"dynamic": dynamic} if dynamic else {})
 
 
 def read_config(config: Mapping[str, Any], names: tuple[str, ...] = ()) -> Scheme:
@@ -216,10 +224,12 @@ def read_config(config: Mapping[str, Any], names: tuple[str, ...] = ()) -> Schem
             "quantization_config: not symmetric, and marlin has no zero points: they were dropped",
             hint="convert the model again from its original",
         )
-    return Scheme(
+    scheme = Scheme(
         "marlin",
         bits=bits_of(config, "bits", "w_bit", allowed=(4,), default=4),  # those of early 2024 do not say
         group_size=group_size_of(config, "group_size", "q_group_size"),
         names=names,
         skipped=names_of(config, "modules_to_not_convert"),
     )
+    skipped, overrides = dynamics.by_layer(config, scheme, partial(read_config, names=names))
+    return replace(scheme, skipped=(*scheme.skipped, *skipped), overrides=overrides)

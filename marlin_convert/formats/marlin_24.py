@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from marlin_convert.errors import FormatError
-from marlin_convert.formats import bounds, words
+from marlin_convert.formats import bounds, mixtures, words
 from marlin_convert.formats.scheme import (
     SCALE_DTYPES,
     Scheme,
@@ -38,6 +38,7 @@ from marlin_convert.formats.scheme import (
     names_of,
     tensor,
 )
+from marlin_convert.matrix import Fate
 from marlin_convert.quantized import QuantizedLinear
 
 SUFFIXES = ("B_24", "B_meta", "s")
@@ -325,19 +326,12 @@ def _check_metadata(metadata: Tensor) -> None:
     )
 
 
-def quantization_config(
-    *,
-    bits: int,
-    group_size: int,
-    skipped: Sequence[str],
-    symmetric: bool = True,
-    act_order: bool = False,
-    unpruned: Sequence[str] = (),
-) -> dict[str, Any]:
+def quantization_config(fates: Sequence[Fate]) -> dict[str, Any]:
     """The quantization_config of config.json for our readers: AutoGPTQ's keys, quant_method "marlin_24".
 
-    The linears named in unpruned are not 2:4 and stored in the marlin layout.
+    The matrices named as unpruned are not 2:4 and stored in the marlin layout.
     """
+    bits, group_size = mixtures.usual(mixtures.kinds(fates))
     return {
         "quant_method": "marlin_24",
         "bits": bits,
@@ -345,8 +339,8 @@ def quantization_config(
         "sym": True,
         "desc_act": False,
         "checkpoint_format": "marlin_24",
-        "modules_to_not_convert": list(skipped),
-        "unpruned": list(unpruned),
+        "modules_to_not_convert": mixtures.left_dense(fates),
+        "unpruned": [fate.name for fate in fates if fate.packed and not fate.layout.sparse],
     }
 
 

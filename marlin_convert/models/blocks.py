@@ -165,7 +165,7 @@ class BlockModel:
         while unknown:  # most are computed by the module itself, some by one around it
             with config_errors(self.weights.checkpoint.config):
                 self._owner(around)._init_weights(self.model.get_submodule(around))
-            unknown = [name for name in unknown if module._buffers[name].isnan().any()]
+            unknown = [name for name in unknown if module.get_buffer(name).isnan().any()]
             if unknown and not around:
                 raise SourceError(f"transformers computes no value for {prefix}{unknown[0]}.")
             around = around.rpartition(".")[0]

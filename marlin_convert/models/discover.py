@@ -120,8 +120,11 @@ def discover(model: PreTrainedModel) -> Structure:
     called = {call.path for call in calls}
     head = model.get_output_embeddings()
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and name not in inside and module is not head:
-            dense[name] = OUTSIDE if name in called else NOT_FOR_TEXT
+        if isinstance(module, nn.Linear) and name not in inside:
+            if module is not head:
+                dense[name] = OUTSIDE if name in called else NOT_FOR_TEXT
+            elif name != "lm_head":  # which engines know without being told
+                dense[name] = "the head"
     read = set().union(*reads.of.values())
     batch_axis = _hidden(of_blocks[0]).shape.index(SHAPE[0])
     return Structure(

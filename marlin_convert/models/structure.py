@@ -50,6 +50,12 @@ class Structure:
         """The stage that a linear (by its path in the model) works in, None if it stays dense."""
         return self._stages.get(linear)
 
+    def block_of(self, name: str) -> int | None:
+        """The number of the block that a module or tensor is inside of, None if it is in no block."""
+        number, _, rest = name.removeprefix(f"{self.blocks}.").partition(".")
+        inside = name.startswith(f"{self.blocks}.") and bool(rest) and number.isdecimal()
+        return int(number) if inside and int(number) < len(self.parts) else None
+
     @cached_property
     def _stages(self) -> dict[str, Stage]:
         return {

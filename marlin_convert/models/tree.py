@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import (
@@ -19,7 +18,6 @@ from transformers.utils import logging as transformers_logging
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.errors import SourceError
 from marlin_convert.models.discover import discover
-from marlin_convert.models.structure import Structure
 
 OTHER_MODEL = "the config.json may be of another model; fetch the model again."
 
@@ -136,15 +134,6 @@ def check_type(config: Mapping[str, Any]) -> None:
             f"{model_type!r} is no language model that transformers builds from its config alone.",
             "causal language models are quantized, and the text part of models that take images too.",
         )
-
-
-def block_linears(model: PreTrainedModel, structure: Structure) -> dict[str, nn.Linear]:
-    """Every nn.Linear inside the decoder blocks, by full name, in model order."""
-    return {
-        f"{structure.blocks}.{name}": module
-        for name, module in model.get_submodule(structure.blocks).named_modules()
-        if isinstance(module, nn.Linear)
-    }
 
 
 def claims_tied(weights: Weights, model: PreTrainedModel) -> bool:

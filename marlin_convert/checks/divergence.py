@@ -10,6 +10,9 @@ from torch.nn.functional import kl_div
 from marlin_convert.models.blocks import BlockModel
 from marlin_convert.models.hidden import HiddenStates
 
+# Of a walk over blocks, those left and their number: the blocks, one after another.
+Progress = Callable[[range, int], Iterable[int]]
+
 # Positions whose probabilities over the vocabulary are in memory at once.
 POSITIONS = 256
 
@@ -34,7 +37,7 @@ def compare(
     source: BlockModel,
     model: BlockModel,
     ids: Tensor,
-    progress: Callable[[range, int], Iterable[int]] = lambda blocks, total: blocks,
+    progress: Progress = lambda blocks, total: blocks,
 ) -> Comparison:
     """Run ids (samples, length) through two models of one architecture, block after block."""
     pair = [(one, HiddenStates(one, ids)) for one in (source, model)]

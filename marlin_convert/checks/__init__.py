@@ -1,0 +1,4 @@
+"""The checks of `verify`, a file each: what is right about a checkpoint, and what is not."""
+
+# In the order they are made.
+CHECKS = ("files", "layout", "sparsity", "numbers", "kernel", "generate")

@@ -1,0 +1,180 @@
+"""Products of the packed linears and, beside the source, weights and predictions."""
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from marlin_convert.checkpoint import manifest as manifests
+from marlin_convert.checks.divergence import Comparison, Progress, compare
+from marlin_convert.checks.outcome import Check, json_numbers, reporting, verdict
+from marlin_convert.checks.subject import Original, Subject
+from marlin_convert.errors import ConvertError, SourceError
+from marlin_convert.models.blocks import BlockModel
+from marlin_convert.quantized import QuantizedLinear, contiguous_groups
+
+# Of a whole weight: rounding to 4 bits stays near 0.1, GPTQ near 0.15.
+WEIGHT_ERROR = 0.5
+# With half of the weights gone, and the others moved to make up for them.
+PRUNED_WEIGHT_ERROR = 0.9
+# Of the weights of one output: all zeros would be as near.
+OUTPUT_ERROR = 1.0
+# How far perplexity may rise over the source's.
+PERPLEXITY = 2.0
+
+
+@reporting
+def check(
+    problems: list[str],
+    subject: Subject,
+    original: Original | None,
+    progress: Progress,
+    *,
+    tolerance: float,
+    strict: bool,
+) -> Check:
+    """Compare products, and beside the source weights and what is predicted of its text."""
+    rounded = manifests.rounded_to_nearest(subject.manifest or {})
+    problems += [f"{name} was rounded to nearest" for name in rounded] if strict else []
+    if original is None and not subject.weights.packed_linears():
+        return Check("skipped", "no linear is packed, and no --source was given")
+    rows, unreadable = _compare_weights(problems, subject, original, tolerance)
+    details: dict[str, Any] = {"tolerance": tolerance, "rounded_to_nearest": rounded}
+    details["weights"] = [json_numbers(row) for row in rows]
+    products = [row["product_error"] for row in rows if "product_error" in row]
+    summary = f"{len(products)} products, relative error at most {max(products, default=0.0):.1e}"
+    if original is not None:
+        errors = [row["error"] for row in rows if "product_error" in row and "error" in row]
+        summary += f"; weight error at most {max(errors, default=0.0):.3f}"
+        details["source"] = {"name": original.name}
+        if unreadable:
+            problems.append("the text was not run: not all weights can be read")
+        else:
+            try:
+                text, overflows = _run_text(subject, original, progress)
+            except ConvertError as error:
+                problems.append(str(error))
+            else:
+                problems += overflows + _text_problems(text)
+                details["text"] = {**original.text, **json_numbers(asdict(text))}
+    if rounded:
+        summary += f"; {len(rounded)} linears rounded to nearest"
+    return verdict(problems, summary, **details)
+
+
+def _compare_weights(
+    problems: list[str], subject: Subject, original: Original | None, tolerance: float
+) -> tuple[list[dict[str, Any]], bool]:
+    """A row of figures for every weight, and whether some could not be compared."""
+    weights, model = subject.weights, subject.model
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    names = [name for name in model.state_dict() if name in weights or name not in tied]
+    generator = torch.Generator().manual_seed(0)
+    sparse = set(weights.sparse_linears(subject.manifest))
+    rows, unreadable = [], False
+    for name in names:
+        linear = name.removesuffix(".weight")
+        packed = name.endswith(".weight") and weights.is_packed(linear)
+        if original is None and not packed:
+            continue
+        row: dict[str, Any] = {"name": linear if packed else name}
+        try:
+            if packed:
+                layer = weights.quantized(linear)
+                row["product_error"] = _product_error(layer, generator)
+                if not row["product_error"] <= tolerance:
+                    problems.append(f"{linear}: product off by {row['product_error']:.2e} relative")
+                weight = layer.dequantize()
+            else:
+                weight = weights.read(name)
+            if original is not None:
+                source = original.weights.read(name)
+                if source.shape != weight.shape:
+                    raise SourceError(
+                        f"{name} has shape {tuple(weight.shape)}, in the source {tuple(source.shape)}"
+                    )
+                row["error"], row["worst_output"] = _weight_error(weight, source)
+                problems += _weight_problems(row, PRUNED_WEIGHT_ERROR if linear in sparse else WEIGHT_ERROR)
+        except ConvertError as error:
+            problems.append(str(error))
+            unreadable = True
+        rows.append(row)
+    return rows, unreadable
+
+
+def _product_error(layer: QuantizedLinear, generator: torch.Generator) -> float:
+    """How far x @ dequantized is, in float32, from the sum over groups of s (x (q - z)) in float64."""
+    x = torch.randn(8, layer.k, generator=generator)
+    group = layer.group_of_row
+    if group is None:
+        group = contiguous_groups(layer.k, layer.group_size)
+    expected = torch.zeros(len(x), layer.n, dtype=torch.float64)
+    for g in range(layer.groups):
+        rows = (group == g).nonzero()[:, 0]
+        zero = 1 << (layer.bits - 1) if layer.zeros is None else layer.zeros[g].double()
+        codes = layer.codes[rows].double() - zero
+        expected += layer.scales[g].double() * (x[:, rows].double() @ codes)
+    got = (x @ layer.dequantize().t()).double()
+    return ((got - expected).norm() / expected.norm().clamp_min(torch.finfo(torch.float32).tiny)).item()
+
+
+def _weight_error(weight: Tensor, source: Tensor) -> tuple[float, float]:
+    """The relative error of a weight, and the largest of one of its outputs."""
+    if weight.dim() < 2:
+        weight, source = weight[None], source[None]
+    wrong, whole = [], []
+    for ours, theirs in zip(weight.flatten(1).split(1024), source.flatten(1).split(1024), strict=True):
+        theirs = theirs.float()
+        wrong.append((ours.float() - theirs).square().sum(1))
+        whole.append(theirs.square().sum(1))
+    off, size = torch.cat(wrong), torch.cat(whole)
+    tiny = torch.finfo(torch.float32).tiny
+    error = (off.sum() / size.sum().clamp_min(tiny)).sqrt().item()
+    return error, (off / size.clamp_min(tiny)).max().sqrt().item()
+
+
+def _weight_problems(row: dict[str, Any], limit: float) -> list[str]:
+    if not row["error"] <= limit:
+        return [f"{row['name']} is {row['error']:.2f} from the source's, relative; at most {limit}"]
+    if not row["worst_output"] <= OUTPUT_ERROR:
+        return [
+            f"{row['name']} has an output {row['worst_output']:.2f} from the source's, relative; "
+            f"at most {OUTPUT_ERROR}"
+        ]
+    return []
+
+
+def _run_text(subject: Subject, original: Original, progress: Progress) -> tuple[Comparison, list[str]]:
+    """How the checkpoint predicts the text beside its source, and what of it a float16 engine cannot hold."""
+    models = [
+        BlockModel(weights, subject.device, fast=False, trust_remote_code=subject.trust_remote_code)
+        for weights in (original.weights, subject.weights)
+    ]
+    blocks = [len(model) for model in models]
+    if blocks[0] != blocks[1]:
+        raise SourceError(f"the source has {blocks[0]} blocks, the checkpoint {blocks[1]}")
+    vocabulary = subject.model.config.vocab_size
+    if original.ids.max() >= vocabulary:
+        raise SourceError(
+            f"the tokenizer gives id {int(original.ids.max())}, there are {vocabulary} embeddings"
+        )
+    found = compare(models[0], models[1], original.ids, progress)
+    overflows = [
+        f"{linear} takes or gives {most:.3g}, which float16 cannot hold: an engine computes infinity; "
+        "--dtype bfloat16 writes it for a type that can"
+        for linear, most in models[1].overflows.items()
+    ]
+    return found, overflows
+
+
+def _text_problems(found: Comparison) -> list[str]:
+    if not (math.isfinite(found.perplexity) and math.isfinite(found.divergence)):
+        return [f"perplexity is {found.perplexity}, divergence {found.divergence}"]
+    if found.perplexity > PERPLEXITY * found.source_perplexity:
+        return [
+            f"perplexity is {found.perplexity:.4g}, the source's {found.source_perplexity:.4g}; "
+            f"at most {PERPLEXITY} times as much"
+        ]
+    return []

@@ -1,0 +1,58 @@
+"""What the words of a command line mean: paths, sizes, lists of numbers."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+def at_home(name: str) -> str:
+    """A name with the home directory in place of a ~ at its beginning."""
+    return os.path.expanduser(name)  # noqa: PTH111, Path makes a '.' of an empty name
+
+
+class Place(click.Path):
+    """A path; a ~ at its beginning is the home directory, though no shell has seen it, as in --output=~/x."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path as click gives it."""
+        return super().convert(at_home(value), param, ctx)
+
+
+class NameOrPlace(click.ParamType):
+    """A name, or a path, of which a ~ at the beginning is the home directory."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The name or the path as text."""
+        return at_home(value)
+
+
+def check_report(report: Path | None) -> None:
+    """Refuse a --report that could not be written after all the work."""
+    if report and not report.absolute().parent.is_dir():
+        raise click.BadParameter(f"there is no directory '{report.parent}'.", param_hint="--report")
+
+
+def parse_size(context: click.Context, parameter: click.Parameter, value: str) -> int:
+    """Bytes of a size like 5GB or 200MB."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "": 1}
+    number = value.upper().rstrip("KMGB")
+    unit = value.upper()[len(number) :]
+    if unit not in units or not number.isdigit() or int(number) == 0:
+        raise click.BadParameter(f"{value!r} is not a size like 5GB or 500MB.")
+    return int(number) * units[unit]
+
+
+def parse_counts(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> tuple[int, ...] | None:
+    """The numbers in a list like 1,16, each once."""
+    if value is None:
+        return None
+    words = [word.strip() for word in value.split(",")]
+    if not all(word.isdecimal() and int(word) for word in words):
+        raise click.BadParameter(f"{value!r} is not a list of numbers like 1,16,64.")
+    return tuple(dict.fromkeys(map(int, words)))

@@ -1,0 +1,95 @@
+"""What `quantize` and `sparsify` share: most of their options, and what they print."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from marlin_convert.cli.arguments import NameOrPlace, Place, parse_size
+from marlin_convert.cli.output import block_progress
+
+if TYPE_CHECKING:
+    from marlin_convert.quantize import Job
+
+
+def conversion_options(command: Callable) -> Callable:
+    """What quantize and sparsify share, recipe settings among it."""
+    for option in (
+        click.option(
+            "-o",
+            "--output",
+            required=True,
+            type=Place(path_type=Path),
+            help="Where to write. Must not exist.",
+        ),
+        click.option(
+            "--recipe",
+            type=NameOrPlace(),
+            default="w4a16",
+            show_default=True,
+            metavar="NAME|FILE",
+            help="Settings to start from.",
+        ),
+        click.option(
+            "--skip", multiple=True, metavar="PATTERN", help="Leave matching linears as they are; repeatable."
+        ),
+        click.option(
+            "--calibration",
+            type=NameOrPlace(),
+            metavar="builtin|FILE|hf:DATASET[:SPLIT]",
+            help="Text to calibrate on: .txt or .jsonl.",
+        ),
+        click.option("--samples", type=click.IntRange(1), help="Calibration sequences.  [default: 256]"),
+        click.option(
+            "--sequence-length", type=click.IntRange(1), help="Tokens per sequence.  [default: 2048]"
+        ),
+        click.option("--seed", type=int, help="Draws the calibration windows.  [default: 0]"),
+        click.option(
+            "--dtype",
+            type=click.Choice(["auto", "float16", "bfloat16"]),
+            help="Type computed in, and of dense tensors.",
+        ),
+        click.option(
+            "--device",
+            default="auto",
+            show_default=True,
+            metavar="auto|cpu|cuda[:N]",
+            help="Where to compute.",
+        ),
+        click.option("--revision", help="Branch, tag or commit of a Hub MODEL."),
+        click.option(
+            "--max-shard-size", default="5GB", show_default=True, callback=parse_size, help="Largest file."
+        ),
+        click.option("--resume", is_flag=True, help="Continue an interrupted run."),
+        click.option("--overwrite", is_flag=True, help="Replace an earlier output once this is complete."),
+        click.option(
+            "--trust-remote-code", is_flag=True, help="Allow code from the model repository to run."
+        ),
+        click.option(
+            "--report",
+            type=Place(path_type=Path, dir_okay=False),
+            help="Write an HTML page with the error of every linear.",
+        ),
+        click.option("--dry-run", is_flag=True, help="Print the plan and stop."),
+    )[::-1]:
+        command = option(command)
+    return command
+
+
+def convert(
+    job: "Job", plan_job: Callable, story: Callable, dry_run: bool, as_json: bool, quiet: bool
+) -> None:
+    """Print the plan of a conversion, or do it and print what was done."""
+    from marlin_convert import report as reports
+
+    if dry_run:
+        _, plan = plan_job(job)
+        click.echo(json.dumps(reports.plan_json(plan), indent=2) if as_json else reports.plan_text(plan, job))
+        return
+    done = story(job, block_progress(quiet))
+    if as_json:
+        click.echo(json.dumps(reports.summary(done), indent=2))
+    elif not quiet:
+        click.echo(reports.summary_text(done, job))

@@ -1,0 +1,71 @@
+"""What every command says besides its result: options for that, log lines and bars on stderr."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import click
+
+from marlin_convert.cli import terminal
+
+log = logging.getLogger("marlin_convert")
+
+
+def output_options(command: Callable) -> Callable:
+    """--json, -q and -v, the same on every command."""
+    for option in (
+        click.option("-v", "--verbose", count=True, help="More lines on stderr, one per linear."),
+        click.option("-q", "--quiet", is_flag=True, help="Only warnings and errors on stderr."),
+        click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout."),
+    ):
+        command = option(command)
+    return command
+
+
+def set_up_logging(quiet: bool, verbose: int) -> None:
+    """Plain lines on stderr, and bars of the Hub's client, which is imported later, on a terminal only."""
+    if quiet or not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    level = logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO
+    logging.basicConfig(
+        handlers=[terminal.AboveBars()], format="%(message)s", level=logging.WARNING, force=True
+    )
+    log.setLevel(level)
+
+
+def block_progress(quiet: bool) -> Callable[[range, int], Iterable[int]]:
+    """A bar over the blocks on a terminal, else one plain line per block."""
+
+    def progress(blocks: range, total: int) -> Iterable[int]:
+        from tqdm import tqdm
+
+        bar = tqdm(blocks, initial=blocks.start, total=total, unit="block", disable=True if quiet else None)
+        for number in bar:
+            yield number
+            if bar.disable:
+                log.info("block %d of %d done", number + 1, total)
+
+    return progress
+
+
+def file_progress(quiet: bool) -> Callable[[Sequence[str]], Iterable[str]]:
+    """A bar over the files that are checked, on a terminal."""
+
+    def progress(names: Sequence[str]) -> Iterable[str]:
+        from tqdm import tqdm
+
+        return tqdm(names, desc="checking", unit="file", disable=True if quiet else None)
+
+    return progress
+
+
+def request_progress(quiet: bool) -> Callable[[Iterator, int], Iterable]:
+    """A bar over the requests that are answered, on a terminal."""
+
+    def progress(answered: Iterator, total: int) -> Iterable:
+        from tqdm import tqdm
+
+        return tqdm(answered, total=total, unit="request", disable=True if quiet else None)
+
+    return progress

@@ -1,0 +1,59 @@
+"""`marlin-convert push`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from marlin_convert.cli.arguments import Place
+from marlin_convert.cli.output import file_progress, output_options, set_up_logging
+
+
+def parse_formats(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
+    """The names in a list like gptq,compressed-tensors, each once."""
+    names = tuple(dict.fromkeys(name.strip() for name in value.split(","))) if value else ()
+    for name in names:
+        if name not in ("gptq", "compressed-tensors"):
+            raise click.BadParameter(f"{name!r} is not gptq or compressed-tensors.")
+    return names
+
+
+@click.command()
+@click.argument("checkpoint", type=Place(path_type=Path))
+@click.argument("repo_id")
+@click.option("--private/--public", default=None, help="For a new repository.  [default: private]")
+@click.option("--revision", "branch", default="main", show_default=True, help="Push to this branch.")
+@click.option("--create-pr", is_flag=True, help="Open a pull request instead.")
+@click.option("--message", help="Commit message.")
+@click.option("--base-model", metavar="ID", help="Hub id of the original, if it cannot be found.")
+@click.option("--license", metavar="ID", help="Only if the source's card names none.")
+@click.option(
+    "--also",
+    callback=parse_formats,
+    metavar="FORMAT[,FORMAT]",
+    help="Push the same codes as gptq, compressed-tensors to a branch of that name, for stock engines.",
+)
+@click.option("--allow-unverified", is_flag=True, help="Publish anyway; the card will say so.")
+@click.option("--dry-run", is_flag=True, help="List files, sizes, hashes and the card; upload nothing.")
+@output_options
+def push(
+    checkpoint: Path, repo_id: str, dry_run: bool, as_json: bool, quiet: bool, verbose: int, **settings: Any
+) -> None:
+    """Publish CHECKPOINT (a directory) to REPO_ID on the Hugging Face Hub.
+
+    Refuses unless `verify` passed on exactly these files. What goes up is what the manifest lists, the
+    manifest, the report of verify and a model card, in one commit; nothing else that lies in the directory.
+
+    The token is HF_TOKEN or that of 'hf auth login'. After an interruption, run the same command again.
+    """
+    set_up_logging(quiet, verbose)
+    from marlin_convert import push as story
+    from marlin_convert import report as reports
+
+    job = story.Job(checkpoint, repo_id, **settings)
+    done = story.push(job, dry_run=dry_run, progress=file_progress(quiet))
+    if as_json:
+        click.echo(json.dumps(reports.push_json(done, job), indent=2))
+    elif not quiet:
+        click.echo(reports.push_text(done, job))

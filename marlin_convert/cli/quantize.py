@@ -1,0 +1,102 @@
+"""`marlin-convert quantize`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from marlin_convert.cli.arguments import NameOrPlace, check_report
+from marlin_convert.cli.conversion import conversion_options, convert
+from marlin_convert.cli.devices import pick_device
+from marlin_convert.cli.imports import imports
+from marlin_convert.cli.output import output_options, set_up_logging
+from marlin_convert.errors import ConvertError
+
+
+@click.command()
+@click.argument("model", type=NameOrPlace())
+@click.option(
+    "--format",
+    type=click.Choice(["marlin", "marlin-24", "gptq", "compressed-tensors"]),
+    help="On-disk layout.  [default: marlin, or marlin-24 with --sparsity 2:4]",
+)
+@click.option(
+    "--group-size",
+    type=click.Choice(["auto", "128", "64", "32", "-1"]),
+    help="Weights that share a scale: -1 is one per column, auto the largest that divides a linear's inputs.  "
+    "[default: auto]",
+)
+@click.option(
+    "--bits",
+    type=click.Choice(["4", "8"]),
+    help="Bits of a weight; 8 in gptq and compressed-tensors.  [default: 4]",
+)
+@click.option("--sparsity", type=click.Choice(["2:4"]), help="Prune two weights of every four as well.")
+@click.option(
+    "--unpruned",
+    multiple=True,
+    metavar="PATTERN",
+    help="Matching linears are not 2:4: in marlin-24 they are stored as marlin; repeatable.",
+)
+@click.option(
+    "--requantize", is_flag=True, help="Solve again from the dequantized weights of a quantized MODEL."
+)
+@conversion_options
+@output_options
+def quantize(
+    model: str,
+    output: Path,
+    recipe: str,
+    device: str,
+    revision: str | None,
+    max_shard_size: int,
+    requantize: bool,
+    resume: bool,
+    overwrite: bool,
+    trust_remote_code: bool,
+    report: Path | None,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: int,
+    **settings: Any,
+) -> None:
+    """Quantize MODEL (a Hub id or a local directory) and write a 4-bit checkpoint.
+
+    A MODEL that is already quantized (GPTQ, MARLIN, AWQ, compressed-tensors) is repacked: its codes are kept
+    and nothing is calibrated. One that is 2:4 keeps its zeros. What cannot be done is said before anything is
+    written.
+    """
+    set_up_logging(quiet, verbose)
+    with imports():
+        from marlin_convert import quantize as story
+        from marlin_convert import recipe as recipes
+        from marlin_convert.hub import resolve
+
+    check_report(report)
+    size, bits = settings["group_size"], settings["bits"]
+    asked = int(size) if size not in (None, "auto") else None
+    settings |= {"group_size": asked or size, "bits": int(bits) if bits else None}
+    settings |= {name: settings[name] or None for name in ("skip", "unpruned")}
+    start = recipes.load(recipe)
+    if settings["sparsity"] and not settings["format"] and start.format == "marlin":
+        settings["format"] = "marlin-24"
+    chosen, where = start.changed(settings), pick_device(device)
+    if chosen.format == "dense":
+        raise ConvertError(
+            f"{recipe!r} is a recipe of sparsify.", "name a layout with --format, or sparsify."
+        )
+    job = story.Job(
+        source=resolve(model, revision, code=trust_remote_code),
+        output=output,
+        recipe=chosen,
+        group_size=asked,
+        device=where,
+        max_shard_size=max_shard_size,
+        requantize=requantize,
+        resume=resume,
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+        report=report,
+    )
+    convert(job, story.plan_job, story.quantize, dry_run, as_json, quiet)

@@ -1,0 +1,65 @@
+"""`marlin-convert sparsify`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from marlin_convert.cli.arguments import NameOrPlace, check_report
+from marlin_convert.cli.conversion import conversion_options, convert
+from marlin_convert.cli.devices import pick_device
+from marlin_convert.cli.imports import imports
+from marlin_convert.cli.output import output_options, set_up_logging
+
+
+@click.command()
+@click.argument("model", type=NameOrPlace())
+@click.option(
+    "--method",
+    type=click.Choice(["sparsegpt", "wanda", "magnitude"]),
+    help="How weights are chosen; with sparsegpt the others make up for those pruned.  [default: sparsegpt]",
+)
+@conversion_options
+@output_options
+def sparsify(
+    model: str,
+    output: Path,
+    recipe: str,
+    device: str,
+    revision: str | None,
+    max_shard_size: int,
+    resume: bool,
+    overwrite: bool,
+    trust_remote_code: bool,
+    report: Path | None,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: int,
+    **settings: Any,
+) -> None:
+    """Prune the linears of MODEL to 2:4, two weights of every four, and write a dense checkpoint.
+
+    Any tool loads it, to be fine-tuned or quantized: quantize keeps its zeros.
+    """
+    set_up_logging(quiet, verbose)
+    with imports():
+        from marlin_convert import recipe as recipes
+        from marlin_convert import sparsify as story
+        from marlin_convert.hub import resolve
+
+    check_report(report)
+    settings["skip"] = settings["skip"] or None
+    chosen, where = recipes.load(recipe).changed(settings), pick_device(device)
+    job = story.Job(
+        source=resolve(model, revision, code=trust_remote_code),
+        output=output,
+        recipe=chosen,
+        device=where,
+        max_shard_size=max_shard_size,
+        resume=resume,
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+        report=report,
+    )
+    convert(job, story.plan_job, story.sparsify, dry_run, as_json, quiet)

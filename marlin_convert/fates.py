@@ -1,0 +1,162 @@
+"""What becomes of every matrix: the recipe, the source and the shapes decide."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from marlin_convert import formats
+from marlin_convert.checkpoint.linears import Weights
+from marlin_convert.errors import ConvertError
+from marlin_convert.matrix import Fate, Layout, Matrix, by_name, dense
+from marlin_convert.recipe import Recipe
+
+# The sizes that `auto` chooses from, the first that fits: coarser groups are smaller files, finer ones hold
+# more shapes.
+SIZES = (128, 64, 32)
+SIZES_OF_24 = (128, -1)
+# Formats in which one size is right for all matrices: their readers know no other.
+ONE_SIZE = ("gptq", "marlin-24")
+
+
+def fates_of(
+    linears: Mapping[str, nn.Linear],
+    reasons: Mapping[str, str],
+    recipe: Recipe,
+    weights: Weights,
+    claimed: set[str],
+    *,
+    repack: bool,
+) -> dict[str, Fate]:
+    """The fate of every linear, by name and in their order; ConvertError for patterns that cannot be heeded.
+
+    `reasons` says which linears nothing can be done to, and why; `claimed` are 2:4, as the source says.
+    """
+    sparse = _sparse(linears, recipe, weights, claimed, repack=repack)
+    fates = []
+    for name, linear in linears.items():
+        matrix = Matrix(name, linear.in_features, linear.out_features)
+        reason = _left(name, reasons, recipe, weights, repack=repack)
+        written = str(DTYPES.get(recipe.dtype) or weights.dtype(f"{name}.weight")).removeprefix("torch.")
+        if recipe.format == "dense":
+            pruned = reason is None and name in sparse
+            unlike = None if pruned else reason or "left unpruned by the recipe"
+            fates.append(dense(matrix, written, unlike, sparse=pruned))
+            continue
+        if reason is not None:
+            fates.append(dense(matrix, written, reason))
+            continue
+        format = recipe.format
+        if sparse and name not in sparse:
+            pattern = _matching(name, recipe.unpruned)
+            reason = f"unpruned by {pattern!r}" if pattern else "not 2:4 in the source"
+            format = "marlin" if format == "marlin-24" else format
+        layout = _layout(matrix, format, recipe, weights, repack=repack)
+        fates.append(Fate(matrix, replace(layout, sparse=name in sparse), reason))
+    if not repack and recipe.group_size == "auto" and recipe.format in ONE_SIZE:
+        fates = _of_one_size(fates, recipe.format)
+    return by_name(fates)
+
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def _left(
+    name: str, reasons: Mapping[str, str], recipe: Recipe, weights: Weights, *, repack: bool
+) -> str | None:
+    """Why a linear is left as it is, None if it is not."""
+    pattern = _matching(name, recipe.skip)
+    if repack and weights.is_packed(name):
+        if pattern:
+            raise ConvertError(
+                f"--skip {pattern!r} matches {name}, which is quantized in the source.",
+                "a repack keeps what is quantized; start from the original model to leave it dense.",
+            )
+        return None
+    if repack:
+        return "dense in the source"
+    return f"skipped by {pattern!r}" if pattern else reasons.get(name)
+
+
+def _layout(matrix: Matrix, format: str, recipe: Recipe, weights: Weights, *, repack: bool) -> Layout:
+    """How a packed matrix is stored: as many bits and groups as the source has, or as the recipe says."""
+    if repack:
+        scheme = weights.scheme_of(matrix.name)
+        return Layout(format, scheme.bits, scheme.group_size)
+    bits, size = recipe.of(matrix.name)
+    if size == "auto":
+        size = group_size_for(matrix, format, bits)
+    return Layout(format, bits, int(size))
+
+
+def group_size_for(matrix: Matrix, format: str, bits: int) -> int:
+    """The largest group size that holds the matrix in a format; 128 if none does."""
+    return next((size for size in sizes(format) if not refusal(matrix, Layout(format, bits, size))), 128)
+
+
+def sizes(format: str) -> tuple[int, ...]:
+    """The group sizes that `auto` tries for a format, the preferred one first."""
+    return SIZES_OF_24 if format == "marlin-24" else SIZES
+
+
+def refusal(matrix: Matrix, layout: Layout) -> str | None:
+    """Why a format cannot hold what is solved for it in these groups, None if it can.
+
+    Files may end in a short group; we solve none.
+    """
+    refused = formats.FORMATS[layout.format].refusal(
+        matrix.k, matrix.n, bits=layout.bits, group_size=layout.group_size
+    )
+    if refused is None and layout.group_size != -1 and matrix.k % layout.group_size:
+        return f"needs inputs divisible by the group size {layout.group_size}, has {matrix.k}"
+    return refused
+
+
+def _of_one_size(fates: Sequence[Fate], format: str) -> list[Fate]:
+    """The fates with one group size, the largest that holds all that any size holds."""
+    packed = [fate for fate in fates if fate.packed]
+
+    def held(size: int) -> int:
+        return sum(not refusal(fate.matrix, replace(fate.layout, group_size=size)) for fate in packed)
+
+    best = max(sizes(format), key=held)
+    return [
+        replace(fate, layout=replace(fate.layout, group_size=best)) if fate.packed else fate for fate in fates
+    ]
+
+
+def usual_group_size(fates: Iterable[Fate]) -> int:
+    """The group size that most packed matrices have."""
+    counted = Counter(fate.layout.group_size for fate in fates if fate.packed)
+    return counted.most_common(1)[0][0]
+
+
+def _sparse(
+    linears: Mapping[str, nn.Linear],
+    recipe: Recipe,
+    weights: Weights,
+    claimed: set[str],
+    *,
+    repack: bool,
+) -> set[str]:
+    """The linears that are 2:4: those of which the source says so or, if it is asked for, all."""
+    found = claimed
+    if repack and recipe.format == "marlin-24":
+        found = found or set(weights.packed_linears())
+    elif not repack and recipe.sparsity != "none":
+        found = set(linears)
+    sparse = {name for name in found if not _matching(name, recipe.unpruned)}
+    if recipe.unpruned and not sparse:
+        raise ConvertError(
+            f"--unpruned {recipe.unpruned[0]!r} leaves no linear that is 2:4.",
+            "it is for those that are not while others are.",
+        )
+    return sparse
+
+
+def _matching(name: str, patterns: Sequence[str]) -> str | None:
+    """The first pattern that a name matches."""
+    return next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None)

@@ -1,0 +1,76 @@
+"""What a quantization_config says of matrices that are not all stored alike: patterns of their names.
+
+Engines know a linear by its name in a model, before which they put and leave out prefixes of their own, and
+some by the name of the matrix that they fuse it into.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from marlin_convert.matrix import Fate
+
+# What bits and group size a matrix has.
+Kind = tuple[int, int]
+
+# What vLLM and SGLang call linears that they load as one.
+FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+
+
+def kinds(fates: Iterable[Fate]) -> dict[str, Kind]:
+    """Bits and group size of every packed matrix, by name."""
+    return {fate.name: (fate.layout.bits, fate.layout.group_size) for fate in fates if fate.packed}
+
+
+def usual(found: Mapping[str, Kind]) -> Kind:
+    """The bits and the group size that most matrices have."""
+    return Counter(found.values()).most_common(1)[0][0]
+
+
+def left_dense(fates: Iterable[Fate]) -> list[str]:
+    """The names of the matrices that are written as floats."""
+    return [fate.name for fate in fates if not fate.packed]
+
+
+def with_fused(found: Mapping[str, Kind]) -> dict[str, Kind]:
+    """The same, and the names of what engines fuse out of linears that are all of one kind."""
+    more = {}
+    for name in found:
+        parent, _, last = name.rpartition(".")
+        for fused, parts in FUSED.items():
+            names = [f"{parent}.{part}" for part in parts]
+            if last == parts[0] and len({found.get(one) for one in names}) == 1:
+                more[f"{parent}.{fused}"] = found[name]
+    return {**found, **more}
+
+
+def patterns(found: Mapping[str, Kind]) -> dict[Kind, list[str]]:
+    """Regular expressions (re.match) that tell the names of one kind from those of the others.
+
+    One for all blocks where the linears of a path are of one kind in all of them, else one for a linear.
+    """
+    by_path: dict[str, list[str]] = {}
+    for name in found:
+        by_path.setdefault(_in_any_block(name), []).append(name)
+    told: dict[Kind, list[str]] = {}
+    for path, names in by_path.items():
+        alike = len({found[name] for name in names}) == 1
+        for name in names[:1] if alike else names:
+            told.setdefault(found[name], []).append(path if alike else rf"(.*\.)?{re.escape(_tail(name))}$")
+    return told
+
+
+def _tail(name: str) -> str:
+    """A name from the list of blocks on: what stands before is another thing to every engine."""
+    match = re.search(r"[^.]+\.\d+\.", name)
+    return name[match.start() :] if match else name
+
+
+def _in_any_block(name: str) -> str:
+    """A pattern for the names that differ from this one in numbers alone."""
+    words = [r"\d+" if word.isdecimal() else re.escape(word) for word in _tail(name).split(".")]
+    path = r"\.".join(words)
+    return rf"(.*\.)?{path}$"

@@ -1,0 +1,199 @@
+"""What cannot be converted as it was asked, with the best way out, known before a weight is solved."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from fnmatch import fnmatchcase
+
+import torch
+
+from marlin_convert import formats
+from marlin_convert.checkpoint.linears import Weights
+from marlin_convert.errors import ConvertError, FormatError
+from marlin_convert.fates import refusal
+from marlin_convert.formats import bounds
+from marlin_convert.matrix import Fate, by_name
+from marlin_convert.recipe import Recipe
+from marlin_convert.ways import option_for, other_codes, other_layouts
+
+log = logging.getLogger("marlin_convert")
+
+Fates = Mapping[str, Fate]
+Together = Mapping[str, Sequence[str]]  # the linears of each linear's stage, which engines fuse into one
+
+
+def check_patterns(recipe: Recipe, linears: Sequence[str]) -> None:
+    """ConvertError for a pattern of the recipe that matches no linear."""
+    for option, patterns in (
+        ("--skip", recipe.skip),
+        ("--unpruned", recipe.unpruned),
+        ("the recipe's overrides:", recipe.overrides),
+    ):
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in linears):
+                raise ConvertError(
+                    f"{option} {pattern!r} matches no linear of the blocks.",
+                    f"their names are like {linears[0]!r}.",
+                )
+
+
+def check_sparsity(weights: Weights, recipe: Recipe, claimed: set[str], *, repack: bool) -> None:
+    """FormatError or ConvertError where the recipe asks for 2:4 and the source has none, or is none."""
+    if recipe.sparsity != "none" and any(bits != 4 for bits in recipe.all_bits):
+        raise ConvertError(
+            "2:4 is pruned and quantized at once to 4 bits, not to 8.",
+            "leave --bits 8 or --sparsity out.",
+        )
+    if repack and recipe.sparsity != "none" and not claimed and recipe.format != "marlin-24":
+        raise ConvertError(
+            "the source is quantized and not known to be 2:4; a repack does not prune.",
+            "--requantize prunes and solves again from the dequantized weights.",
+        )
+    if not repack and recipe.format == "marlin-24" and recipe.sparsity == "none" and not claimed:
+        raise FormatError(
+            "marlin-24 holds codes that are 2:4, and the source is not known to be.",
+            "prune while quantizing with --sparsity 2:4, or choose another --format.",
+        )
+
+
+def check_stages(fates: Fates, together: Together) -> None:
+    """ConvertError where what engines fuse is not all packed or not at all, and in one layout."""
+    for fate in fates.values():
+        stage = [fates[name] for name in together[fate.name]]
+        if fate.reason is not None:
+            others = [one.name for one in stage if one.packed and one.layout.format != fate.layout.format]
+            if others:
+                kind, option = ("not 2:4", "--unpruned") if fate.packed else ("left dense", "--skip")
+                raise ConvertError(
+                    f"{fate.name} is {kind}, {' and '.join(others)} beside it not; engines load them as one.",
+                    "add " + " ".join(f"{option} '{name}'" for name in others),
+                )
+        unlike = [one for one in stage if one.packed and fate.packed and _codes(one) != _codes(fate)]
+        if unlike:
+            raise ConvertError(
+                f"{fate.name} has {fate.layout.bits} bits in groups of {fate.layout.group_size}, "
+                f"{unlike[0].name} beside it {unlike[0].layout.bits} in groups of "
+                f"{unlike[0].layout.group_size}; engines load them as one.",
+                "let a pattern of the recipe's overrides match all of them, or none.",
+            )
+
+
+def _codes(fate: Fate) -> tuple[int, int]:
+    return fate.layout.bits, fate.layout.group_size
+
+
+def check_shapes(fates: Fates, recipe: Recipe, together: Together) -> None:
+    """FormatError naming the linears that the recipe's layouts do not hold, and how to go on."""
+    odd = [fate for fate in fates.values() if fate.layout.sparse and fate.k % 4]
+    if odd:
+        raise FormatError(
+            f"{odd[0].name} has {odd[0].k} inputs; 2:4 needs them divisible by four.",
+            "leave it as it is: " + option_for("--skip", [fate.name for fate in odd], fates),
+        )
+    _refuse(
+        fates,
+        lambda fate: refusal(fate.matrix, fate.layout),
+        lambda: other_layouts(fates, recipe, together),
+    )
+
+
+def check_source(weights: Weights, format: str) -> None:
+    """FormatError where a repack would lose something of the source."""
+    scheme = weights.scheme
+    assert scheme is not None
+    again = "--requantize solves all of them again from the dequantized weights."
+    if scheme.beyond:
+        raise FormatError(f"the source has more than packed weights: {scheme.beyond}.", again)
+    if format != "marlin-24":
+        return
+    for linear in weights.packed_linears():
+        own = weights.scheme_of(linear)
+        if own.group_size != scheme.group_size:
+            raise FormatError(
+                f"{linear} has groups of {own.group_size}, others of {scheme.group_size}; marlin-24 is "
+                "written in one size.",
+                again,
+            )
+
+
+def with_codes(fates: Fates, weights: Weights, recipe: Recipe, together: Together) -> dict[str, Fate]:
+    """The fates with what only the stored zero points and group orders tell; FormatError if formats lack it.
+
+    The config speaks for all: one linear with zero points makes every linear store them.
+    """
+    elsewhere = set(weights.packed_linears()) - fates.keys()
+    if elsewhere:
+        raise FormatError(
+            f"{min(elsewhere)} is quantized in the source; only the linears of the blocks are repacked.",
+            "--requantize writes it dense, and solves the blocks again from the dequantized weights.",
+        )
+    found = {
+        fate.name: weights.peculiarities(fate.name, fate.k, fate.n) for fate in fates.values() if fate.packed
+    }
+
+    def refused(fate: Fate, format: str) -> str | None:
+        kind = asdict(found[fate.name])
+        return formats.FORMATS[format].refusal(
+            fate.k, fate.n, bits=fate.layout.bits, group_size=fate.layout.group_size, **kind
+        )
+
+    _refuse(
+        fates,
+        lambda fate: refused(fate, fate.layout.format),
+        lambda: other_codes(fates, recipe, together, refused),
+    )
+    symmetric = all(kind.symmetric for kind in found.values())
+    return by_name(
+        replace(
+            fate,
+            layout=replace(fate.layout, symmetric=symmetric, act_order=found[fate.name].act_order),
+        )
+        if fate.packed
+        else fate
+        for fate in fates.values()
+    )
+
+
+def check_quads(fates: Fates, weights: Weights, recipe: Recipe, together: Together) -> None:
+    """FormatError where what becomes marlin-24 and is not yet is not 2:4, which only the codes tell."""
+    todo = [
+        fate
+        for fate in fates.values()
+        if fate.layout.format == "marlin-24" and weights.scheme_of(fate.name).format != "marlin-24"
+    ]
+    if todo:
+        log.info("counting the non-zeros of %d linears", len(todo))
+    memory = torch.empty(max((fate.k * fate.n for fate in todo), default=0), dtype=torch.uint8)
+    refused = []
+    for fate in todo:
+        layer = weights.quantized(fate.name, memory)
+        try:
+            bounds.check_quads(layer)
+        except FormatError as error:
+            refused.append((fate, str(error)))
+    if refused:
+        fate, why = refused[0]
+        beside = {name for fate, _ in refused for name in together[fate.name]}
+        unpruned = option_for("--unpruned", [name for name in fates if name in beside], fates)
+        raise FormatError(
+            f"{fate.name} is not 2:4: {why}{_more(refused)}.",
+            f"--format marlin holds it; to write only what is not 2:4 so: {unpruned}"
+            if recipe.sparsity == "none"
+            else "a repack does not prune: --requantize does, and solves again from the dequantized weights.",
+        )
+
+
+def _refuse(fates: Fates, refused: Callable[[Fate], str | None], way_out: Callable[[], str]) -> None:
+    found = [(fate, why) for fate in fates.values() if fate.packed and (why := refused(fate))]
+    if found:
+        fate, why = found[0]
+        raise FormatError(
+            f"{fate.name} has {fate.k} inputs and {fate.n} outputs; "
+            f"{fate.layout.format} {why}{_more(found)}.",
+            way_out(),
+        )
+
+
+def _more(refused: Sequence[tuple[Fate, str]]) -> str:
+    """How many linears are refused beside the first."""
+    return f" (and {len(refused) - 1} more linears)" if len(refused) > 1 else ""
