@@ -156,7 +156,7 @@ def test_a_16_bit_model_gives_the_logits_of_transformers(dtype: torch.dtype, tmp
 
 @pytest.mark.parametrize("config", [{"model_type": "llama9"}, {}, {"model_type": ["qwen3"]}])
 def test_an_unknown_type_is_refused_by_name(config: dict) -> None:
-    with pytest.raises(SourceError, match="is not a type of model that transformers .* knows") as refused:
+    with pytest.raises(SourceError, match=r"is not a type of model that transformers .* knows") as refused:
         check_type(config)
     assert repr(config.get("model_type")) in str(refused.value)
     assert "pip install -U transformers" in (refused.value.hint or "")

@@ -195,7 +195,8 @@ def test_the_original_can_be_walked_beside_what_it_becomes(keep_bytes: int, tmp_
         for one, states, action in ((model, hidden, solve), (original, unchanged, ignore)):
             block = one.load(number)
             walk = BlockWalk(
-                block, one.structure.parts[number], len(states), lambda i, b=block, s=states, n=number: s.forward(i, b, n),
+                block, one.structure.parts[number], len(states),
+                lambda i, b=block, s=states, n=number: s.forward(i, b, n),
                 lambda stage, x: None, action, keep_bytes=keep_bytes, dtype=one.dtype,
             )  # fmt: skip
             walks.append(walk.inputs(one.structure.stages(number), states.put))
@@ -236,7 +237,7 @@ ATTENTION = Part(
         # attention has run when the mlp answers: its first stage comes too late
         (
             (ATTENTION, Part("", (ATTENTION.stages[0],))),
-            "self_attn.q_proj of LlamaDecoderLayer is not called",
+            "self_attn.q_proj of .* is not called",
         ),
     ],
 )
