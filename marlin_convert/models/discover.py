@@ -44,6 +44,9 @@ UNQUANTIZED = {
 NOT_FOR_TEXT = "text never reaches it: of a vision or audio tower, or of its projector"
 OUTSIDE = "outside of the blocks"
 
+# Of what cannot be taken block by block.
+WAY_OUT = "serve it as it is, or let an engine round it while it loads it."
+
 
 @dataclass
 class _Call:
@@ -154,7 +157,7 @@ def _refuse_experts(model: PreTrainedModel) -> None:
         listed = isinstance(module, nn.ModuleList) and len(module) > 1
         if (stacked or listed) and re.search("expert", f"{name} {type(module).__name__}", re.IGNORECASE):
             raise SourceError(
-                f"{_type(model)} is a mixture of experts ({name}); those are not supported yet."
+                f"{_type(model)} is a mixture of experts ({name}); those are not supported yet.", WAY_OUT
             )
 
 
@@ -216,7 +219,7 @@ def _run(model: PreTrainedModel) -> tuple[list[_Call], _Reads, dict[str, int]]:
         except Exception as error:  # it can be in need of as many things as there are models
             why = " ".join(str(error).split())
             raise SourceError(
-                f"{_type(model)} does not run on the ids of a text alone: {why.rstrip('.')}."
+                f"{_type(model)} does not run on the ids of a text alone: {why.rstrip('.')}.", WAY_OUT
             ) from error
     return calls, reads, {name: _storage(tensor) for name, tensor in tensors.items()}
 
@@ -230,7 +233,7 @@ def _block_list(model: PreTrainedModel, calls: Sequence[_Call]) -> str:
         if isinstance(module, nn.ModuleList) and path in called
     }
     if not sizes:
-        raise SourceError(f"{_type(model)} has no list of blocks that could be taken one at a time.")
+        raise SourceError("config.json means a model without blocks that could be taken one by one.", WAY_OUT)
     blocks = max(sizes, key=sizes.__getitem__)
     others = [
         path
@@ -239,7 +242,7 @@ def _block_list(model: PreTrainedModel, calls: Sequence[_Call]) -> str:
     ]
     if others:
         raise SourceError(
-            f"{_type(model)} has two lists of blocks, {blocks} and {others[0]}; one can be walked."
+            f"{_type(model)} has two lists of blocks, {blocks} and {others[0]}; one can be walked.", WAY_OUT
         )
     return blocks
 
@@ -253,19 +256,20 @@ def _block_calls(model: PreTrainedModel, blocks: str, calls: Sequence[_Call]) ->
         shown = ", ".join(order[:8]) + (", ..." if len(order) > 8 else "")
         raise SourceError(
             f"on text {_type(model)} runs of its {count} blocks {shown}; it can be taken block by block only "
-            "if each is run once, one after another."
+            "if each is run once, one after another.",
+            WAY_OUT,
         )
     for name, module in model.get_submodule(blocks).named_modules():
         # of models that take images too, text may look ahead in a prompt; they are run as they run on text
         if getattr(module, "is_causal", True) is False and not hasattr(model.config, "vision_config"):
             raise SourceError(
-                f"{_type(model)} is an encoder, or works with one: {blocks}.{name} is not causal."
+                f"{_type(model)} is an encoder, or works with one: {blocks}.{name} is not causal.", WAY_OUT
             )
     owner: dict[int, str] = {}
     for call in found:
         for parameter in call.module.parameters():
             if owner.setdefault(id(parameter), call.path) != call.path:
-                raise SourceError(f"{owner[id(parameter)]} and {call.path} share weights.")
+                raise SourceError(f"{owner[id(parameter)]} and {call.path} share weights.", WAY_OUT)
     return found
 
 
@@ -277,7 +281,7 @@ def _check_chain(blocks: Sequence[_Call], reads: _Reads) -> None:
     for before, call in pairwise(blocks):
         if not _same_memory(_hidden(call), before.given):
             raise SourceError(
-                f"{call.path} is not handed what {before.path} gives, but something made of it."
+                f"{call.path} is not handed what {before.path} gives, but something made of it.", WAY_OUT
             )
     given: set[int] = set()
     for call in blocks:
@@ -285,10 +289,12 @@ def _check_chain(blocks: Sequence[_Call], reads: _Reads) -> None:
         for name, value in (*enumerate(call.args), *call.kwargs.items()):
             for x in () if isinstance(value, dict) else tree_leaves(value):
                 if isinstance(x, Tensor) and x is not hidden and given & reads.behind(x):
-                    raise SourceError(f"{call.path} is handed {name}, which earlier blocks have made.")
+                    raise SourceError(
+                        f"{call.path} is handed {name}, which earlier blocks have made.", WAY_OUT
+                    )
         for x, version in call.versions:
             if x is not hidden and x._version != version:
-                raise SourceError(f"{call.path} writes into a tensor that it is handed.")
+                raise SourceError(f"{call.path} writes into a tensor that it is handed.", WAY_OUT)
         given |= {_storage(x) for x in tree_leaves(call.output) if isinstance(x, Tensor)}
 
 
@@ -296,7 +302,7 @@ def _hidden(call: _Call) -> Tensor:
     """The hidden states among the arguments of a block's call."""
     found = call.args[0] if call.args else call.kwargs.get("hidden_states")
     if not isinstance(found, Tensor) or SHAPE[0] not in found.shape:
-        raise SourceError(f"{call.path} is not handed hidden states of every sample.")
+        raise SourceError(f"{call.path} is not handed hidden states of every sample.", WAY_OUT)
     return found
 
 
@@ -321,17 +327,18 @@ def _check_linears(
         )
         kind = type(model.get_submodule(f"{blocks}.{other.rpartition('.')[0]}")).__name__
         raise SourceError(
-            f"{_type(model)} keeps most weights of its blocks in {kind} ({blocks}.{other}), not in nn.Linear."
+            f"{_type(model)} keeps most weights of its blocks in {kind}, not in nn.Linear: {blocks}.{other}.",
+            WAY_OUT,
         )
     times = Counter(call.path for call in calls)
     never = [name for name in linears if not times[name] and name not in dense]
     if never:
         more = f" (and {len(never) - 1} more)" if len(never) > 1 else ""
-        raise SourceError(f"{never[0]}{more} is never called on text: its inputs are not known.")
+        raise SourceError(f"{never[0]}{more} is never called on text: its inputs are not known.", WAY_OUT)
     often = [name for name in linears if times[name] > 1 and name not in dense]
     if often:
         raise SourceError(
-            f"{often[0]} is called {times[often[0]]} times in its block, with inputs that differ."
+            f"{often[0]} is called {times[often[0]]} times in its block, with inputs that differ.", WAY_OUT
         )
 
 

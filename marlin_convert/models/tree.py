@@ -69,6 +69,7 @@ def module_tree(weights: Weights, *, trust_remote_code: bool = False) -> PreTrai
         for one in (settings, settings.get_text_config()):
             for flag, value in FORWARD.items():
                 setattr(one, flag, value)
+        settings._attn_implementation = None  # what transformers takes by itself, whatever is asked for
         model = _on_meta(settings, trust_remote_code)
     if any(
         name in weights and of in weights and not weights.same(name, of)
@@ -208,10 +209,11 @@ def _way_to_names(wrong: Sequence[str], weights: Weights, model: PreTrainedModel
             f"its tensors have names like {first!r}; engines know those of the "
             "language model alone: save that, with adapters merged."
         )
-    if len(numbers) != model.config.num_hidden_layers:
+    said = model.config.get_text_config().num_hidden_layers
+    if len(numbers) != said:
         return (
-            f"config.json says num_hidden_layers = {model.config.num_hidden_layers}, the tensors are of "
-            f"{len(numbers)} blocks; make it say what the model has, or fetch the model again."
+            f"config.json says num_hidden_layers = {said}, the tensors are of {len(numbers)} blocks; "
+            "make it say what the model has, or fetch the model again."
         )
     if all(name.endswith(".bias") for name in wrong):
         return "config.json must say which linears have biases: attention_bias and mlp_bias, true or false."
