@@ -41,7 +41,7 @@ UNQUANTIZED = {
     "*.x_proj": "step sizes of a mixer",
     "*.indexer.*": "chooses the tokens that are attended to",
 }
-NOT_FOR_TEXT = "text never reaches it: of a vision or audio tower, or of its projector"
+NOT_FOR_TEXT = "never sees text: of a tower for pictures or sound, or of its projector"
 OUTSIDE = "outside of the blocks"
 
 # Of what cannot be taken block by block.
