@@ -184,6 +184,20 @@ def test_what_every_text_is_handed_is_kept_once(tmp_path: Path) -> None:
     assert len(second - first) == 4  # the per-layer input of every block
 
 
+class Writer(torch.nn.Module):
+    """A block that adds to the hidden states where they are."""
+
+    def forward(self, hidden: Tensor, **_: Any) -> Tensor:
+        return hidden.add_(1.0)
+
+
+def test_a_block_may_write_into_the_hidden_states_it_is_handed(tmp_path: Path) -> None:
+    hidden = HiddenStates(opened(tiny_models.build("llama"), tmp_path), IDS)
+    before = hidden.state(0)
+    for _ in range(2):
+        assert torch.equal(hidden.forward(0, Writer(), 0), before + 1.0)
+
+
 @pytest.mark.parametrize(
     "model_type, changes, why",
     [
