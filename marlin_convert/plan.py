@@ -259,6 +259,8 @@ def _within_positions(recipe: Recipe, model: PreTrainedModel) -> Recipe:
 
 def _source_notes(weights: Weights, model: PreTrainedModel) -> Iterator[str]:
     """In what the source is not quite what it says."""
+    if weights.stored_in:
+        yield f"stored in {weights.stored_in}: read as floats"
     if weights.disregarded:
         yield f"{weights.disregarded}: they are taken as they are, and the words left out"
     if weights.scheme is not None and weights.scheme.beyond:

@@ -245,6 +245,7 @@ def _settings(job: Job, plan: Plan, weights: Weights, calibration: Calibration |
             "name": job.source.name,
             "commit": job.source.commit,
             "quantization": weights.scheme.format if weights.scheme else None,
+            **({"stored_in": weights.stored_in} if weights.stored_in else {}),
             # of ours: which one it was
             **({"manifest": sha256_file(job.source.directory / MANIFEST)} if before else {}),
             "fingerprint": weights.checkpoint.fingerprint(),

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from marlin_convert import formats
+from marlin_convert.checkpoint import fp8, names
 from marlin_convert.checkpoint import manifest as manifests
-from marlin_convert.checkpoint import names
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.errors import FormatError, SourceError
 from marlin_convert.formats.bounds import float16_scales
@@ -37,11 +37,15 @@ class Weights:
     """Every parameter of a checkpoint, dense or packed, under its dense name.
 
     `checkpoint` has the tensors by the parameter that they are, `renamed` those called otherwise on disk.
-    `disregarded` is what a config says of packed linears where none is packed, in any layout.
+    `disregarded` is what a config says of packed linears where none is packed, in any layout. `scaled` has
+    the scales of weights stored in fp8, which are none of the tensors.
     """
 
     def __init__(self, checkpoint: Checkpoint):
-        """SourceError when the linears are packed in another layout than the config says."""
+        """SourceError when the linears are packed in another layout than the config says.
+
+        And for weights in fp8 that have no scales, or not those that the config says.
+        """
         tied = checkpoint.config.get("tie_word_embeddings") is True
         found = names.parameters(checkpoint.tensors, tied=tied)
         self.renamed = {full: name for full, name in found.items() if full != name}
@@ -52,6 +56,7 @@ class Weights:
         config = checkpoint.quantization_config
         self.scheme: formats.Scheme | None = None
         self.disregarded: str | None = None
+        self.scaled: dict[str, fp8.Scales] = {}
         self._schemes: dict[str, formats.Scheme] = {}
         self._same: dict[tuple[str, str], bool] = {}
         if _is_mlx(checkpoint):
@@ -61,6 +66,9 @@ class Weights:
             )
         if config and _is_dense(checkpoint):
             self.disregarded = f"{checkpoint.said_in} says that weights are quantized, and none is packed"
+        elif config and (blocks := fp8.blocks(config)):
+            tensors, self.scaled = fp8.pair(checkpoint.tensors, blocks)
+            self.checkpoint = replace(checkpoint, tensors=tensors)
         elif config:
             self.scheme = formats.detect(config)
             layout = _layout(checkpoint)
@@ -209,12 +217,22 @@ class Weights:
             self._same[one, other] = torch.equal(a, b)
         return self._same[one, other]
 
+    def check_scales(self) -> None:
+        """SourceError when scales of weights in fp8 are no scales; the weights are not read."""
+        for scales in self.scaled.values():
+            fp8.read_scales(scales)
+
+    @property
+    def stored_in(self) -> str | None:
+        """How weights are stored that are read as floats and are none: fp8, and what shares a scale."""
+        return " and ".join(sorted({str(scales) for scales in self.scaled.values()})) or None
+
     def dtype(self, name: str) -> torch.dtype:
-        """The type of a parameter as it is stored; what is packed counts as the model's own type.
+        """The type of a parameter as it is stored; what is packed or scaled counts as the model's own type.
 
         SourceError when that is none of `FLOATS`.
         """
-        if name not in self.checkpoint.tensors:
+        if name not in self.checkpoint.tensors or name in self.scaled:
             return self.own_dtype
         info = self.checkpoint.tensors[name]
         if info.code not in FLOATS:
@@ -236,12 +254,16 @@ class Weights:
         if name not in ("auto", "float16", "bfloat16", "float32"):
             raise SourceError(f"config.json says dtype {name!r}.", "float16, bfloat16 or float32 is meant.")
         if name in ("auto", "float32"):
+            if names.EMBEDDING in self.scaled:
+                return torch.bfloat16
             stored = names.EMBEDDING in self.checkpoint.tensors
             return self.dtype(names.EMBEDDING) if stored else torch.float16
         return getattr(torch, name)
 
     def read(self, name: str) -> Tensor:
-        """A parameter as floats: as stored, or dequantized to float32."""
+        """A parameter as floats: as stored, dequantized to float32, or scaled in the model's own type."""
+        if name in self.scaled:
+            return fp8.read(self.checkpoint.tensors[name], self.scaled[name], self.own_dtype)
         if name in self.checkpoint.tensors:
             self.dtype(name)  # it must be one that is read
             return self.checkpoint.read(name)

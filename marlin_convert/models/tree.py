@@ -103,8 +103,8 @@ def check_names(weights: Weights, model: PreTrainedModel, *, requantize: bool = 
     """Compare the tensors with the architecture's; returns those that are known to be left out.
 
     To `requantize` leaves the scales of a rounding that was not carried out too.
-    SourceError names what is missing, what is not of the architecture or of a type that is not read, and what
-    is there dense and packed.
+    SourceError names what is missing, what is not of the architecture or of a type that is not read, scales
+    that are none, and what is there dense and packed.
     """
     source = weights.checkpoint.directory.name
     tied = model.all_tied_weights_keys.keys()
@@ -122,6 +122,7 @@ def check_names(weights: Weights, model: PreTrainedModel, *, requantize: bool = 
             )
         if name in expected:
             weights.dtype(name)  # it must be one that is read
+    weights.check_scales()
     packed = {f"{linear}.weight" for linear in weights.packed_linears()}
     twice = sorted(packed & weights.checkpoint.tensors.keys())
     if twice:
