@@ -15,6 +15,7 @@ from click.testing import Result
 from marlin_convert import card
 from marlin_convert.checkpoint.manifest import MANIFEST
 from marlin_convert.errors import ConvertError
+from marlin_convert.matrix import Fate, Layout, Matrix, dense
 
 Cli = Callable[..., Result]
 
@@ -156,9 +157,10 @@ def test_names_from_a_manifest_cannot_become_markup(published: card.Published) -
     evil = "`x` | <script>\n\n# Pwned\n---\nlicense: mine"
     content = json.loads(json.dumps(published.manifest))
     content["source"]["name"] = content["tool"] = content["calibration"]["text"] = evil
-    content["dense"] = content["unpruned"] = {evil: evil}
+    content["matrices"] += [dense(Matrix(evil, 4, 4), "float16", evil).row()]
+    content["matrices"] += [Fate(Matrix(evil, 4, 4), Layout("marlin", 4, 128), evil).row()]
     content["left_out"] = [evil]
-    content["linears"][0] |= {"name": evil, "rounded_to_nearest": True}
+    content["matrices"][0] |= {"name": evil, "rounded_to_nearest": True}
     content["files"][evil] = {"size": 1, "sha256": evil}
     content["versions"] = {evil: evil}
     text = card.write(replace(published, manifest=content, origin=content), replace(FACTS, base_model=None))

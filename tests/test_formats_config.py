@@ -2,11 +2,13 @@
 
 import json
 import re
+from collections.abc import Sequence
 
 import pytest
 
 from marlin_convert.errors import FormatError
 from marlin_convert.formats import FORMATS, Scheme, detect
+from marlin_convert.matrix import Fate, Layout, Matrix, dense
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
@@ -22,8 +24,14 @@ AUTO_ROUND = {
 }
 
 
+def fates(format: str, group_size: int = 128, skipped: Sequence[str] = ()) -> list[Fate]:
+    """A linear that is packed in this format, and some that are left dense."""
+    one = Fate(Matrix("model.layers.0.mlp.down_proj", 256, 256), Layout(format, 4, group_size))
+    return [one, *(dense(Matrix(name, 256, 256), "float16", "skipped") for name in skipped)]
+
+
 def compressed(**weights):
-    config = FORMATS["compressed-tensors"].quantization_config(bits=4, group_size=128, skipped=[])
+    config = FORMATS["compressed-tensors"].quantization_config(fates("compressed-tensors"))
     config["config_groups"]["group_0"]["weights"].update(weights)
     return config
 
@@ -46,7 +54,7 @@ def compressed_24(**weights):
 @pytest.mark.parametrize("group_size", [-1, 128])
 @pytest.mark.parametrize("skipped", [[], ["model.layers.0.mlp.up_proj"]])
 def test_written_configs_are_read_again(name, group_size, skipped):
-    config = FORMATS[name].quantization_config(bits=4, group_size=group_size, skipped=skipped)
+    config = FORMATS[name].quantization_config(fates(name, group_size, skipped))
     scheme = detect(json.loads(json.dumps(config)))
     assert (scheme.format, scheme.bits, scheme.group_size) == (name, 4, group_size)
     assert scheme.symmetric and scheme.version == 1 and not scheme.act_order and not scheme.names
@@ -58,7 +66,7 @@ def test_written_configs_are_read_again(name, group_size, skipped):
 
 def test_gptq_config_is_the_one_engines_load():
     write = FORMATS["gptq"].quantization_config
-    assert write(bits=4, group_size=128, skipped=[]) == {
+    assert write(fates("gptq")) == {
         "quant_method": "gptq",
         "bits": 4,
         "group_size": 128,
@@ -70,7 +78,7 @@ def test_gptq_config_is_the_one_engines_load():
         "lm_head": False,
         "checkpoint_format": "gptq",
     }
-    (pattern,) = write(bits=4, group_size=128, skipped=["a.b"])["dynamic"]
+    (pattern,) = write(fates("gptq", skipped=["a.b"]))["dynamic"]
     assert pattern == r"-:^a\.b$"
     assert not re.match(pattern.removeprefix("-:"), "axb") and not re.match(
         pattern.removeprefix("-:"), "a.bc"
@@ -79,12 +87,55 @@ def test_gptq_config_is_the_one_engines_load():
 
 def test_compressed_tensors_config_is_the_one_engines_load():
     config = FORMATS["compressed-tensors"].quantization_config(
-        bits=4, group_size=-1, skipped=["lm_head", "x"]
+        fates("compressed-tensors", -1, ["lm_head", "x"])
     )
     assert config["ignore"] == ["lm_head", "x"] and "sparsity_config" not in config
     group = config["config_groups"]["group_0"]
     assert group["targets"] == ["Linear"] and group["input_activations"] is None
     assert (group["weights"]["strategy"], group["weights"]["group_size"]) == ("channel", None)
+
+
+KINDS = {
+    **dict.fromkeys(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), 8),
+    **dict.fromkeys(("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.c_proj"), 4),
+}
+
+
+def mixture(format: str, *, bits: dict[str, int], odd: str | None = None) -> list[Fate]:
+    """Two blocks of linears with so many bits; down_proj has groups of 64, and one linear alone of 32."""
+    found = []
+    for block in range(2):
+        for path in (*bits, "mlp.down_proj"):
+            name = f"model.language_model.layers.{block}.{path}"
+            size = 32 if name == odd else 64 if path == "mlp.down_proj" else 128
+            found.append(Fate(Matrix(name, 256, 256), Layout(format, bits.get(path, 4), size)))
+    return found
+
+
+@pytest.mark.parametrize("odd", [None, "model.language_model.layers.1.self_attn.o_proj"])
+@pytest.mark.parametrize("prefix", ["", "language_model.model.", "model.language_model."])
+@pytest.mark.parametrize("format", ["gptq", "compressed-tensors", "marlin"])
+def test_what_differs_is_named_whatever_engines_put_before_it(format, prefix, odd):
+    bits = KINDS if format != "marlin" else dict.fromkeys(KINDS, 4)
+    written = mixture(format, bits=bits, odd=odd)
+    scheme = detect(json.loads(json.dumps(FORMATS[format].quantization_config(written))))
+    for fate in written:
+        stored = scheme.of(prefix + fate.name.removeprefix("model.language_model."))
+        assert (stored.bits, stored.group_size) == (fate.layout.bits, fate.layout.group_size), fate.name
+
+
+def test_engines_find_what_they_fuse():
+    """vLLM asks `dynamic` with the name of the matrix that it makes of q, k and v; groups have no class."""
+    config = FORMATS["gptq"].quantization_config(mixture("gptq", bits=KINDS))
+    found = [
+        said
+        for pattern, said in config["dynamic"].items()
+        if re.match(pattern.removeprefix("+:"), "language_model.model.layers.11.self_attn.qkv_proj")
+    ]
+    assert found == [{"bits": 8, "group_size": 128}] and (config["bits"], config["group_size"]) == (4, 128)
+    config = FORMATS["compressed-tensors"].quantization_config(mixture("compressed-tensors", bits=KINDS))
+    targets = [group["targets"] for group in config["config_groups"].values()]
+    assert len(targets) == 3 and all(target.startswith("re:") for one in targets for target in one)
 
 
 @pytest.mark.parametrize(

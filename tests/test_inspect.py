@@ -114,8 +114,8 @@ def test_damage_is_said(name, quantized, tmp_path, cli):
 def test_a_terminal_cannot_be_attacked(quantized, tmp_path, cli):
     directory = shutil.copytree(quantized("marlin"), tmp_path / "out")
     manifest = json.loads((directory / MANIFEST).read_text())
-    rows = [row | {"name": "\x1b[2J", "rounded_to_nearest": True} for row in manifest["linears"]]
-    (directory / MANIFEST).write_text(json.dumps(manifest | {"tool": "a\nb", "linears": rows}))
+    rows = [row | {"name": "\x1b[2J", "rounded_to_nearest": True} for row in manifest["matrices"]]
+    (directory / MANIFEST).write_text(json.dumps(manifest | {"tool": "a\nb", "matrices": rows}))
     inspected, verified = cli("inspect", directory).stdout, cli("verify", directory).stdout
     assert "a\\nb" in inspected
     for text in (inspected, verified):

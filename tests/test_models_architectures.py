@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import rows
 import tiny_models
 import torch
 from safetensors.torch import load_file
@@ -103,8 +104,8 @@ def test_the_dense_model_run_block_by_block_gives_the_logits_of_transformers(cas
 
 
 def test_every_linear_of_every_block_is_packed_or_named(case: SimpleNamespace) -> None:
-    packed = {row["name"] for row in case.manifest["linears"]}
-    dense = set(case.manifest["dense"])
+    packed = {row["name"] for row in rows.worked_on(case.manifest)}
+    dense = set(rows.dense(case.manifest))
     assert packed | dense == set(block_linears(case.model))
     assert not packed & dense
     stored = load_file(case.output / "model.safetensors")
@@ -142,7 +143,7 @@ def test_every_weight_of_a_narrow_model_can_be_kept(tmp_path: Path) -> None:
     """Widths that are multiples of 64 as outputs, of 128 as inputs."""
     source = tiny_models.save(tiny_models.build("qwen2", **tiny_models.NARROW), tmp_path / "source")
     manifest = convert(source, tmp_path / "output", group_size=-1)
-    assert {(row["k"], row["n"]) for row in manifest["linears"]} == {
+    assert {(row["k"], row["n"]) for row in rows.worked_on(manifest)} == {
         (384, 128), (384, 64), (128, 384), (384, 640), (640, 384)
     }  # fmt: skip
 
@@ -189,7 +190,7 @@ def test_a_linear_that_the_table_does_not_name_is_left_dense_and_named(
     model = tiny_models.build("qwen3")
     source = tiny_models.save(model, tmp_path / "source")
     manifest = convert(source, tmp_path / "output")
-    assert set(manifest["dense"]) == {name for name in block_linears(model) if ".mlp." in name}
-    assert set(manifest["dense"].values()) == {"not in the table of this architecture"}
+    assert set(rows.dense(manifest)) == {name for name in block_linears(model) if ".mlp." in name}
+    assert set(rows.dense(manifest).values()) == {"not in the table of this architecture"}
     written = json.loads((tmp_path / "output" / "marlin_convert.json").read_text())
-    assert written["dense"] == manifest["dense"]
+    assert rows.dense(written) == rows.dense(manifest)

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import rows
 import tiny_models
 import torch
 from torch import Tensor, nn
@@ -249,8 +250,8 @@ def test_a_skipped_stage_stays_dense(tmp_path: Path) -> None:
     manifest = convert(source, tmp_path / "out", skip=("*.down_proj", "model.layers.0.self_attn.[qkv]_proj"))
     skipped = {f"model.layers.{i}.mlp.down_proj" for i in range(2)}
     skipped |= {f"model.layers.0.self_attn.{name}_proj" for name in "qkv"}
-    assert set(manifest["dense"]) == skipped
-    assert len(manifest["linears"]) == 14 - len(skipped)
+    assert set(rows.dense(manifest)) == skipped
+    assert len(rows.worked_on(manifest)) == 14 - len(skipped)
     before, after = Checkpoint.open(source), Checkpoint.open(tmp_path / "out")
     for name in skipped:
         assert torch.equal(before.read(f"{name}.weight"), after.read(f"{name}.weight"))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rows
 import tiny_models
 import torch
 import yaml
@@ -77,8 +78,8 @@ def test_a_chain_of_repacks_carries_what_made_its_codes(run: Cli, original: Path
     assert [step["repacked"] for step in third["history"]] == [False, True]
     assert third["history"][0]["processor"] == first["processor"] != None  # noqa: E711
     # what the solver found out about the codes, and why some are none
-    assert sorted(third["linears"], key=str) == sorted(first["linears"], key=str)
-    assert third["dense"] == first["dense"] and "skipped by" in next(iter(third["dense"].values()))
+    assert sorted(rows.worked_on(third), key=str) == sorted(rows.worked_on(first), key=str)
+    assert rows.dense(third) == rows.dense(first) and "skipped by" in next(iter(rows.dense(third).values()))
     text = card_of(run, "third")
     assert "| source | `original`, a directory |" in text and "3 x 64 tokens of `text.txt`" in text
     assert "from `marlin` by `marlin-convert" in text
@@ -139,10 +140,10 @@ def test_solved_again_from_codes(run: Cli, original: Path) -> None:
 def test_rounding_to_nearest_stays_known(run: Cli, original: Path) -> None:
     run("quantize", original, "-o", "first", "--format", "gptq", *SHORT, "-q")
     manifest = manifest_of("first")
-    manifest["linears"][3]["rounded_to_nearest"] = True
+    rows.worked_on(manifest)[3]["rounded_to_nearest"] = True
     Path("first", MANIFEST).write_text(json.dumps(manifest))
     run("quantize", "first", "-o", "second", "-q")
-    name = manifest["linears"][3]["name"]
+    name = rows.worked_on(manifest)[3]["name"]
     assert f"rounded to nearest: {name}" in run("verify", "second").stdout
 
 

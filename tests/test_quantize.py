@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import rows
 import tiny_models
 import torch
 from click.testing import Result
@@ -56,7 +57,7 @@ def stored_codes(output: Path) -> dict[str, tuple[Tensor, Tensor]]:
     tensors = load_file(output / "model.safetensors")
     layout = formats.FORMATS[scheme.format]
     found = {}
-    for row in manifest_of(output)["linears"]:
+    for row in rows.worked_on(manifest_of(output)):
         name = row["name"]
         own = {
             key.removeprefix(f"{name}."): value
@@ -178,12 +179,12 @@ def test_the_manifest(done: tuple[Path, Result, Path], text: Path) -> None:
     assert manifest["calibration"]["text"] == text.name
     assert (manifest["calibration"]["samples"], manifest["calibration"]["sequence_length"]) == (8, 256)
     assert re.fullmatch("[0-9a-f]{64}", manifest["calibration"]["sha256"])
-    assert manifest["dense"] == {
+    assert rows.dense(manifest) == {
         f"model.layers.{i}.mlp.down_proj": "skipped by '*.down_proj'" for i in range(4)
     }
-    assert len(manifest["linears"]) == 24
-    assert all(0 < row["error"] < 0.3 and row["damping"] == 0.1 for row in manifest["linears"])
-    assert not any("rounded_to_nearest" in row for row in manifest["linears"])
+    assert len(rows.worked_on(manifest)) == 24
+    assert all(0 < row["error"] < 0.3 and row["damping"] == 0.1 for row in rows.worked_on(manifest))
+    assert not any("rounded_to_nearest" in row for row in rows.worked_on(manifest))
     assert manifest["bits_per_weight"] == 4.125
 
 
@@ -216,7 +217,7 @@ def test_nothing_of_this_machine_or_hour_is_written(done: tuple[Path, Result, Pa
 def test_what_is_printed(done: tuple[Path, Result, Path], tinypy: Path) -> None:
     output, result, _ = done
     lines = result.stdout.splitlines()
-    errors = sorted((row["error"] for row in manifest_of(output)["linears"]), reverse=True)
+    errors = sorted((row["error"] for row in rows.worked_on(manifest_of(output))), reverse=True)
     assert [float(line.split()[-1]) for line in lines[1:6]] == [round(error, 4) for error in errors[:5]]
     assert "left dense: model.layers.2.mlp.down_proj (skipped by '*.down_proj')" in lines
     assert any("24 linears at 4.125 bits per weight" in line and " -> " in line for line in lines)
@@ -241,7 +242,7 @@ def test_the_report_is_one_page_that_needs_nothing_else(done: tuple[Path, Result
     Parser().feed(page)
     assert not outside and "@import" not in page and "url(" not in page
     manifest = manifest_of(output)
-    assert all(row["name"] in page for row in manifest["linears"])
+    assert all(row["name"] in page for row in rows.worked_on(manifest))
     assert page.count("<circle") == 24
     assert page.count("<polyline") == 6
     assert any("skipped by '*.down_proj'" in text for text in texts)
@@ -258,7 +259,7 @@ def test_a_dry_run_writes_nothing_and_names_everything(
     assert "model.layers.3.self_attn.o_proj: skipped by '*.o_proj'" in result.stdout
     assert contents(tmp_path) == before and not list(tmp_path.iterdir())
     plan = json.loads(quantize("--dry-run", "--json").stdout)
-    assert len(plan["linears"]) == 28
+    assert len(rows.worked_on(plan)) == 28
     assert plan["output_bytes"] < plan["source_bytes"] / 2
 
 
@@ -322,7 +323,7 @@ def test_a_linear_without_input_is_rounded_to_nearest_and_named(
     result = quantize(source=source)
     assert result.exit_code == 0
     rounded = {
-        row["name"] for row in manifest_of(tmp_path / "out")["linears"] if row.get("rounded_to_nearest")
+        row["name"] for row in rows.worked_on(manifest_of(tmp_path / "out")) if row.get("rounded_to_nearest")
     }
     # gate and up see zeros, and so does down behind them
     assert rounded == {f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")}
@@ -363,7 +364,7 @@ def test_a_source_of_another_type(
     assert quantize(source=source).exit_code == 0
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert written["model.norm.weight"].dtype == dtype
-    errors = [row["error"] for row in manifest_of(tmp_path / "out")["linears"]]
+    errors = [row["error"] for row in rows.worked_on(manifest_of(tmp_path / "out"))]
     assert sum(errors) / len(errors) < 0.06
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import reference
+import rows
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -40,8 +41,8 @@ def texts(tinypy: Path, tmp_path_factory) -> tuple[Text, Text]:
 
 
 def errors_said(output: Path) -> dict[str, float]:
-    rows = json.loads((output / "marlin_convert.json").read_text())["linears"]
-    return {row["name"]: row["error"] for row in rows}
+    found = rows.worked_on(json.loads((output / "marlin_convert.json").read_text()))
+    return {row["name"]: row["error"] for row in found}
 
 
 def stored(output: Path) -> Callable[[str, Tensor, Tensor], Tensor]:

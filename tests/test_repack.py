@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 
 import pytest
+import rows
 import torch
 from packed_models import (
     FIRST,
@@ -165,10 +166,10 @@ def test_codes_and_scales_are_the_sources(make, tmp_path, source, target):
     assert "sparsity_config" not in (output / "config.json").read_text()
     manifest = json.loads((output / MANIFEST).read_text())
     assert manifest["requantized"] is False and manifest["calibration"] is None
-    assert manifest["sparsity"] == ("2:4" if "marlin-24" in (source[:9], target) else None)
-    assert manifest["unpruned"] == {}
+    assert rows.is_sparse(manifest) == ("marlin-24" in (source[:9], target))
+    assert rows.unpruned(manifest) == {}
     assert manifest["source"]["quantization"] == Weights(Checkpoint.open(directory)).scheme.format
-    assert {row["name"] for row in manifest["linears"]} == linears.keys()
+    assert {row["name"] for row in rows.worked_on(manifest)} == linears.keys()
 
 
 @pytest.mark.parametrize("source, target", REFUSED)
@@ -310,8 +311,8 @@ def test_a_part_that_is_sparse(mixed):
     assert tensors == {"B", "s"}
     assert json.loads((output / "config.json").read_text())["quantization_config"]["unpruned"] == names
     manifest = json.loads((output / MANIFEST).read_text())
-    assert manifest["sparsity"] == "2:4"
-    assert manifest["unpruned"] == dict.fromkeys(names, f"unpruned by '*.{UNPRUNED}'")
+    assert rows.is_sparse(manifest)
+    assert rows.unpruned(manifest) == dict.fromkeys(names, f"unpruned by '*.{UNPRUNED}'")
     assert manifest["bits_per_weight"] == pytest.approx(
         3.125 + 2 * 128 * 256 / sum(layer.k * layer.n for layer in linears.values()), abs=1e-4
     )
@@ -325,8 +326,8 @@ def test_a_part_that_is_sparse_goes_through_all_formats(mixed, tmp_path):
         directory = repack(directory, tmp_path / str(number), format)
         assert_same(read(directory), linears)
         manifest = json.loads((directory / MANIFEST).read_text())
-        assert manifest["sparsity"] == "2:4"
-        assert set(manifest["unpruned"].values()) == {"not 2:4 in the source"}
+        assert rows.is_sparse(manifest)
+        assert set(rows.unpruned(manifest).values()) == {"not 2:4 in the source"}
     for name in ("model.safetensors", "config.json"):
         assert (directory / name).read_bytes() == (first / name).read_bytes()
 
@@ -340,14 +341,14 @@ def test_a_part_that_is_sparse_beside_what_is_left_dense(tmp_path, cli):
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
     words = ("--format", "marlin-24", "--unpruned", f"*.{UNPRUNED}", "--dry-run")
     plan = json.loads(cli("quantize", source, "-o", tmp_path / "out", *words, "--json").stdout)
-    fates = {row["name"].removeprefix("model.layers.0."): row for row in plan["linears"]}
+    fates = {row["name"].removeprefix("model.layers.0."): row for row in plan["matrices"]}
     assert plan["sparsity"] == "2:4"
     row = fates["self_attn.q_proj"]
-    assert (row["format"], row["sparse"], row["dense"], row["unpruned"]) == ("marlin-24", True, None, None)
+    assert (row["format"], row["sparse"], "reason" in row) == ("marlin-24", True, False)
     row = fates["self_attn.o_proj"]
-    assert (row["format"], row["sparse"], row["dense"]) == (None, False, "dense in the source")
+    assert (row["format"], row["reason"]) == ("dense", "dense in the source")
     row = fates[UNPRUNED]
-    assert (row["format"], row["sparse"], row["unpruned"]) == ("marlin", False, f"unpruned by '*.{UNPRUNED}'")
+    assert (row["format"], row["reason"]) == ("marlin", f"unpruned by '*.{UNPRUNED}'") and "sparse" not in row
     lines = cli("quantize", source, "-o", tmp_path / "out", *words).stdout.splitlines()
     assert any(line.endswith("bits per weight, 2:4") for line in lines)
     assert f"    model.layers.0.{UNPRUNED}: marlin, unpruned by '*.{UNPRUNED}'" in lines

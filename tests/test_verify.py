@@ -494,11 +494,11 @@ def test_a_product_beyond_the_tolerance(copy, report):
 
 def test_linears_rounded_to_nearest(copy, report, cli):
     directory = copy("marlin")
-    rows = json.loads((directory / MANIFEST).read_text())["linears"]
-    rows[3]["rounded_to_nearest"] = True
-    edit_json(directory / MANIFEST, linears=rows)
-    assert f"rounded to nearest: {rows[3]['name']}" in cli("verify", directory).stdout.splitlines()
-    fails(report(directory, "--strict"), "numbers", rows[3]["name"])
+    found = json.loads((directory / MANIFEST).read_text())["matrices"]
+    found[3]["rounded_to_nearest"] = True
+    edit_json(directory / MANIFEST, matrices=found)
+    assert f"rounded to nearest: {found[3]['name']}" in cli("verify", directory).stdout.splitlines()
+    fails(report(directory, "--strict"), "numbers", found[3]["name"])
 
 
 def test_a_model_compared_with_itself(tmp_path):

@@ -24,7 +24,7 @@ def packed(cli, source: Path, output: Path, *words: object) -> int:
     """How many linears a plan packs that is taken."""
     result = cli("quantize", source, "-o", output, "--dry-run", "--device", "cpu", "--json", *words)
     assert result.exit_code == 0, (words, result.stderr)
-    return sum(bool(one["format"]) for one in json.loads(result.stdout)["linears"])
+    return sum(one["format"] != "dense" for one in json.loads(result.stdout)["matrices"])
 
 
 def without(words: tuple, way: list[str]) -> list[str]:

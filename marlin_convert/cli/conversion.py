@@ -27,7 +27,7 @@ def conversion_options(command: Callable) -> Callable:
         click.option(
             "--recipe",
             type=NameOrPlace(),
-            default="w4a16-g128",
+            default="w4a16",
             show_default=True,
             metavar="NAME|FILE",
             help="Settings to start from.",

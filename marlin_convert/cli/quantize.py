@@ -22,8 +22,14 @@ from marlin_convert.errors import ConvertError
 )
 @click.option(
     "--group-size",
-    type=click.Choice(["128", "64", "32", "-1"]),
-    help="Weights that share a scale; -1 is one per column.",
+    type=click.Choice(["auto", "128", "64", "32", "-1"]),
+    help="Weights that share a scale: -1 is one per column, auto the largest that divides a linear's inputs.  "
+    "[default: auto]",
+)
+@click.option(
+    "--bits",
+    type=click.Choice(["4", "8"]),
+    help="Bits of a weight; 8 in gptq and compressed-tensors.  [default: 4]",
 )
 @click.option("--sparsity", type=click.Choice(["2:4"]), help="Prune two weights of every four as well.")
 @click.option(
@@ -68,7 +74,9 @@ def quantize(
         from marlin_convert.hub import resolve
 
     check_report(report)
-    settings["group_size"] = int(settings["group_size"]) if settings["group_size"] else None
+    size, bits = settings["group_size"], settings["bits"]
+    asked = int(size) if size not in (None, "auto") else None
+    settings |= {"group_size": asked or size, "bits": int(bits) if bits else None}
     settings |= {name: settings[name] or None for name in ("skip", "unpruned")}
     start = recipes.load(recipe)
     if settings["sparsity"] and not settings["format"] and start.format == "marlin":
@@ -82,7 +90,7 @@ def quantize(
         source=resolve(model, revision, code=trust_remote_code),
         output=output,
         recipe=chosen,
-        group_size=settings["group_size"],
+        group_size=asked,
         device=where,
         max_shard_size=max_shard_size,
         requantize=requantize,
