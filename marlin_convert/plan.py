@@ -20,6 +20,7 @@ from marlin_convert.errors import ConvertError, FormatError, SourceError
 from marlin_convert.fates import DTYPES, fates_of, usual_group_size
 from marlin_convert.matrix import Fate
 from marlin_convert.models.architectures import Architecture, Stage, architecture_of
+from marlin_convert.models.names import beside
 from marlin_convert.models.tree import OTHER_MODEL, block_linears, check_names, claims_tied, module_tree
 from marlin_convert.quantized import QuantizedLinear
 from marlin_convert.recipe import Recipe
@@ -36,8 +37,8 @@ class Plan:
 
     `repack` says that the codes of the source are kept; the model computes in `dtype`; `fates` are of all
     matrices, by name; `specs` are the tensors to be written, `owner` maps those that belong to a matrix that
-    is worked on to (its name, suffix); `left_out` are source tensors not written; `config` becomes the
-    config.json.
+    is worked on to (its name, suffix); `left_out` are source tensors not written, `beside` those that are
+    written and no part of the model as it is built; `config` becomes the config.json.
     """
 
     architecture: Architecture
@@ -49,6 +50,7 @@ class Plan:
     specs: tuple[TensorSpec, ...]
     owner: Mapping[str, tuple[str, str]]
     left_out: tuple[str, ...]
+    beside: tuple[str, ...]
     notes: tuple[str, ...]
     source_bytes: int
     vocabulary: int
@@ -203,6 +205,7 @@ def make_plan(
         specs=tuple(specs),
         owner=owner,
         left_out=tuple(left_out),
+        beside=tuple(beside(checkpoint.tensors, model)),
         notes=(*_source_notes(weights, model), *_notes(fates, recipe, weights if repack else None)),
         source_bytes=sum(info.end - info.start for info in checkpoint.tensors.values()),
         vocabulary=model.config.get_text_config().vocab_size,
@@ -354,7 +357,7 @@ def _specs(
                 specs.append(TensorSpec(f"{linear}.{suffix}", dtype, shape))
         else:
             written = DTYPES.get(recipe.dtype) or weights.dtype(name)
-            specs.append(TensorSpec(name, written, shapes[name]))
+            specs.append(TensorSpec(name, written, shapes.get(name) or weights.shape(name)))
     blocks = architecture.blocks + "."
 
     def block(spec: TensorSpec) -> float:

@@ -1,6 +1,7 @@
 """The weights of a checkpoint as floats, or as integer codes where they are quantized."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,7 +37,8 @@ class Peculiarities:
 class Weights:
     """Every parameter of a checkpoint, dense or packed, under its dense name.
 
-    `checkpoint` has the tensors by the parameter that they are, `renamed` those called otherwise on disk.
+    `checkpoint` has the tensors by the parameter that they are, `renamed` those called otherwise on disk and
+    written under their full names.
     `disregarded` is what a config says of packed linears where none is packed, in any layout. `scaled` has
     the scales of weights stored in fp8, which are none of the tensors.
     """
@@ -59,6 +61,8 @@ class Weights:
         self.scaled: dict[str, fp8.Scales] = {}
         self._schemes: dict[str, formats.Scheme] = {}
         self._same: dict[tuple[str, str], bool] = {}
+        self._on_disk: dict[str, str] = {}
+        self._modules_on_disk: dict[str, str] = {}
         if _is_mlx(checkpoint):
             raise SourceError(
                 f"{checkpoint.directory.name} is quantized by MLX, whose layout is not read.",
@@ -99,6 +103,44 @@ class Weights:
             hint = "they are packed in another layout; make the config say which."
         return SourceError(said, hint)
 
+    def rename(self, parameter: Callable[[str], str]) -> None:
+        """Take every tensor for the parameter that it is by its name; files keep the name, as `on_disk` says.
+
+        SourceError when two are one parameter.
+        """
+        found = {name: self._parameter(name, parameter) for name in sorted(self.checkpoint.tensors)}
+        if all(name == full for name, full in found.items()):
+            return
+        twice = [full for full, count in Counter(found.values()).items() if count > 1]
+        if twice:
+            both = " and ".join(name for name, full in found.items() if full == twice[0])
+            raise SourceError(
+                f"{both} are both {twice[0]}.",
+                "remove the one that does not count, and save the model again.",
+            )
+        for name, full in found.items():
+            (module, _, suffix), (of, _, last) = name.rpartition("."), full.rpartition(".")
+            if name != full:
+                self._on_disk[full] = self._on_disk.pop(name, name)
+            if module != of and suffix == last:
+                self._modules_on_disk[of] = self._modules_on_disk.pop(module, module)
+        tensors = {found[name]: info for name, info in self.checkpoint.tensors.items()}
+        self.scaled = {found[name]: scales for name, scales in self.scaled.items()}
+        self.checkpoint = replace(self.checkpoint, tensors=tensors)
+
+    def _parameter(self, name: str, parameter: Callable[[str], str]) -> str:
+        """The parameter of a tensor, or what a packed linear's is called beside its weight."""
+        module, _, suffix = name.rpartition(".")
+        if not self.is_packed(module) or suffix not in self._suffixes(module):
+            return parameter(name)
+        return f"{parameter(f'{module}.weight').removesuffix('weight')}{suffix}"
+
+    def on_disk(self, name: str) -> str:
+        """What a tensor is called in files: as in the source, or as what else is written of its module."""
+        module, _, suffix = name.rpartition(".")
+        known = self._modules_on_disk.get(module)
+        return self._on_disk.get(name) or (f"{known}.{suffix}" if known else name)
+
     def __contains__(self, name: str) -> bool:
         return name in self.checkpoint.tensors or self.is_packed(name.removesuffix(".weight"))
 
@@ -126,7 +168,10 @@ class Weights:
         """How a packed linear is stored."""
         assert self.scheme is not None
         if linear not in self._schemes:
-            self._schemes[linear] = self.scheme.of(linear)
+            own = self.scheme.of(linear)
+            if own is self.scheme:  # its maker may have known the module by the name that it has in the files
+                own = self.scheme.of(self._modules_on_disk.get(linear, linear))
+            self._schemes[linear] = own
         return self._schemes[linear]
 
     def _suffixes(self, linear: str) -> tuple[str, ...]:
@@ -226,6 +271,13 @@ class Weights:
     def stored_in(self) -> str | None:
         """How weights are stored that are read as floats and are none: fp8, and what shares a scale."""
         return " and ".join(sorted({str(scales) for scales in self.scaled.values()})) or None
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a parameter; what is packed is unpacked for it."""
+        if name in self.checkpoint.tensors:
+            return self.checkpoint.tensors[name].shape
+        layer = self.quantized(name.removesuffix(".weight"))
+        return (layer.n, layer.k)
 
     def dtype(self, name: str) -> torch.dtype:
         """The type of a parameter as it is stored; what is packed or scaled counts as the model's own type.

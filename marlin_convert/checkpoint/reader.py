@@ -67,6 +67,7 @@ COMPANIONS = (
     "special_tokens_map.json",
     "added_tokens.json",
     "generation_config.json",
+    "*processor_config.json",
     "chat_template*.json",
     "chat_template*.jinja",
     "additional_chat_templates/*.jinja",

@@ -13,6 +13,7 @@ from marlin_convert.checks.outcome import Check, json_numbers, reporting, verdic
 from marlin_convert.checks.subject import Original, Subject
 from marlin_convert.errors import ConvertError, SourceError
 from marlin_convert.models.blocks import BlockModel
+from marlin_convert.models.names import beside
 from marlin_convert.quantized import QuantizedLinear, contiguous_groups
 
 # Of a whole weight: rounding to 4 bits stays near 0.1, GPTQ near 0.15.
@@ -71,6 +72,8 @@ def _compare_weights(
     weights, model = subject.weights, subject.model
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     names = [name for name in model.state_dict() if name in weights or name not in tied]
+    packed_names = weights.packed_names()
+    names += [name for name in beside(weights.checkpoint.tensors, model) if name not in packed_names]
     generator = torch.Generator().manual_seed(0)
     sparse = set(weights.sparse_linears(subject.manifest))
     rows, unreadable = [], False

@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.errors import SourceError
 from marlin_convert.models.architectures import Architecture, architecture_of
+from marlin_convert.models.names import beside, parameters_of
 
 OTHER_MODEL = "the config.json may be of another model; fetch the model again."
 
@@ -46,6 +47,7 @@ _OF_A_ROUNDING = re.compile(r"\.(weight|input|output)_(scale|zero_point|g_idx|sh
 def module_tree(weights: Weights, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model of a checkpoint as transformers builds it, with every tensor on the meta device.
 
+    The tensors of `weights` get the names of its parameters.
     Its config has a head that is not the embedding where one with other values is stored, whatever the
     config.json says: so transformers loads it.
     """
@@ -64,6 +66,7 @@ def module_tree(weights: Weights, *, trust_remote_code: bool = False) -> PreTrai
         for flag, value in FORWARD.items():
             setattr(settings, flag, value)
         model = _on_meta(settings, architecture, trust_remote_code)
+    weights.rename(parameters_of(model))
     if any(
         name in weights and of in weights and not weights.same(name, of)
         for name, of in model.all_tied_weights_keys.items()
@@ -138,7 +141,8 @@ def check_names(weights: Weights, model: PreTrainedModel, *, requantize: bool = 
     left_out = unrounded + [
         name for name in foreign if _NO_PARAMETER.search(name) or _is_idle_bias(weights, name)
     ]
-    strangers = [name for name in foreign if name not in left_out]
+    known_to = {*left_out, *beside(foreign, model)}
+    strangers = [name for name in foreign if name not in known_to]
     if strangers:
         raise SourceError(
             f"{_some(strangers)} in {source} not of the architecture.",
@@ -155,10 +159,11 @@ def _way_to_names(wrong: Sequence[str], weights: Weights, model: PreTrainedModel
         return f"{weights.disregarded}; fetch the model again."
     if list(wrong) == ["lm_head.weight"]:
         return "if the embedding is the head too, config.json must say tie_word_embeddings = true."
+    further = set(beside(weights.checkpoint.tensors, model))
     numbers = {
         name.removeprefix(blocks).partition(".")[0]
         for name in weights.checkpoint.tensors
-        if name.startswith(blocks)
+        if name.startswith(blocks) and name not in further
     }
     if not numbers:
         first = next(iter(weights.checkpoint.tensors))
