@@ -164,7 +164,7 @@ def parts(model: Path, output: Path) -> None:
     job = story.Job(
         resolve(str(model)),
         output,
-        recipe.load("w4a16-g128").changed({"samples": SAMPLES, "sequence_length": LENGTH}),
+        recipe.load(recipe.DEFAULT).changed({"samples": SAMPLES, "sequence_length": LENGTH}),
         torch.device("cuda:0"),
     )
     blocks = []

@@ -56,8 +56,8 @@ def fates_of(
             format = "marlin" if format == "marlin-24" else format
         layout = _layout(matrix, format, recipe, weights, repack=repack)
         fates.append(Fate(matrix, replace(layout, sparse=name in sparse), reason))
-    if not repack and recipe.group_size == "auto" and recipe.format in ONE_SIZE:
-        fates = _of_one_size(fates, recipe.format)
+    if not repack and recipe.format in ONE_SIZE:
+        fates = _of_one_size(fates, recipe)
     return by_name(fates)
 
 
@@ -115,16 +115,21 @@ def refusal(matrix: Matrix, layout: Layout) -> str | None:
     return refused
 
 
-def _of_one_size(fates: Sequence[Fate], format: str) -> list[Fate]:
-    """The fates with one group size, the largest that holds all that any size holds."""
-    packed = [fate for fate in fates if fate.packed]
+def _of_one_size(fates: Sequence[Fate], recipe: Recipe) -> list[Fate]:
+    """The fates with one group size where it is free, the largest that holds all that any size holds."""
+    free = {fate.name for fate in fates if fate.packed and recipe.of(fate.name)[1] == "auto"}
 
     def held(size: int) -> int:
-        return sum(not refusal(fate.matrix, replace(fate.layout, group_size=size)) for fate in packed)
+        return sum(
+            not refusal(fate.matrix, replace(fate.layout, group_size=size))
+            for fate in fates
+            if fate.name in free
+        )
 
-    best = max(sizes(format), key=held)
+    best = max(sizes(recipe.format), key=held)
     return [
-        replace(fate, layout=replace(fate.layout, group_size=best)) if fate.packed else fate for fate in fates
+        replace(fate, layout=replace(fate.layout, group_size=best)) if fate.name in free else fate
+        for fate in fates
     ]
 
 

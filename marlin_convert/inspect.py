@@ -10,6 +10,7 @@ from marlin_convert.checkpoint import manifest as manifests
 from marlin_convert.checkpoint.reader import Checkpoint, TensorInfo, json_file
 from marlin_convert.errors import printable
 from marlin_convert.hub import Source
+from marlin_convert.matrix import Fate
 
 # The suffix of its codes tells the format of a packed linear, but for GPTQ's and AWQ's. Not asked of the
 # formats themselves: they import torch, which takes longer than everything that is done here.
@@ -25,16 +26,19 @@ def inspect(source: Source) -> dict[str, Any]:
     checkpoint = Checkpoint.open(directory)
     manifest = manifests.load(directory) or {}
     config = checkpoint.quantization_config or {}
-    bits = _bits(config)
+    fates, bits = manifests.fates(manifest), _bits(config)
     linears: dict[str, list[TensorInfo]] = {}
     for info in checkpoint.tensors.values():
         linears.setdefault(info.name.rpartition(".")[0], []).append(info)
-    packed = {name: _packed(infos, bits) for name, infos in linears.items() if bits and _codes(infos)}
+    packed = {
+        name: _packed(infos, fates.get(name), bits)
+        for name, infos in linears.items()
+        if _codes(infos) and (bits or name in fates)
+    }
     weights = sum(one["weights"] for one in packed.values())
     stored = sum(one["bytes"] for one in packed.values())
     formats = [one["format"] or config.get("quant_method") for one in packed.values()]
     format = "marlin-24" if "marlin-24" in formats else next(iter(formats), None)
-    fates = manifests.fates(manifest)
     reasons = {name: fate.reason for name, fate in fates.items()}
     pruned = [name for name, fate in fates.items() if fate.pruned]
     sparse = format == "marlin-24" or manifests.sparsity(manifest) is not None
@@ -43,7 +47,7 @@ def inspect(source: Source) -> dict[str, Any]:
         "commit": source.commit,
         "model_type": checkpoint.config.get("model_type"),
         "format": format,
-        "bits": bits,
+        "bits": sorted({one["bits"] for one in packed.values()}) or None,
         "group_sizes": sorted({one["group_size"] for one in packed.values()}),
         "sparsity": manifests.SPARSITY if sparse else None,
         "packed": len(packed),
@@ -79,8 +83,14 @@ def _codes(infos: list[TensorInfo]) -> TensorInfo | None:
     return next((info for info in infos if info.name.rpartition(".")[2] in CODES), None)
 
 
-def _packed(infos: list[TensorInfo], bits: int | None) -> dict[str, Any]:
-    """Format, weights, bytes and group size of a packed linear, which its shapes tell."""
+def _packed(infos: list[TensorInfo], fate: Fate | None, bits: int | None) -> dict[str, Any]:
+    """Format, bits, weights, bytes and group size of a packed linear, as its fate or its shapes tell."""
+    own = [info for info in infos if not info.name.endswith(".bias")]
+    stored = sum(info.end - info.start for info in own)
+    if fate is not None:
+        layout, weights = fate.layout, fate.k * fate.n
+        told = {"format": layout.format, "bits": layout.bits, "group_size": layout.group_size}
+        return told | {"weights": weights, "bytes": stored}
     codes = _codes(infos)
     assert codes is not None and bits
     suffix = codes.name.rpartition(".")[2]
@@ -89,7 +99,6 @@ def _packed(infos: list[TensorInfo], bits: int | None) -> dict[str, Any]:
         format = "marlin-24"
     # of four weights two are there, for a bit each the metadata says which
     weights = prod(codes.shape) * 32 // bits * (2 if format == "marlin-24" else 1)
-    own = [info for info in infos if not info.name.endswith(".bias")]
     scales = next(
         (info for info in own if info.code in ("F16", "BF16", "F32") and len(info.shape) == 2), None
     )
@@ -99,8 +108,9 @@ def _packed(infos: list[TensorInfo], bits: int | None) -> dict[str, Any]:
         rows = -1 if groups == 1 else weights // prod(scales.shape)
     return {
         "format": format,
+        "bits": bits,
         "weights": weights,
-        "bytes": sum(info.end - info.start for info in own),
+        "bytes": stored,
         "group_size": rows or 0,
     }
 
@@ -156,11 +166,12 @@ def _object(value: Any) -> dict[str, Any]:
 
 def text(found: dict[str, Any], checkpoint: str, *, verbose: bool = False) -> str:
     """The contents for a reader; the last line is the next command to type."""
+    bits = " and ".join(map(str, found["bits"] or ()))
     sizes = ", ".join("one per column" if size == -1 else str(size) for size in found["group_sizes"])
     lines = [f"{found['name']}: {found['model_type']}"]
     if found["packed"]:
         lines += [
-            f"format       {found['format']}, {found['bits']} bits, group size {sizes}",
+            f"format       {found['format']}, {bits} bits, group size {sizes}",
             f"packed       {found['packed']} linears, {found['bits_per_weight']} bits per weight",
         ]
     if found["pruned"]:

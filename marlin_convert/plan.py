@@ -18,12 +18,13 @@ from marlin_convert.checkpoint.reader import QUANTIZATION_KEYS
 from marlin_convert.checkpoint.writer import TensorSpec
 from marlin_convert.errors import ConvertError, FormatError, SourceError
 from marlin_convert.fates import DTYPES, fates_of, usual_group_size
+from marlin_convert.formats import mixtures
 from marlin_convert.matrix import Fate
 from marlin_convert.models.architectures import Architecture, Stage, architecture_of
 from marlin_convert.models.names import beside
 from marlin_convert.models.tree import OTHER_MODEL, block_linears, check_names, claims_tied, module_tree
 from marlin_convert.quantized import QuantizedLinear
-from marlin_convert.recipe import Recipe
+from marlin_convert.recipe import GROUP_SIZES, Recipe
 
 log = logging.getLogger("marlin_convert")
 
@@ -169,7 +170,7 @@ def make_plan(
     asked = recipe
     if repack:
         refusals.check_source(weights, recipe.format)
-        recipe = _with_group_size_of_source(recipe, weights, group_size)
+        recipe = _as_stored(recipe, weights, group_size)
     else:
         recipe = _within_positions(recipe, model)
     claimed = set(weights.sparse_linears(manifests.load(checkpoint.directory)))
@@ -229,24 +230,32 @@ def _config(
     return config
 
 
-def _with_group_size_of_source(recipe: Recipe, weights: Weights, asked: int | None) -> Recipe:
-    """The recipe with the group size that the codes of the source have: `auto` where they have several."""
-    stored = {weights.scheme_of(linear).group_size for linear in weights.packed_linears()}
-    unlike = stored - {asked}
-    if asked is not None and unlike:
-        raise ConvertError(
-            f"the source is quantized with group size {min(unlike)}, which a repack keeps, not {asked}.",
-            "--requantize solves again from the dequantized weights.",
-        )
-    try:
-        for size in stored:
-            recipe = recipe.changed({"group_size": size})
-    except ConvertError as error:
-        raise FormatError(
-            f"the source is quantized with group size {size}; 128, 64, 32 and -1 can be written.",
-            "--requantize solves again from the dequantized weights.",
-        ) from error
-    return recipe if len(stored) == 1 else recipe.changed({"group_size": "auto"})
+def _as_stored(recipe: Recipe, weights: Weights, asked: int | None) -> Recipe:
+    """The recipe with the bits and group sizes that the codes of the source have."""
+    found = {}
+    for linear in weights.packed_linears():
+        scheme = weights.scheme_of(linear)
+        found[linear] = (scheme.bits, scheme.group_size)
+        if asked not in (None, scheme.group_size):
+            raise ConvertError(
+                f"the source is quantized with group size {scheme.group_size}, which a repack keeps, "
+                f"not {asked}.",
+                "--requantize solves again from the dequantized weights.",
+            )
+        if scheme.group_size not in GROUP_SIZES:
+            raise FormatError(
+                f"the source is quantized with group size {scheme.group_size}; 128, 64, 32 and -1 can be "
+                "written.",
+                "--requantize solves again from the dequantized weights.",
+            )
+    bits, size = mixtures.usual(found)
+    others = {
+        name: {"bits": kind[0], "group_size": kind[1]}
+        for kind, names in mixtures.told(found).items()
+        if kind != (bits, size)
+        for name in names
+    }
+    return recipe.changed({"bits": bits, "group_size": size, "overrides": others})
 
 
 def _within_positions(recipe: Recipe, model: PreTrainedModel) -> Recipe:

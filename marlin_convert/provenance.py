@@ -80,7 +80,7 @@ def recipe_of_codes(own: Mapping[str, Any], before: list[dict[str, Any]]) -> dic
     heeded = {key: own[key] for key in REPACKED}
     if not before:
         return heeded
-    chosen = {"format": own["format"], "group_size": own["group_size"]}
+    chosen = {key: own[key] for key in ("format", "bits", "group_size", "overrides")}
     chosen |= {"unpruned": own["unpruned"]} if own["unpruned"] else {}
     chosen |= {"dtype": own["dtype"]} if own["dtype"] != "auto" else {}
     return {**before[-1]["recipe"], **chosen}

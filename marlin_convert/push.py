@@ -203,7 +203,7 @@ def _repack(job: Job, format: str, directory: Path) -> None:
     from marlin_convert.checks import CHECKS
 
     source = Source(job.checkpoint, job.repository, None)
-    settings = recipe.load("w4a16-g128").changed({"format": format})
+    settings = recipe.load(recipe.DEFAULT).changed({"format": format})
     try:
         quantize.quantize(quantize.Job(source, directory, settings, torch.device("cpu")))
     except ConvertError as error:

@@ -19,7 +19,7 @@ DEFAULT = "w4a16"
 FORMATS = ("marlin", "marlin-24", "gptq", "compressed-tensors", "dense")
 METHODS = ("sparsegpt", "wanda", "magnitude")
 # The settings that a repack heeds; the others are about how codes are made.
-REPACKED = ("format", "group_size", "skip", "unpruned", "dtype")
+REPACKED = ("format", "bits", "group_size", "overrides", "skip", "unpruned", "dtype")
 BITS = (4, 8)
 GROUP_SIZES = ("auto", 128, 64, 32, -1)
 MOST = 10**9  # of anything that is counted

@@ -38,8 +38,13 @@ def check_patterns(recipe: Recipe, linears: Sequence[str]) -> None:
 
 
 def check_sparsity(weights: Weights, recipe: Recipe, claimed: set[str], *, repack: bool) -> None:
-    """FormatError or ConvertError where the recipe asks for 2:4 and the source has none, or is none."""
-    if recipe.sparsity != "none" and any(bits != 4 for bits in recipe.all_bits):
+    """ConvertError when what is asked of sparsity is not what a repack, or quantizing, does."""
+    if recipe.format == "dense" and weights.scheme is not None:
+        raise ConvertError(
+            f"{weights.checkpoint.directory.name} is quantized already ({weights.scheme.format}).",
+            "prune the model it was made from, or quantize --requantize --sparsity 2:4.",
+        )
+    if not repack and recipe.format != "dense" and recipe.sparsity != "none" and recipe.all_bits != {4}:
         raise ConvertError(
             "2:4 is pruned and quantized at once to 4 bits, not to 8.",
             "leave --bits 8 or --sparsity out.",

@@ -404,7 +404,7 @@ def test_options_go_over_the_recipe(cli, tinypy, tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("bits: 3\n", "unknown setting 'bits'"),
+        ("bits: 3\n", "bits = 3 must be 4 or 8"),
         ("group_size: 100\n", "group_size = 100"),
         ("samples: many\n", "samples must be int"),
         ("samples: true\n", "samples must be int"),
@@ -466,7 +466,8 @@ def test_an_error_without_a_hint_prints_none(cli, tinypy, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("option", "suggested"), [("--skp", "--skip"), ("--quite", "--quiet"), ("--bits", None), ("--q", None)]
+    ("option", "suggested"),
+    [("--skp", "--skip"), ("--quite", "--quiet"), ("--bots", "--bits"), ("--q", None)],
 )
 def test_what_is_suggested_is_like_what_was_meant(option, suggested, cli):
     result = cli("quantize", "model", "-o", "out", option, 8)

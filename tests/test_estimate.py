@@ -23,7 +23,7 @@ if not int(units):
 settings = {"samples": 8, "sequence_length": 256, "calibration": text, "format": "gptq"}
 job = Job(
     Source(Path(source), "source", None), Path(output),
-    recipe.load("w4a16-g128").changed(settings), torch.device("cpu"),
+    recipe.load(recipe.DEFAULT).changed(settings), torch.device("cpu"),
 )
 expected = estimate.estimate(plan_job(job)[1], job.device)
 print(json.dumps([expected.seconds, quantize(job).seconds]))

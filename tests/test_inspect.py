@@ -19,7 +19,7 @@ PYTHON = [sys.executable, "-m", "marlin_convert"]
 def test_contents(format, quantized, cli):
     found = json.loads(cli("inspect", quantized(format), "--json").stdout)
     assert (found["name"], found["model_type"], found["format"]) == (format, "llama", format)
-    assert (found["bits"], found["group_sizes"], found["packed"], found["dense"]) == (4, [128], 28, {})
+    assert (found["bits"], found["group_sizes"], found["packed"], found["dense"]) == ([4], [128], 28, {})
     assert (found["sparsity"], found["unpruned"]) == ("2:4" if format == "marlin-24" else None, {})
     manifest = json.loads((quantized(format) / MANIFEST).read_text())
     assert found["bits_per_weight"] == manifest["bits_per_weight"]

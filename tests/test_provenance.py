@@ -14,6 +14,7 @@ import yaml
 from click.testing import Result
 
 from marlin_convert.checkpoint.manifest import MANIFEST
+from marlin_convert.recipe import REPACKED
 
 Cli = Callable[..., Result]
 SHORT = ("--calibration", "text.txt", "--samples", 3, "--sequence-length", 64, "--seed", 5, "--device", "cpu")
@@ -69,7 +70,7 @@ def test_a_chain_of_repacks_carries_what_made_its_codes(run: Cli, original: Path
     run("quantize", "first", "-o", "second", "-q")
     run("quantize", "second", "-o", "third", "--format", "compressed-tensors", "-q")
     first, third = manifest_of("first"), manifest_of("third")
-    assert third["recipe"] == first["recipe"] | {"format": "compressed-tensors"}
+    assert third["recipe"] == first["recipe"] | {"format": "compressed-tensors", "group_size": 128}
     assert yaml.safe_load(Path("third/recipe.yaml").read_text()) == third["recipe"]
     assert third["calibration"] == first["calibration"] and third["calibration"]["samples"] == 3
     assert third["repacked"] and third["processor"] is None and not first["repacked"]
@@ -78,7 +79,8 @@ def test_a_chain_of_repacks_carries_what_made_its_codes(run: Cli, original: Path
     assert [step["repacked"] for step in third["history"]] == [False, True]
     assert third["history"][0]["processor"] == first["processor"] != None  # noqa: E711
     # what the solver found out about the codes, and why some are none
-    assert sorted(rows.worked_on(third), key=str) == sorted(rows.worked_on(first), key=str)
+    found = {row["name"]: row | {"format": third["recipe"]["format"]} for row in rows.worked_on(first)}
+    assert {row["name"]: row for row in rows.worked_on(third)} == found
     assert rows.dense(third) == rows.dense(first) and "skipped by" in next(iter(rows.dense(third).values()))
     text = card_of(run, "third")
     assert "| source | `original`, a directory |" in text and "3 x 64 tokens of `text.txt`" in text
@@ -95,7 +97,7 @@ def test_of_a_foreign_source_nothing_is_made_up(run: Cli, original: Path) -> Non
     run("quantize", "first", "-o", "second", "--format", "compressed-tensors", "-q")
     for directory, layout in (("first", "marlin"), ("second", "compressed-tensors")):
         manifest = manifest_of(directory)
-        assert manifest["recipe"].keys() == {"format", "group_size", "skip", "unpruned", "dtype"}
+        assert manifest["recipe"].keys() == set(REPACKED)
         assert manifest["recipe"]["format"] == layout and manifest["calibration"] is None
         recipe = Path(directory, "recipe.yaml").read_text()
         assert "# How they were calibrated is not known." in recipe and "samples" not in recipe
@@ -151,7 +153,7 @@ def test_what_an_earlier_version_wrote_is_read(run: Cli, original: Path) -> None
     """Its repacks have a recipe, of which only what a repack heeds is true."""
     run("quantize", original, "-o", "first", "--format", "gptq", *SHORT, "-q")
     run("quantize", "first", "-o", "second", "-q")
-    manifest = manifest_of("second")
+    manifest = rows.earlier(manifest_of("second"))
     for key in ("repacked", "history", "processor"):
         del manifest[key]
     manifest["calibration"] = None

@@ -334,7 +334,7 @@ def copy_of(model: Path, directory: Path) -> Path:
     "changes, named",
     [
         ({"seed": 1}, "recipe.seed 0, not 1"),
-        ({"group_size": 64}, "recipe.group_size 128, not 64"),
+        ({"group_size": 64}, "recipe.group_size 'auto', not 64"),
         ({"format": "gptq"}, "recipe.format 'marlin', not 'gptq'"),
         ({"samples": 5}, "recipe.samples 4, not 5"),
         ({"skip": ("*.down_proj",)}, "recipe.skip"),

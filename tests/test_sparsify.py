@@ -108,7 +108,7 @@ def test_marlin_24_is_what_sparsity_means(model, tmp_path, cli):
 def test_the_method_is_that_of_sparsify(model, tmp_path, cli):
     """Quantizing chooses mask and codes together, whatever the recipe says of it."""
     (tmp_path / "wanda.yaml").write_text("method: wanda")
-    for recipe in ("w4a16-g128", tmp_path / "wanda.yaml"):
+    for recipe in ("w4a16", tmp_path / "wanda.yaml"):
         words = ("-o", tmp_path / f"{recipe}.out", "--recipe", recipe, "--sparsity", "2:4", *SHORT)
         assert cli("quantize", model, *words).exit_code == 0
     one, other = (directory / "model.safetensors" for directory in tmp_path.glob("*.out"))
@@ -180,7 +180,7 @@ def test_what_cannot_be_done_is_said_before_work(model, pruned, tmp_path, cli):
         (("quantize", model, "-o", tmp_path / "out", "--format", "marlin-24"), "--sparsity 2:4"),
         (
             ("quantize", model, "-o", tmp_path / "out", "--sparsity", "2:4", "--group-size", "64"),
-            "--group-size 128 packs 14 of 14 linears",
+            "--group-size auto packs 14 of 14 linears",
         ),
         (("sparsify", model, "-o", tmp_path / "out", "--skip", "*"), "nothing is left to do"),
         (("sparsify", tmp_path / "nowhere", "-o", tmp_path / "out"), "nowhere"),

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "marlin_convert"
 
 VERBS = {"quantize", "sparsify", "verify", "push", "inspect"}
-# A folder but cli may import itself, errors, quantized, matrix, and what stands here; never a file at the top.
+# A folder but cli may import itself, errors, quantized, matrix and what stands here; no file at the top.
 BELOW = {
     "formats": set(),
     "solvers": set(),
@@ -151,7 +151,7 @@ def test_recipes_load(path):
 
 
 def test_the_default_recipe_says_every_setting():
-    """w4a16-g128 documents the settings, so none may be missing there, and its values are the defaults."""
+    """The default documents the settings, so none may be missing there, and its values are the defaults."""
     import yaml
 
     text = (ROOT / "recipes" / f"{recipe.DEFAULT}.yaml").read_text("utf-8")

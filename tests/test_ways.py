@@ -35,6 +35,7 @@ def without(words: tuple, way: list[str]) -> list[str]:
 
 WIDTH_192 = {"hidden_size": 192, "num_attention_heads": 3, "num_key_value_heads": 3}
 WIDTH_576 = {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3}  # SmolLM2-135M
+G128 = ("--group-size", 128)
 SPARSE = ("--sparsity", "2:4", "--format", "marlin-24")
 QWEN_15_32B = {"hidden_size": 128, "intermediate_size": 6848}  # 27392 / 4: groups of 64 divide it
 
@@ -42,16 +43,16 @@ QWEN_15_32B = {"hidden_size": 128, "intermediate_size": 6848}  # 27392 / 4: grou
 @pytest.mark.parametrize(
     "changes, words, best",
     [
-        (WIDTH_192, (), "--format gptq --group-size 64"),
-        (WIDTH_576, ("--format", "gptq"), "--group-size 64"),
-        ({"hidden_size": 192}, ("--format", "compressed-tensors"), "--group-size 64"),
-        ({"intermediate_size": 320}, (), "--format gptq --group-size 64"),
-        ({"intermediate_size": 320}, ("--format", "gptq"), "--group-size 64"),
-        ({"intermediate_size": 416}, (), "--format gptq --group-size 32"),
+        (WIDTH_192, G128, "--format gptq --group-size auto"),
+        (WIDTH_576, ("--format", "gptq", *G128), "--group-size auto"),
+        ({"hidden_size": 192}, ("--format", "compressed-tensors", *G128), "--group-size auto"),
+        ({"intermediate_size": 320}, G128, "--format gptq --group-size auto"),
+        ({"intermediate_size": 320}, ("--format", "gptq", *G128), "--group-size auto"),
+        ({"intermediate_size": 416}, G128, "--format gptq --group-size auto"),
         ({"intermediate_size": 272}, (), "--format compressed-tensors --group-size -1"),
-        (QWEN_15_32B, (), "--format gptq --group-size 64"),
-        ({}, (*SPARSE, "--group-size", 64), "--group-size 128"),
-        ({"intermediate_size": 320}, SPARSE, "--format gptq --group-size 64"),
+        (QWEN_15_32B, G128, "--format gptq --group-size auto"),
+        ({}, (*SPARSE, "--group-size", 64), "--group-size auto"),
+        ({"intermediate_size": 320}, (*SPARSE, *G128), "--format gptq --group-size auto"),
     ],
 )  # fmt: skip
 def test_every_way_works_and_the_best_is_first(changes, words, best, cli, tmp_path) -> None:

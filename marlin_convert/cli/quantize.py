@@ -23,7 +23,7 @@ from marlin_convert.errors import ConvertError
 @click.option(
     "--group-size",
     type=click.Choice(["auto", "128", "64", "32", "-1"]),
-    help="Weights that share a scale: -1 is one per column, auto the largest that divides a linear's inputs.  "
+    help="Weights that share a scale: -1 is one per column, auto the largest that divides the inputs.  "
     "[default: auto]",
 )
 @click.option(

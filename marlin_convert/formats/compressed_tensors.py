@@ -175,9 +175,9 @@ def quantization_config(fates: Sequence[Fate]) -> dict[str, Any]:
     Matrices of one kind are a group; where there are several, each names its own by patterns.
     """
     symmetric = all(fate.layout.symmetric for fate in fates if fate.packed)
-    told = mixtures.patterns(mixtures.kinds(fates))
+    told = mixtures.told(mixtures.kinds(fates))
     groups = {}
-    for number, ((bits, group_size), patterns) in enumerate(told.items()):
+    for number, ((bits, group_size), names) in enumerate(told.items()):
         weights = {
             "num_bits": bits,
             "type": "int",
@@ -191,7 +191,7 @@ def quantization_config(fates: Sequence[Fate]) -> dict[str, Any]:
             "observer_kwargs": {},
         }
         groups[f"group_{number}"] = {
-            "targets": [_CLASS] if len(told) == 1 else [f"re:{pattern}" for pattern in patterns],
+            "targets": [_CLASS] if len(told) == 1 else [f"re:{mixtures.pattern(name)}" for name in names],
             "weights": weights,
             "input_activations": None,
             "output_activations": None,

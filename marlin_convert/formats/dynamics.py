@@ -15,10 +15,10 @@ _NOT_STORED_HERE = ("rotation", "adapter", "pack_dtype", "format", "checkpoint_f
 def overrides(found: Mapping[str, mixtures.Kind], usual: mixtures.Kind) -> dict[str, dict[str, Any]]:
     """The part of `dynamic` that names what is stored otherwise than most."""
     return {
-        f"+:{pattern}": {"bits": bits, "group_size": group_size}
-        for (bits, group_size), told in mixtures.patterns(found).items()
+        f"+:{mixtures.pattern(name)}": {"bits": bits, "group_size": group_size}
+        for (bits, group_size), names in mixtures.told(found).items()
         if (bits, group_size) != usual
-        for pattern in told
+        for name in names
     }
 
 

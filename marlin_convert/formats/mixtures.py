@@ -47,30 +47,24 @@ def with_fused(found: Mapping[str, Kind]) -> dict[str, Kind]:
     return {**found, **more}
 
 
-def patterns(found: Mapping[str, Kind]) -> dict[Kind, list[str]]:
-    """Regular expressions (re.match) that tell the names of one kind from those of the others.
-
-    One for all blocks where the linears of a path are of one kind in all of them, else one for a linear.
-    """
+def told(found: Mapping[str, Kind]) -> dict[Kind, list[str]]:
+    """The names of every kind: with stars for numbers where it is true of all blocks."""
     by_path: dict[str, list[str]] = {}
     for name in found:
-        by_path.setdefault(_in_any_block(name), []).append(name)
-    told: dict[Kind, list[str]] = {}
+        by_path.setdefault(_NUMBER.sub("*", name), []).append(name)
+    said: dict[Kind, list[str]] = {}
     for path, names in by_path.items():
         alike = len({found[name] for name in names}) == 1
         for name in names[:1] if alike else names:
-            told.setdefault(found[name], []).append(path if alike else rf"(.*\.)?{re.escape(_tail(name))}$")
-    return told
+            said.setdefault(found[name], []).append(path if alike else name)
+    return said
 
 
-def _tail(name: str) -> str:
-    """A name from the list of blocks on: what stands before is another thing to every engine."""
-    match = re.search(r"[^.]+\.\d+\.", name)
-    return name[match.start() :] if match else name
+def pattern(name: str) -> str:
+    """A regular expression (re.match) for a name that `told` gives, whatever stands before the blocks."""
+    blocks = re.search(r"[^.]+\.(\d+|\*)\.", name)
+    tail = name[blocks.start() :] if blocks else name
+    return rf"(.*\.)?{re.escape(tail)}$".replace(r"\*", r"\d+")
 
 
-def _in_any_block(name: str) -> str:
-    """A pattern for the names that differ from this one in numbers alone."""
-    words = [r"\d+" if word.isdecimal() else re.escape(word) for word in _tail(name).split(".")]
-    path = r"\.".join(words)
-    return rf"(.*\.)?{path}$"
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
