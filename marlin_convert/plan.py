@@ -365,7 +365,8 @@ def _specs(
                 owner[f"{linear}.{suffix}"] = (linear, suffix)
                 specs.append(TensorSpec(f"{linear}.{suffix}", dtype, shape))
         else:
-            written = DTYPES.get(recipe.dtype) or weights.dtype(name)
+            stored = weights.dtype(name)
+            written = DTYPES.get(recipe.dtype, stored) if stored.is_floating_point else stored
             specs.append(TensorSpec(name, written, shapes.get(name) or weights.shape(name)))
     blocks = architecture.blocks + "."
 

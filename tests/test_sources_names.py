@@ -21,7 +21,7 @@ from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.checkpoint.writer import ShardWriter, TensorSpec
 from marlin_convert.errors import SourceError
 from marlin_convert.formats import gptq
-from marlin_convert.models.names import beside, parameters_of
+from marlin_convert.models.names import Names, beside
 from marlin_convert.models.tree import check_names
 from marlin_convert.quantized import QuantizedLinear
 
@@ -114,7 +114,7 @@ def stored_as(directory: Path, tensors: Tensors, tmp_path: Path) -> Path:
 
 def opened(directory: Path, model: PreTrainedModel) -> Weights:
     weights = Weights(Checkpoint.open(directory))
-    weights.rename(parameters_of(model))
+    weights.rename(Names(model).parameter)
     return weights
 
 
@@ -140,7 +140,7 @@ def test_both_ways_to_name_tensors_are_read(names, wrapper, tmp_path):
         assert torch.equal(weights.read(name), parameters[name]), name
     assert {weights.on_disk(name) for name in weights.checkpoint.tensors} == tensors.keys()
     before = weights.checkpoint
-    weights.rename(parameters_of(model))
+    weights.rename(Names(model).parameter)
     assert weights.checkpoint is before
 
 
@@ -298,3 +298,29 @@ def test_what_transformers_says_that_it_leaves_out():
         model = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**settings))
     names = ["model.layers.61.eh_proj.weight", "model.layers.7.norm.weight", "model.norm.weight"]
     assert beside(names, model) == names[:1]
+
+
+def test_what_transformers_converts_is_named(tmp_path):
+    """OLMo's hybrid has three convolutions in its files and one in memory; as it is in memory it is read."""
+    settings = {
+        "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+        "vocab_size": 64, "intermediate_size": 64, "pad_token_id": 0,
+        "layer_types": ["linear_attention", "full_attention"],
+    }  # fmt: skip
+    model = transformers.OlmoHybridForCausalLM(transformers.OlmoHybridConfig(**settings))
+    model.save_pretrained(tmp_path)
+    said = r"q_conv1d.*: transformers splits or joins"
+    with pytest.raises(SourceError, match=said) as caught:
+        check_names(opened(tmp_path, model), model)
+    assert caught.value.hint and "state_dict()" in caught.value.hint
+    save_file(model.state_dict(), tmp_path / SHARD, {"format": "pt"})
+    assert check_names(opened(tmp_path, model), model) == []
+
+
+def test_a_counter_is_read_as_it_is(tmp_path):
+    directory = tiny_models.save(tiny_models.build("llama"), tmp_path / "model")
+    tensors = load_file(directory / SHARD) | {"model.norm.num_batches_tracked": torch.tensor(7)}
+    save_file(tensors, directory / SHARD, {"format": "pt"})
+    weights = Weights(Checkpoint.open(directory))
+    assert weights.read("model.norm.num_batches_tracked").item() == 7
+    assert weights.dtype("model.norm.num_batches_tracked") == torch.int64

@@ -19,6 +19,8 @@ from marlin_convert.quantized import QuantizedLinear, contiguous_groups
 
 # The types of parameters, as safetensors calls them.
 FLOATS = ("F16", "BF16", "F32")
+# The one integer that modules of torch keep among their floats: batch normalization's, in vision towers.
+COUNTER = ".num_batches_tracked"
 
 
 # The suffix of its codes tells the layout of a packed linear, but for GPTQ's and AWQ's, which share one.
@@ -103,10 +105,10 @@ class Weights:
             hint = "they are packed in another layout; make the config say which."
         return SourceError(said, hint)
 
-    def rename(self, parameter: Callable[[str], str]) -> None:
+    def rename(self, parameter: Callable[[str], str | None]) -> None:
         """Take every tensor for the parameter that it is by its name; files keep the name, as `on_disk` says.
 
-        SourceError when two are one parameter.
+        `parameter` gives None for what is none. SourceError when two are one parameter.
         """
         found = {name: self._parameter(name, parameter) for name in sorted(self.checkpoint.tensors)}
         if all(name == full for name, full in found.items()):
@@ -128,12 +130,16 @@ class Weights:
         self.scaled = {found[name]: scales for name, scales in self.scaled.items()}
         self.checkpoint = replace(self.checkpoint, tensors=tensors)
 
-    def _parameter(self, name: str, parameter: Callable[[str], str]) -> str:
+    def _parameter(self, name: str, parameter: Callable[[str], str | None]) -> str:
         """The parameter of a tensor, or what a packed linear's is called beside its weight."""
         module, _, suffix = name.rpartition(".")
-        if not self.is_packed(module) or suffix not in self._suffixes(module):
-            return parameter(name)
-        return f"{parameter(f'{module}.weight').removesuffix('weight')}{suffix}"
+        packed = self.is_packed(module) and suffix in self._suffixes(module)
+        # as it is in the files, which name the base model's parts alone for some; then by its full name
+        for one in (self.checkpoint.tensors[name].name, name):
+            found = parameter(f"{one.removesuffix(suffix)}weight" if packed else one)
+            if found is not None:
+                return f"{found.removesuffix('weight')}{suffix}" if packed else found
+        return name
 
     def on_disk(self, name: str) -> str:
         """What a tensor is called in files: as in the source, or as what else is written of its module."""
@@ -282,12 +288,12 @@ class Weights:
     def dtype(self, name: str) -> torch.dtype:
         """The type of a parameter as it is stored; what is packed or scaled counts as the model's own type.
 
-        SourceError when that is none of `FLOATS`.
+        SourceError when that is none of `FLOATS`, and the parameter no counter of batches.
         """
         if name not in self.checkpoint.tensors or name in self.scaled:
             return self.own_dtype
         info = self.checkpoint.tensors[name]
-        if info.code not in FLOATS:
+        if info.code not in FLOATS and not name.endswith(COUNTER):
             raise SourceError(
                 f"{name} is stored as {info.code}; {', '.join(FLOATS)} are read.",
                 "save the model in one of these types with transformers.",

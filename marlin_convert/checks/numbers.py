@@ -126,7 +126,7 @@ def _product_error(layer: QuantizedLinear, generator: torch.Generator) -> float:
 def _weight_error(weight: Tensor, source: Tensor) -> tuple[float, float]:
     """The relative error of a weight, and the largest of one of its outputs."""
     if weight.dim() < 2:
-        weight, source = weight[None], source[None]
+        weight, source = weight.reshape(1, -1), source.reshape(1, -1)
     wrong, whole = [], []
     for ours, theirs in zip(weight.flatten(1).split(1024), source.flatten(1).split(1024), strict=True):
         theirs = theirs.float()

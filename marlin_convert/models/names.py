@@ -5,7 +5,7 @@ Vision-language models have had two sets of names, `language_model.model.layers.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -18,49 +18,56 @@ _MTP_COUNTS = ("num_nextn_predict_layers", "num_mtp_layers")
 _NUMBER = re.compile(r"\.(\d+)\.")
 
 
-def parameters_of(model: PreTrainedModel) -> Callable[[str], str]:
-    """From the name of a tensor to the parameter that transformers loads it as, the name itself if into none.
+class Names:
+    """Which parameter of a model a tensor is by its name."""
 
-    A tensor that transformers splits, joins or turns while it loads it keeps its name too.
-    """
-    expected = model.state_dict()
-    transforms = get_model_conversion_mapping(model)
-    renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
-    converters = [one for one in transforms if isinstance(one, WeightConverter)]
+    def __init__(self, model: PreTrainedModel):
+        transforms = get_model_conversion_mapping(model)
+        self._renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
+        self._converters = [one for one in transforms if isinstance(one, WeightConverter)]
+        self._prefix = model.base_model_prefix
+        self._expected = model.state_dict()
+        self._left = "|".join(f"({one})" for one in sorted(model._keys_to_ignore_on_load_unexpected or ()))
+        config = model.config.get_text_config()
+        blocks = getattr(config, "num_hidden_layers", 0)
+        further = max(getattr(config, key, None) or 0 for key in _MTP_COUNTS)
+        self._further = range(blocks, blocks + further)
+        last = f".{blocks - 1}."
+        self._lists = {name.partition(last)[0] for name in self._expected if last in name}
 
-    def parameter(name: str) -> str:
-        if name in expected:
-            return name
-        found, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, expected)
-        return name if converted else found
+    def parameter(self, name: str) -> str | None:
+        """The parameter that transformers loads a tensor as, None if it loads it as none or converts it."""
+        found, converted = self._renamed(name)
+        return found if found in self._expected and not converted else None
 
-    return parameter
+    def is_converted(self, name: str) -> bool:
+        """Whether transformers splits, joins or turns a tensor of the model while it loads it."""
+        return self._renamed(name)[1] is not None and not self.is_beside(name)
+
+    def is_beside(self, name: str) -> bool:
+        """Whether a tensor belongs to the model, but to no part that is built: it goes along as it is.
+
+        Layers for multi-token prediction, which engines draft with, and what else transformers says that it
+        leaves out of this class.
+        """
+        if f"{name.rpartition('.')[0]}.weight" in self._expected:
+            return False  # of a linear, packed as it may be
+        name = self._renamed(name)[0]
+        if name in self._expected:
+            return False
+        number = _NUMBER.search(name)
+        if number and int(number[1]) in self._further and name[: number.start()] in self._lists:
+            return True
+        return bool(_MTP.search(name) or (self._left and re.search(self._left, name)))
+
+    def _renamed(self, name: str) -> tuple[str, str | None]:
+        """What transformers calls a tensor, and the pattern by which it converts it, if it does."""
+        if name in self._expected:
+            return name, None
+        return rename_source_key(name, self._renamings, self._converters, self._prefix, self._expected)
 
 
 def beside(names: Iterable[str], model: PreTrainedModel) -> list[str]:
-    """Those of the names that are of the model's, but of no part that is built: they go along as they are.
-
-    Layers for multi-token prediction, which engines draft with, and what else transformers says that it
-    leaves out of this class.
-    """
-    left = "|".join(f"({pattern})" for pattern in sorted(model._keys_to_ignore_on_load_unexpected or ()))
-    config = model.config.get_text_config()
-    blocks = getattr(config, "num_hidden_layers", 0)
-    further = max((getattr(config, key, None) or 0 for key in _MTP_COUNTS), default=0)
-    expected = model.state_dict()
-    lists = {name.partition(f".{blocks - 1}.")[0] for name in expected if f".{blocks - 1}." in name}
-
-    def further_block(name: str) -> bool:
-        number = _NUMBER.search(name)
-        return (
-            number is not None
-            and blocks <= int(number[1]) < blocks + further
-            and name[: number.start()] in lists
-        )
-
-    return [
-        name
-        for name in names
-        if name not in expected
-        and (_MTP.search(name) or further_block(name) or (left and re.search(left, name)))
-    ]
+    """Those of the names that are of the model's, but of no part that is built."""
+    known = Names(model)
+    return [name for name in names if known.is_beside(name)]

@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.errors import SourceError
 from marlin_convert.models.architectures import Architecture, architecture_of
-from marlin_convert.models.names import beside, parameters_of
+from marlin_convert.models.names import Names, beside
 
 OTHER_MODEL = "the config.json may be of another model; fetch the model again."
 
@@ -66,7 +66,7 @@ def module_tree(weights: Weights, *, trust_remote_code: bool = False) -> PreTrai
         for flag, value in FORWARD.items():
             setattr(settings, flag, value)
         model = _on_meta(settings, architecture, trust_remote_code)
-    weights.rename(parameters_of(model))
+    weights.rename(Names(model).parameter)
     if any(
         name in weights and of in weights and not weights.same(name, of)
         for name, of in model.all_tied_weights_keys.items()
@@ -112,7 +112,14 @@ def check_names(weights: Weights, model: PreTrainedModel, *, requantize: bool = 
     source = weights.checkpoint.directory.name
     tied = model.all_tied_weights_keys.keys()
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    expected = shapes.keys()
+    expected, names = shapes.keys(), Names(model)
+    known = {name for name in weights.packed_names() if f"{name.rpartition('.')[0]}.weight" in expected}
+    foreign = sorted(weights.checkpoint.tensors.keys() - expected - known)
+    if converted := [name for name in foreign if names.is_converted(name)]:
+        raise SourceError(
+            f"{_some(converted)} in {source}: transformers splits or joins them while it loads them.",
+            "that is not done here: load the model with transformers, and save its state_dict().",
+        )
     missing = sorted(name for name in expected - tied if name not in weights)
     if missing:
         raise SourceError(
@@ -130,8 +137,6 @@ def check_names(weights: Weights, model: PreTrainedModel, *, requantize: bool = 
     twice = sorted(packed & weights.checkpoint.tensors.keys())
     if twice:
         raise SourceError(f"{_some(twice)} in {source} both dense and packed.", OTHER_MODEL)
-    known = {name for name in weights.packed_names() if f"{name.rpartition('.')[0]}.weight" in expected}
-    foreign = sorted(weights.checkpoint.tensors.keys() - expected - known)
     unrounded = [name for name in foreign if weights.disregarded and _OF_A_ROUNDING.search(name)]
     if unrounded and not requantize:
         raise SourceError(
@@ -141,8 +146,8 @@ def check_names(weights: Weights, model: PreTrainedModel, *, requantize: bool = 
     left_out = unrounded + [
         name for name in foreign if _NO_PARAMETER.search(name) or _is_idle_bias(weights, name)
     ]
-    known_to = {*left_out, *beside(foreign, model)}
-    strangers = [name for name in foreign if name not in known_to]
+    with_place = {*left_out, *filter(names.is_beside, foreign)}
+    strangers = [name for name in foreign if name not in with_place]
     if strangers:
         raise SourceError(
             f"{_some(strangers)} in {source} not of the architecture.",
