@@ -134,8 +134,8 @@ class Weights:
         """The parameter of a tensor, or what a packed linear's is called beside its weight."""
         module, _, suffix = name.rpartition(".")
         packed = self.is_packed(module) and suffix in self._suffixes(module)
-        # as it is in the files, which name the base model's parts alone for some; then by its full name
-        for one in (self.checkpoint.tensors[name].name, name):
+        # by its full name, or as it is in the files, where parts of some models have names without a prefix
+        for one in (name, self.checkpoint.tensors[name].name):
             found = parameter(f"{one.removesuffix(suffix)}weight" if packed else one)
             if found is not None:
                 return f"{found.removesuffix('weight')}{suffix}" if packed else found
