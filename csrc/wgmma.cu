@@ -1,8 +1,8 @@
 // W4A16 for many tokens on Hopper: one warp keeps the copy engine busy, two warpgroups multiply by wgmma.
 //
-// A stage holds one chunk: 128 rows of k of 256 features, their scales and the activations. Two warps share 64
-// features, two fragments of 16 each. The codes of a step are unpacked and scaled while the tensor cores still
-// multiply the step before.
+// A stage holds one chunk: 128 rows of k of 256 features, their scales and the activations; of a last chunk of 64 rows
+// the rest are zeros. Two warps share 64 features, two fragments of 16 each. The codes of a step are unpacked and scaled
+// while the tensor cores still multiply the step before.
 constexpr int WEIGHTS = CODES + METADATA, FILLED = WEIGHTS + TOKENS * 256 + SCALES;
 constexpr int STAGE = (FILLED + 1023) / 1024 * 1024;
 constexpr int SUMS = TOKENS / 2;  // of a thread, per fragment: features l / 4 and + 8, tokens 8 i + 2 (l % 4) and + 1

@@ -299,9 +299,12 @@ def _notes(fates: Mapping[str, Fate], recipe: Recipe, repacked: Weights | None) 
     ):
         yield f"{recipe.format} stores the pruned codes too: engines load it as ordinary int4"
     if recipe.format in ("marlin", "marlin-24"):
-        odd = sum(bool(fate.n % 256) for fate in packed)
+        odd = sum(bool(fate.k % 128 or fate.n % 256) for fate in packed)
         if odd:
-            yield f"{odd} linears have outputs not divisible by 256: for our own kernel and plugins only"
+            yield (
+                f"{odd} linears have inputs not divisible by 128 or outputs not by 256: for our own kernel "
+                "and plugins only"
+            )
         small = sorted({fate.layout.group_size for fate in packed} & {32, 64})
         if small:  # in marlin: marlin-24 has no such groups
             sizes = " and ".join(map(str, small))

@@ -346,18 +346,22 @@ def test_damaged_shards(
 
 
 @pytest.mark.parametrize(
-    "changes, said",
+    "changes, words, said",
     [
-        ({"intermediate_size": 320}, ["model.layers.0.mlp.down_proj has 320 inputs and 128 outputs", "128"]),
-        ({"intermediate_size": 416}, ["416", "64"]),
-        ({"hidden_size": 192, "num_attention_heads": 2}, ["self_attn.q_proj has 192 inputs", "more linears"]),
+        (
+            {"intermediate_size": 320},
+            ("--group-size", 128),
+            ["model.layers.0.mlp.down_proj has 320 inputs and 128 outputs", "group size 128"],
+        ),
+        ({"intermediate_size": 416}, (), ["416", "64"]),
+        ({"hidden_size": 160}, (), ["self_attn.q_proj has 160 inputs", "by 64", "more linears"]),
     ],
 )
 def test_a_shape_the_format_cannot_hold(
-    changes: dict, said: list[str], cli: Cli, text: Path, tmp_path: Path
+    changes: dict, words: tuple, said: list[str], cli: Cli, text: Path, tmp_path: Path
 ) -> None:
     model = tiny_models.save(tiny_models.build("qwen3", **changes), tmp_path / "model")
-    sentence = refused(cli, model, tmp_path / "out", "--calibration", text)
+    sentence = refused(cli, model, tmp_path / "out", "--calibration", text, *words)
     assert all(part in sentence for part in said), sentence
 
 

@@ -395,7 +395,7 @@ def test_by_default_the_layers_and_three_figures(measuring, cli, tmp_path):
 def test_a_shape_that_marlin_cannot_hold_is_1(measuring, cli, tmp_path):
     result = cli("bench", "kernel", "-o", tmp_path / "out", "--shapes", "100x64")
     assert result.exit_code == 1
-    assert "100x64: marlin needs inputs divisible by 128, has 100" in result.stderr
+    assert "100x64: marlin needs inputs divisible by 64, has 100" in result.stderr
     assert not list(tmp_path.iterdir())
 
 

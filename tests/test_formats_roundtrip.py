@@ -73,7 +73,17 @@ def slow_marlin(packed, k, n):
 
 
 @pytest.mark.parametrize(
-    "k, n, group_size", [(128, 64, 128), (256, 64, 128), (128, 192, 32), (384, 128, 384)]
+    "k, n, group_size",
+    [
+        (128, 64, 128),
+        (256, 64, 128),
+        (128, 192, 32),
+        (384, 128, 384),
+        (64, 64, 64),
+        (64, 64, 32),
+        (192, 64, 64),
+        (576, 64, 576),
+    ],
 )
 def test_marlin_is_its_index_formula(k, n, group_size):
     q = layer(k, n, group_size, seed=k + n)
@@ -113,7 +123,9 @@ def slow_marlin_24(packed, meta, k, n):
     return codes, kept
 
 
-@pytest.mark.parametrize("k, n, group_size", [(128, 64, 128), (256, 64, 128), (384, 128, 384)])
+@pytest.mark.parametrize(
+    "k, n, group_size", [(128, 64, 128), (256, 64, 128), (384, 128, 384), (64, 64, 64), (576, 64, 576)]
+)
 def test_marlin_24_is_its_index_formula(k, n, group_size):
     q = layer(k, n, group_size, seed=k + n, sparse=True)
     packed = marlin_24.pack(q)
@@ -164,20 +176,22 @@ def test_awq_is_its_nibble_order():
 
 @settings(max_examples=40, deadline=None)
 @given(
-    k=st.integers(1, 5),
+    k=st.integers(1, 10),
     n=st.integers(1, 5),
     group_size=st.sampled_from([32, 64, 128, None]),
     seed=st.integers(0, 2**31),
 )
 def test_marlin_there_and_back(k, n, group_size, seed):
-    q = layer(128 * k, 64 * n, group_size or 128 * k, seed=seed)
+    if group_size == 128:
+        k += k % 2
+    q = layer(64 * k, 64 * n, group_size or 64 * k, seed=seed)
     scheme = Scheme("marlin", 4, group_size or -1)
     assert_same(marlin.unpack(marlin.pack(q), scheme), q)
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    k=st.integers(1, 5),
+    k=st.integers(1, 10),
     n=st.integers(1, 5),
     group_size=st.sampled_from([128, None]),
     masked=st.booleans(),
@@ -185,7 +199,7 @@ def test_marlin_there_and_back(k, n, group_size, seed):
     seed=st.integers(0, 2**31),
 )
 def test_marlin_24_there_and_back(k, n, group_size, masked, in_memory, seed):
-    k, n = 128 * k, 64 * n
+    k, n = 64 * (k + k % 2 if group_size else k), 64 * n
     q = layer(k, n, group_size or k, seed=seed)
     kept = two_of_four(k, n, torch.Generator().manual_seed(seed))
     q.codes[~kept] = 8
@@ -312,11 +326,13 @@ def test_parts_of_64_columns_pack_alone(layout):
 @pytest.mark.parametrize("layout", [marlin, marlin_24])
 def test_parts_of_whole_groups_pack_alone(layout):
     """But for the scales of a part with one group, which are in another order than beside others."""
-    q = layer(512, 64, 128, seed=5, sparse=True)
+    size = 64 if layout is marlin else 128
+    q = layer(4 * size, 64, size, seed=5, sparse=True)
     *codes, s = layout.SUFFIXES
     whole = layout.pack(q)
-    for rows, groups in ((slice(128, 384), slice(1, 3)), (slice(384, 512), slice(3, 4))):
-        part = layout.pack(QuantizedLinear(q.codes[rows], q.scales[groups], 128))
+    for groups in (slice(1, 3), slice(3, 4), slice(0, 3)):
+        rows = slice(size * groups.start, size * groups.stop)
+        part = layout.pack(QuantizedLinear(q.codes[rows], q.scales[groups], size))
         for suffix in codes:
             step = q.k // len(whole[suffix])
             assert torch.equal(part[suffix], whole[suffix][rows.start // step : rows.stop // step])

@@ -261,7 +261,10 @@ def test_marlin_under_autoawqs_names():
     "k, n, options, numbers",
     [
         (128, 96, {}, "outputs divisible by 64, has 96"),
-        (1500, 64, {}, "inputs divisible by 128, has 1500"),
+        (1500, 64, {}, "inputs divisible by 64, has 1500"),
+        (96, 64, {"group_size": 32}, "inputs divisible by 64, has 96"),
+        (576, 64, {}, "inputs divisible by the group size 128, has 576"),
+        (64, 64, {}, "inputs divisible by the group size 128, has 64"),
         (128, 64, {"bits": 8}, "holds 4 bits, not 8"),
         (256, 64, {"group_size": 16}, "has 16"),
         (128, 64, {"symmetric": False}, "not symmetric"),
@@ -277,8 +280,9 @@ def test_marlin_refusals_say_the_numbers(k, n, options, numbers):
     [
         (128, 32, {}, "outputs divisible by 64, has 32"),  # the metadata would fall onto itself
         (128, 96, {}, "outputs divisible by 64, has 96"),
-        (48, 64, {"group_size": -1}, "inputs divisible by 128, has 48"),
-        (192, 64, {"group_size": -1}, "inputs divisible by 128, has 192"),
+        (48, 64, {"group_size": -1}, "inputs divisible by 64, has 48"),
+        (96, 64, {"group_size": -1}, "inputs divisible by 64, has 96"),
+        (576, 64, {}, "inputs divisible by the group size 128, has 576"),
         (128, 64, {"bits": 8}, "holds 4 bits, not 8"),
         (256, 64, {"group_size": 64}, "groups of 128 rows or one for all 256, has 64"),
         (128, 64, {"symmetric": False}, "not symmetric"),

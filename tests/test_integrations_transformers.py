@@ -9,6 +9,7 @@ from pathlib import Path
 
 import packed_models
 import pytest
+import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM
@@ -43,6 +44,25 @@ def test_it_answers_as_the_dequantized_weights_do(format, quantized, tmp_path):
     assert torch.equal(logits(model), logits(reference))
     answers = [one.generate(IDS, do_sample=False, max_new_tokens=16) for one in (model, reference)]
     assert torch.equal(*answers)
+
+
+@pytest.mark.parametrize(
+    "options, groups", [("--format marlin", (2, 5)), ("--format marlin-24 --sparsity 2:4", (1, 1))]
+)
+def test_widths_that_64_divides_answer_as_the_dequantized_weights_do(options, groups, cli, tmp_path):
+    widths = {"hidden_size": 192, "intermediate_size": 320}
+    source = tiny_models.save(tiny_models.build("llama", **widths), tmp_path / "source")
+    calibration = ("--calibration", tiny_models.text(tmp_path), "--samples", 4, "--sequence-length", 64)
+    words = (source, "-o", tmp_path / "out", "--device", "cpu", *options.split(), *calibration)
+    assert "14 linears have inputs not divisible by 128" in cli("quantize", *words, "--dry-run").stdout
+    assert cli("quantize", *words).exit_code == 0
+    assert cli("verify", tmp_path / "out").exit_code == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    dense = packed_models.dequantize(tmp_path / "out", tmp_path / "dense", torch.float32)
+    reference = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+    block = model.model.layers[0]
+    assert (len(block.self_attn.o_proj.s), len(block.mlp.down_proj.s)) == groups  # of 256 inputs and of 320
+    assert torch.equal(logits(model), logits(reference))
 
 
 def test_a_mixture_answers_as_the_dequantized_weights_do(mixed, tmp_path):

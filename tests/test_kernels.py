@@ -18,15 +18,22 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import plain_reading
 import pytest
 import torch
 from torch.autograd import forward_ad
 
 from marlin_convert.errors import KernelError
-from marlin_convert.formats import marlin, marlin_24
+from marlin_convert.formats import Scheme, marlin, marlin_24
 from marlin_convert.kernels import compile as compiling
 from marlin_convert.kernels import launch
-from marlin_convert.kernels.configurations import HOPPER_MEMORY, Configuration, choose, schedule
+from marlin_convert.kernels.configurations import (
+    HOPPER_MEMORY,
+    Configuration,
+    choose,
+    chunks_of,
+    schedule,
+)
 from marlin_convert.kernels.matmul import Marlin24Linear, MarlinLinear, matmul, reference
 from marlin_convert.quantized import QuantizedLinear
 
@@ -241,6 +248,29 @@ def test_every_chunk_belongs_to_one_block(configuration: Configuration, tiles: i
     assert done == list(range(tiles * chunks))
 
 
+def test_a_last_chunk_may_have_half_of_the_rows() -> None:
+    assert [chunks_of(k) for k in (64, 128, 192, 576, 10944)] == [1, 1, 2, 5, 86]
+
+
+@pytest.mark.parametrize("k", [64, 128, 192, 576])
+def test_what_the_copy_engine_brings_fills_a_stage(k: int, driver: "Driver") -> None:
+    """Whole boxes, however small the matrix: a block waits for bytes that never come, and never ends."""
+    for configuration in configurations((9, 0)):
+        sparse, group = configuration.sparse, configuration.group
+        if k % (group or 64):
+            continue
+        step = 32 if sparse else 16
+        B, s = torch.empty(k // step, 512, dtype=torch.int32), torch.empty(k // (group or k), 256).half()
+        x, B_meta = torch.empty(1, k).half(), torch.empty(k // 32, 512, dtype=torch.int16) if sparse else None
+        driver.boxes.clear()
+        launch.Call(configuration, x, B, s, None, B_meta)(x.data_ptr(), 0)
+        assert driver.boxes[B.data_ptr()] == 128 // step * 2048
+        brought = sum(size for tensor, size in driver.boxes.items() if group or tensor != s.data_ptr())
+        brought += driver.boxes[x.data_ptr()]  # two boxes of 64 inputs
+        assert -(-brought // 1024) * 1024 == configuration._stage
+        launch._tensor_maps.clear()
+
+
 @pytest.mark.parametrize("group_size", [32, 64, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_the_module_runs_on_a_cpu(group_size: int, dtype: torch.dtype) -> None:
@@ -255,6 +285,19 @@ def test_the_module_runs_on_a_cpu(group_size: int, dtype: torch.dtype) -> None:
     expected = reference(x, layer, bias)
     assert ((module(x).double() - expected).norm() / expected.norm()) < 1e-2
     assert set(module.state_dict()) == {"B", "s", "bias"}
+
+
+@pytest.mark.parametrize("group_size", [32, 64, -1])
+@pytest.mark.parametrize("k", [64, 192, 576, 704, 960, 1856])
+def test_inputs_that_64_divides(k: int, group_size: int) -> None:
+    """Module and reference, by what another reading of the bytes says the weights are."""
+    module = random_linear(k, k, 128, 1 if group_size == -1 else k // group_size)
+    read = plain_reading.weight(module.state_dict(), "", Scheme("marlin", 4, group_size))
+    x, weight = torch.randn(3, k, dtype=torch.float64), torch.from_numpy(read)
+    layer = marlin.unpack(module.state_dict(), Scheme("marlin", 4, group_size))
+    torch.testing.assert_close(reference(x, layer), x @ weight.double().t())
+    expected = torch.nn.functional.linear(x.float(), weight, module.bias)
+    torch.testing.assert_close(module(x.float()), expected, rtol=1e-4, atol=1e-4)
 
 
 def random_linear(seed: int, k: int = 128, n: int = 64, groups: int = 1) -> MarlinLinear:
@@ -466,8 +509,10 @@ class Driver:
     def __init__(self) -> None:
         self.launches: list[tuple[int, int]] = []
         self.matrix: list[int] = []
+        self.boxes: dict[int, int] = {}  # bytes of one, by the address of the matrix
 
-    def cuTensorMapEncodeTiled(self, place, kind, dimensions, address, *rest) -> int:
+    def cuTensorMapEncodeTiled(self, place, kind, dimensions, address, sizes, strides, box, *rest) -> int:
+        self.boxes[address.value] = box[0] * box[1] * launch.BYTES[kind]
         ctypes.memmove(place.value, address.value.to_bytes(8, "little") * 16, 128)
         return 0
 
@@ -539,7 +584,15 @@ def test_without_the_interpreter_s_lock_nothing_is_launched(monkeypatch) -> None
 def test_shapes_that_do_not_fit_are_refused() -> None:
     B, s = torch.zeros(16, 256, dtype=torch.int32), torch.zeros(2, 128, dtype=torch.float16)
     MarlinLinear(B, s)
-    for wrong in ((B.float(), s), (B, s.float()), (B[:4], s), (B, s[:, :64]), (B, s[:0]), (B[:, :250], s)):
+    for wrong in (
+        (B.float(), s),
+        (B, s.float()),
+        (B[:6], s),  # 96 inputs
+        (B[:12], s),  # 192 in two groups
+        (B, s[:, :64]),
+        (B, s[:0]),
+        (B[:, :250], s),
+    ):
         with pytest.raises(KernelError):
             MarlinLinear(*wrong)
 

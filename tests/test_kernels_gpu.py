@@ -57,10 +57,20 @@ def error(y: torch.Tensor, expected: torch.Tensor) -> float:
     return ((y.double() - expected).norm() / expected.norm()).item()
 
 
-@pytest.mark.parametrize("group_size", [128, 64, 32, -1])
+SHAPES = [(128, 64), (256, 320), (1024, 768), (4096, 4096), (14336, 1088)]
+# The last chunk of these has half of its rows.
+HALVES = [(64, 64), (192, 320), (576, 1536), (960, 4096), (1856, 2688), (10944, 1088)]
+
+
+@pytest.mark.parametrize(
+    "k, n, group_size",
+    [
+        *((*shape, group_size) for shape in SHAPES for group_size in (128, 64, 32, -1)),
+        *((*shape, group_size) for shape in HALVES for group_size in (64, 32, -1)),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("k, n", [(128, 64), (256, 320), (1024, 768), (4096, 4096), (14336, 1088)])
-def test_every_edge(k: int, n: int, dtype: torch.dtype, group_size: int) -> None:
+def test_every_edge(k: int, n: int, group_size: int, dtype: torch.dtype) -> None:
     from marlin_convert.kernels.matmul import matmul, reference
 
     one = layer(k, n, group_size)
@@ -82,7 +92,9 @@ def test_the_kernel_of_other_architectures(dtype: torch.dtype, group_size: int) 
     from marlin_convert.kernels.launch import Call
     from marlin_convert.kernels.matmul import reference
 
-    for k, n in ((128, 64), (1024, 320), (4096, 4096)):
+    for k, n in ((128, 64), (1024, 320), (4096, 4096), *HALVES[:-1]):
+        if group_size == 128 and k % 128:
+            continue
         one = layer(k, n, group_size)
         B, s = packed(one)
         bias = torch.randn(n, device="cuda", dtype=dtype)
@@ -96,10 +108,12 @@ def test_the_kernel_of_other_architectures(dtype: torch.dtype, group_size: int) 
                 assert error(y, reference(x, one, bias)) < TOLERANCE[dtype], (k, n, tokens, m)
 
 
-@pytest.mark.parametrize("group_size", [128, -1])
+@pytest.mark.parametrize(
+    "k, n, group_size",
+    [*((*shape, size) for shape in SHAPES for size in (128, -1)), *((*shape, -1) for shape in HALVES)],
+)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("k, n", [(128, 64), (256, 320), (1024, 768), (4096, 4096), (14336, 1088)])
-def test_every_edge_of_sparse_layers(k: int, n: int, dtype: torch.dtype, group_size: int) -> None:
+def test_every_edge_of_sparse_layers(k: int, n: int, group_size: int, dtype: torch.dtype) -> None:
     from marlin_convert.kernels.configurations import Configuration
     from marlin_convert.kernels.launch import Call
     from marlin_convert.kernels.matmul import matmul, reference
@@ -173,6 +187,24 @@ def test_poisoned_output_memory() -> None:
         poison = torch.full((m, 4096 + 64), float("nan"), device="cuda", dtype=torch.float16)
         del poison
         assert matmul(x, B, s).isfinite().all()
+
+
+@pytest.mark.parametrize("m", [1, 12, 40, 200])
+def test_poison_behind_the_inputs(m: int) -> None:
+    """What is there of a last chunk beyond the inputs is never multiplied."""
+    from marlin_convert.kernels.configurations import Configuration
+    from marlin_convert.kernels.launch import Call
+    from marlin_convert.kernels.matmul import matmul, reference
+
+    one = layer(576, 320, 64)
+    B, s = packed(one)
+    x = torch.full((m + 1, 576), float("nan"), device="cuda", dtype=torch.float16)[:m]
+    x.copy_(torch.randn_like(x))
+    expected = reference(x, one)
+    assert error(matmul(x, B, s), expected) < 3e-4
+    y = torch.empty_like(expected, dtype=torch.float16)
+    Call(Configuration("mma", 16, 2, 64, False), x, B, s, None)(x.data_ptr(), y.data_ptr())
+    assert error(y, expected) < 3e-4
 
 
 def test_two_streams_at_once() -> None:

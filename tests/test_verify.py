@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import rows
 import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
@@ -410,6 +411,30 @@ def test_what_engines_fuse_is_in_one_layout(pruned, report):
     fails(found, "layout", f"{up} marlin", "model.layers.1.mlp.gate_proj marlin-24", "which engines fuse")
 
 
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"bits": 8}, "is stored as gptq 4 128 by config.json, gptq 8 128 by the manifest"),
+        ({"group_size": 64}, "is stored as gptq 4 128 by config.json, gptq 4 64 by the manifest"),
+        ({"format": "marlin"}, "gptq 4 128 by config.json, marlin 4 128 by the manifest"),
+        ({"format": "dense"}, "is packed, the manifest says that it is dense"),
+        ({"k": 512}, "with 512 inputs and 256 outputs, as the manifest says"),
+        ({"name": "model.layers.0.self_attn.z_proj"}, "z_proj is not packed, the manifest says that it is"),
+        ({"name": "model.layers.0.self_attn.z_proj"}, f"{Q} is packed, and the manifest has no row of it"),
+        ({"k": None}, "k is None"),
+        ({"sparse": "yes"}, "sparse is 'yes'"),
+        ({"reason": 3}, "reason is 3"),
+    ],
+)
+def test_a_record_that_is_not_true_of_the_tensors(change, said, copy, report):
+    directory = copy("gptq")
+    found = json.loads((directory / MANIFEST).read_text())["matrices"]
+    index = next(i for i, row in enumerate(found) if row["name"] == Q)
+    found[index] |= change
+    edit_json(directory / MANIFEST, matrices=found)
+    fails(report(directory), "files", said)
+
+
 def test_a_sparse_checkpoint_is_verified_with_its_sparsity(copy, report):
     directory = copy("marlin-24")
     assert not report(directory, "--checks", "files,layout,numbers")["verified"]
@@ -431,8 +456,10 @@ def test_what_was_asked_for_passed_though_it_is_no_whole_verification(copy, repo
 
 @pytest.mark.parametrize("claim", [[], {"a": 1}, "2:4 ", 3])
 def test_a_claim_that_is_none(claim, copy, report):
+    """As an earlier version might have written it."""
     directory = copy("gptq")
-    edit_json(directory / MANIFEST, sparsity=claim, unpruned=[Q])
+    manifest = rows.earlier(json.loads((directory / MANIFEST).read_text()))
+    (directory / MANIFEST).write_text(json.dumps(manifest | {"sparsity": claim, "unpruned": [Q]}))
     assert statuses(report(directory))["sparsity"] == "skipped"
 
 

@@ -43,16 +43,17 @@ QWEN_15_32B = {"hidden_size": 128, "intermediate_size": 6848}  # 27392 / 4: grou
 @pytest.mark.parametrize(
     "changes, words, best",
     [
-        (WIDTH_192, G128, "--format gptq --group-size auto"),
+        (WIDTH_192, G128, "--group-size auto"),
+        (WIDTH_576, G128, "--group-size auto"),
         (WIDTH_576, ("--format", "gptq", *G128), "--group-size auto"),
         ({"hidden_size": 192}, ("--format", "compressed-tensors", *G128), "--group-size auto"),
-        ({"intermediate_size": 320}, G128, "--format gptq --group-size auto"),
+        ({"intermediate_size": 320}, G128, "--group-size auto"),
         ({"intermediate_size": 320}, ("--format", "gptq", *G128), "--group-size auto"),
         ({"intermediate_size": 416}, G128, "--format gptq --group-size auto"),
         ({"intermediate_size": 272}, (), "--format compressed-tensors --group-size -1"),
-        (QWEN_15_32B, G128, "--format gptq --group-size auto"),
+        (QWEN_15_32B, G128, "--group-size auto"),
         ({}, (*SPARSE, "--group-size", 64), "--group-size auto"),
-        ({"intermediate_size": 320}, (*SPARSE, *G128), "--format gptq --group-size auto"),
+        ({"intermediate_size": 320}, (*SPARSE, *G128), "--group-size auto"),
     ],
 )  # fmt: skip
 def test_every_way_works_and_the_best_is_first(changes, words, best, cli, tmp_path) -> None:

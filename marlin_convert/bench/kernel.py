@@ -139,7 +139,9 @@ def _check_shapes(asked: Sequence[Sweep], group_size: int) -> None:
     for shape in {shape for sweep in asked for shape in sweep.shapes}:
         reason = marlin.refusal(shape.k, shape.n, bits=4, group_size=group_size)
         if reason:
-            raise FormatError(f"{shape.name}: marlin {reason}.", "leave it out of --shapes.")
+            raise FormatError(
+                f"{shape.name}: marlin {reason}.", "leave it out of --shapes, or choose another --group-size."
+            )
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import torch
 from marlin_convert.checkpoint.names import is_wrapped
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.checks.outcome import Check, reporting, verdict
+from marlin_convert.checks.record import record_problems
 from marlin_convert.checks.subject import Subject
 from marlin_convert.errors import SourceError
 from marlin_convert.models.tree import check_names, claims_tied
@@ -34,6 +35,7 @@ def check(
             problems.append(str(error))
             left_out = []
         problems += _engine_problems(subject)
+        problems += record_problems(subject)
         packed = weights.packed_names()
         for name in weights.checkpoint.tensors:
             if name not in left_out:

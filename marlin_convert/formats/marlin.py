@@ -3,6 +3,8 @@
     B  (k / 16, 2n) int32   tiles of 16 x 64 codes, 128 words each
     s  (groups, n) float16  columns permuted: one way for several groups, another for one
 
+k is a multiple of 64 and of the group size: the last group is no shorter than the others.
+
 Nibble f of word 128J + 4i + j of row t of B holds the code of
 row 16t + 2 (i mod 4) + (f >> 2) + 8 (f & 1) and column 64J + 16j + (i div 4) + 8 ((f >> 1) & 1).
 
@@ -48,19 +50,24 @@ def refusal(
     act_order: bool = False,
     least_zero: int = 8,
 ) -> str | None:
-    """Why this layout cannot hold such a layer; None if it can. Groups of 32 and 64 rows are ours alone."""
+    """Why this layout cannot hold such a layer; None if it can.
+
+    Groups of 32 and 64 rows, and inputs divisible by 64 only, are ours alone.
+    """
     if bits != 4:
         return f"holds 4 bits, not {bits}"
     if not symmetric:
         return "has no zero points, and the layer is not symmetric"
     if act_order:
         return "has no group order, and the groups of the layer follow activation order"
-    if k % 128:
-        return f"needs inputs divisible by 128, has {k}"
+    if k % 64:
+        return f"needs inputs divisible by 64, has {k}"
     if n % 64:
         return f"needs outputs divisible by 64, has {n}"
     if group_size not in (-1, k, *GROUP_SIZES):
         return f"needs groups of 32, 64 or 128 rows or one for all {k}, has {group_size}"
+    if group_size != -1 and k % group_size:
+        return f"needs inputs divisible by the group size {group_size}, has {k}"
     return None
 
 

@@ -54,19 +54,24 @@ def refusal(
     act_order: bool = False,
     least_zero: int = 8,
 ) -> str | None:
-    """Why this layout cannot hold such a layer, even if it is 2:4; None if it can."""
+    """Why this layout cannot hold such a layer, even if it is 2:4; None if it can.
+
+    Inputs divisible by 64 only are ours alone.
+    """
     if bits != 4:
         return f"holds 4 bits, not {bits}"
     if not symmetric:
         return "has no zero points, and the layer is not symmetric"
     if act_order:
         return "has no group order, and the groups of the layer follow activation order"
-    if k % 128:
-        return f"needs inputs divisible by 128, has {k}"
+    if k % 64:
+        return f"needs inputs divisible by 64, has {k}"
     if n % 64:
         return f"needs outputs divisible by 64, has {n}"
     if group_size not in (-1, k, 128):
         return f"needs groups of 128 rows or one for all {k}, has {group_size}"
+    if group_size != -1 and k % group_size:
+        return f"needs inputs divisible by the group size {group_size}, has {k}"
     return None
 
 

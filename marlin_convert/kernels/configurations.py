@@ -1,12 +1,14 @@
 """Which kernel multiplies how many tokens, with what tiles: the heuristics, and what they rest on.
 
-A tile is 256 features by `tokens` tokens; every kernel works on chunks of 128 rows of k (csrc/tiles.cuh).
+A tile is 256 features by `tokens` tokens; every kernel works on chunks of 128 rows of k, the last of which
+may have 64 (csrc/tiles.cuh).
 """
 
 from dataclasses import dataclass
 from functools import cached_property
 
 FEATURES = 256  # of a tile
+ROWS = 128  # of k, of a chunk
 
 # Shared memory that a block may have with compute capability 9.0.
 HOPPER_MEMORY = 227 * 1024
@@ -52,12 +54,17 @@ class Configuration:
     @property
     def scale_rows(self) -> int:
         """Rows of scales of a chunk."""
-        return 128 // self.group if self.group else 1
+        return ROWS // self.group if self.group else 1
+
+    @property
+    def code_rows(self) -> int:
+        """Rows of B or, where it is sparse, B_24 of a chunk."""
+        return ROWS // (32 if self.sparse else 16)
 
     @cached_property
     def _stage(self) -> int:
         """Bytes of a stage: codes, activations and scales of a chunk, in whole swizzle patterns."""
-        codes = 8192 + 4096 if self.sparse else 16384
+        codes = 8 * FEATURES * self.code_rows + (4096 if self.sparse else 0)
         filled = codes + 256 * self.tokens + (512 * self.scale_rows if self.group else 0)
         return -(-filled // 1024) * 1024
 
@@ -101,6 +108,11 @@ class Configuration:
         return macros
 
 
+def chunks_of(k: int) -> int:
+    """The chunks of a layer with k inputs, a multiple of 64."""
+    return -(-k // ROWS)
+
+
 def choose(
     m: int, n: int, k: int, group: int, bfloat16: bool, capability: tuple[int, int], sparse: bool = False
 ) -> Configuration:
@@ -130,7 +142,7 @@ def choose(
         tokens = 8 if m <= 8 else 16 if m <= 16 else 32
         return Configuration("mma", tokens, 2, group, bfloat16, sparse)
     columns = -(-n // FEATURES)
-    chunks = columns * (k // 128)
+    chunks = columns * chunks_of(k)
     if m <= 8 or (m <= 16 and chunks > 3000 and not sparse):
         return Configuration("stream", 8 if m <= 8 else 16, 2 if sparse else 3, group, bfloat16, sparse)
     if m <= 32:

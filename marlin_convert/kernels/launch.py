@@ -21,7 +21,13 @@ from torch import Tensor
 
 from marlin_convert.errors import KernelError
 from marlin_convert.kernels.compile import architecture, cubin
-from marlin_convert.kernels.configurations import FEATURES, LARGEST_CLUSTER, Configuration, schedule
+from marlin_convert.kernels.configurations import (
+    FEATURES,
+    LARGEST_CLUSTER,
+    Configuration,
+    chunks_of,
+    schedule,
+)
 
 # of cuda.h
 MAX_DYNAMIC_SHARED_MEMORY = 8
@@ -231,7 +237,7 @@ class Call:
         loaded = load(configuration, x.device.index)
         stream = torch.cuda.current_stream(x.device).cuda_stream
         parts, tickets = self._workspace = _workspace(x.device, stream, loaded)
-        columns, token_tiles, chunks = -(-n // FEATURES), -(-m // configuration.tokens), k // 128
+        columns, token_tiles, chunks = -(-n // FEATURES), -(-m // configuration.tokens), chunks_of(k)
         blocks, *plan = schedule(configuration, columns * token_tiles, chunks, loaded.processors)
         cluster = _cluster(loaded, blocks, chunks, plan)
         problem = ctypes.create_string_buffer(
@@ -249,15 +255,16 @@ class Call:
         if configuration.kernel != "mma":
             kind = BFLOAT16 if x.dtype == torch.bfloat16 else FLOAT16
             self._tiles = kind, m, k, (configuration.tokens, 64)
-            rows = min(configuration.scale_rows, len(s))
-            maps.append(
-                _tensor_map(B.data_ptr(), UINT64, len(B), n, (len(B) // chunks, FEATURES), NO_SWIZZLE)
-            )
+            # Boxes of whole chunks: what the last one has beyond k arrives as zeros. As metadata these are no
+            # two rows of a quad, but of one that is zeros as well.
+            box = configuration.code_rows, FEATURES
+            maps.append(_tensor_map(B.data_ptr(), UINT64, len(B), n, box, NO_SWIZZLE))
             if B_meta is None:
                 maps *= 2  # that of the metadata is not read then
             else:
                 maps.append(_tensor_map(B_meta.data_ptr(), UINT32, len(B), n, (4, FEATURES), NO_SWIZZLE))
-            maps.append(_tensor_map(s.data_ptr(), FLOAT16, len(s), n, (rows, FEATURES), NO_SWIZZLE))
+            box = configuration.scale_rows, FEATURES
+            maps.append(_tensor_map(s.data_ptr(), FLOAT16, len(s), n, box, NO_SWIZZLE))
             arguments += [*(place for place, _ in maps), 0]
         self._pointers = (c_void_p * len(arguments))(*arguments)
         self._launch, attributes = _launch(loaded, blocks, stream, cluster)

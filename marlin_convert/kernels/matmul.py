@@ -182,9 +182,9 @@ def _shape(B: Tensor, s: Tensor, B_meta: Tensor | None = None) -> tuple[int, int
     if B_meta is not None and (B_meta.dtype != torch.int16 or B_meta.shape != B.shape):
         raise KernelError(f"B_meta is {tuple(B_meta.shape)} {B_meta.dtype}; int16 {tuple(B.shape)} is meant.")
     k, n, groups = step * B.shape[0], B.shape[1] // 2, s.shape[0]
-    if k % 128 or n % 64 or not k or not n or s.shape[1] != n or B.shape[1] % 2:
+    if k % 64 or n % 64 or not k or not n or s.shape[1] != n or B.shape[1] % 2:
         raise KernelError(
-            f"{name} is {tuple(B.shape)} and s {tuple(s.shape)}: k must be a multiple of 128, n of 64, "
+            f"{name} is {tuple(B.shape)} and s {tuple(s.shape)}: k and n must be multiples of 64, n "
             "the same in both."
         )
     sizes = (32, 64, 128) if B_meta is None else (128,)

@@ -233,6 +233,40 @@ def test_vllm_answers_right(format, quantized, deviation, tmp_path):
     assert deviation(answers, quantized(format)) < TOLERANCE
 
 
+@pytest.fixture(scope="session")
+def mixture(tinypy, tmp_path_factory) -> Callable[[str], Path]:
+    """A checkpoint whose attention has finer groups than the rest. vLLM has no 8 bits on a CPU."""
+
+    @cache
+    def make(format: str) -> Path:
+        directory = tmp_path_factory.mktemp("mixture")
+        recipe = {
+            "format": format,
+            "overrides": {"*.self_attn.*": {"group_size": 64}},
+            "samples": 4,
+            "sequence_length": 128,
+        }
+        (directory / "recipe.yaml").write_text(json.dumps(recipe))
+        words = ["quantize", tinypy, "-o", directory / format, "--recipe", directory / "recipe.yaml", "-q"]
+        done = run(sys.executable, "-m", "marlin_convert", *words)
+        assert done.returncode == 0, done.stdout
+        return directory / format
+
+    return make
+
+
+@needs_avx512
+@pytest.mark.parametrize("format", ["gptq", "compressed-tensors"])
+def test_vllm_answers_right_of_a_mixture(format, mixture, deviation, tmp_path):
+    answers, _ = answer("vllm", "vllm_generate.py", mixture(format), tmp_path)
+    assert deviation(answers, mixture(format)) < TOLERANCE
+
+
+def test_vllm_with_the_plugin_answers_right_of_a_mixture(mixture, plugin, deviation, tmp_path):
+    answers, _ = answer("vllm", "vllm_generate.py", mixture("marlin"), tmp_path, **plugin)
+    assert deviation(answers, mixture("marlin")) < TOLERANCE
+
+
 @needs_avx512
 @pytest.mark.parametrize("format", ["gptq", "compressed-tensors"])
 def test_vllm_serves_right_answers(format, quantized, deviation, tmp_path):
@@ -251,13 +285,34 @@ def test_vllm_with_the_plugin_answers_right(format, ranks, plugin, quantized, de
     assert deviation(answers, quantized(format)) < TOLERANCE
 
 
-@pytest.mark.parametrize("format", ["marlin", "marlin-24"])
-def test_vllm_with_the_plugin_gives_a_rank_its_part(format, plugin, quantized, tmp_path):
+@pytest.mark.parametrize("name", ["marlin", "marlin-24-channel"])
+def test_vllm_with_the_plugin_gives_a_rank_64_inputs(name, plugin, deviation, tmp_path):
+    packed_models.make(name, tmp_path / "narrow")
+    arguments = (tmp_path / "narrow", tmp_path)
+    options = {"tensor_parallel_size": 2}
+    answers, _ = answer("vllm", "vllm_generate.py", *arguments, options=options, **plugin, **TWO_RANKS)
+    assert deviation(answers, tmp_path / "narrow") < TOLERANCE
+
+
+def odd(name: str, directory: Path) -> Path:
+    """Linears of which half of the inputs is an odd multiple of 64."""
+    kind, pack, config = packed_models.SOURCES[name]
+    shapes = {"o_proj": (128, 128), "down_proj": (1152, 256)}
+    linears = {
+        f"model.layers.0.{linear}": packed_models.random_linear(k, n, k, **kind)
+        for linear, (k, n) in shapes.items()
+    }
+    return packed_models.save(directory, linears, pack, config)
+
+
+@pytest.mark.parametrize("name", ["quantized marlin", "quantized marlin-24", "marlin", "marlin-24-channel"])
+def test_vllm_with_the_plugin_gives_a_rank_its_part(name, plugin, quantized, tmp_path):
     """Exactly, whatever its arithmetic makes of it."""
     script = (programs("vllm") / "python", HERE / "vllm_parts.py")
-    done = run(*script, quantized(format), tmp_path / "parts.safetensors", **plugin)
+    checkpoint = quantized(name.split()[1]) if " " in name else odd(name, tmp_path / "odd")
+    done = run(*script, checkpoint, tmp_path / "parts.safetensors", **plugin)
     assert done.returncode == 0, done.stdout[-4000:]
-    weights = Weights(Checkpoint.open(quantized(format)))
+    weights = Weights(Checkpoint.open(checkpoint))
     for name, found in load_file(tmp_path / "parts.safetensors").items():
         linear, part, rank = name.rsplit(".", 2)
         half = weights.read(f"{linear}.weight").chunk(2, 1 if part == "rows" else 0)[int(rank)]
@@ -300,13 +355,13 @@ def test_vllm_with_the_plugin_runs_bfloat16(plugin, quantized, deviation, tmp_pa
 
 
 def test_vllm_with_the_plugin_refuses_what_it_cannot_split(plugin, tmp_path):
-    packed_models.make("marlin", tmp_path / "narrow")
+    packed_models.make("marlin-sparse", tmp_path / "narrow")  # in groups of 128
     command = (programs("vllm") / "vllm", "serve", tmp_path / "narrow", "--host", "127.0.0.1", "--port", 0)
     done = run(*command, "--tensor-parallel-size", 2, **plugin, **TWO_RANKS)
     assert done.returncode != 0
     assert (
         "model.layers.0.self_attn.o_proj has 128 inputs and 128 outputs, of which a rank gets 64 and 128: "
-        "marlin needs inputs divisible by 128, has 64." in done.stdout
+        "marlin needs inputs divisible by the group size 128, has 64." in done.stdout
     ), done.stdout[-4000:]
 
 

@@ -1,0 +1,253 @@
+"""Every type of model that transformers has, tiny, through conversion, `verify` and an independent reader.
+
+    python benchmarks/architectures/run.py [--write FILE.md] [TYPE ...]
+
+A type is done where it is converted to gptq, compressed-tensors and (where shapes allow) marlin, `verify`
+finds nothing, and plain transformers, over weights dequantized by the formulas alone, gives the logits of our
+walk. Else the reason is shown. Anything in between is a failure, and the exit status is 1.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import logging
+import os
+import re
+import shlex
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from marlin_convert import quantize, recipe, verify
+from marlin_convert.checkpoint.linears import Weights
+from marlin_convert.checkpoint.reader import Checkpoint
+from marlin_convert.errors import ConvertError
+from marlin_convert.formats import detect
+from marlin_convert.hub import Source
+from marlin_convert.models.blocks import BlockModel
+from marlin_convert.models.hidden import HiddenStates
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parents[1] / "tests")]
+import plain_reading  # noqa: E402
+import tiny  # noqa: E402
+
+TOKENIZER = HERE.parents[1] / "examples" / "tinypy-4m"
+FORMATS = ("gptq", "compressed-tensors", "marlin")
+# Of logits, relative to their spread: two ways to compute one model in float32.
+TOLERANCE = 1e-3
+LIMIT = 300  # seconds for a type
+
+
+def convert(model_type: str, directory: Path) -> dict[str, Any]:
+    """What becomes of a type: `formats` done, with how many matrices packed, or why it is refused."""
+    source = directory / "source"
+    try:
+        model = tiny.build(model_type)
+    except Exception as error:  # nothing of ours
+        return {"unbuilt": f"{type(error).__name__}: {error}"}
+    with contextlib.redirect_stdout(io.StringIO()):
+        model.save_pretrained(source)
+    for path in (*TOKENIZER.glob("tokenizer*"), TOKENIZER / "generation_config.json"):
+        shutil.copy(path, source)
+    found: dict[str, Any] = {"formats": {}, "class": type(model).__name__}
+    for format in FORMATS:
+        try:
+            found["formats"][format] = one(source, format, directory / format, type(model))
+        except ConvertError as error:
+            found["formats"][format] = {"refused": str(error), "hint": error.hint}
+    return found
+
+
+def one(source: Path, format: str, output: Path, kind: type) -> dict[str, Any]:
+    """A conversion, verified and read by plain transformers; ConvertError where it is refused."""
+    settings: dict[str, Any] = {"format": format, "samples": 4, "sequence_length": 64, "sweeps": 0}
+    skipped: tuple[str, ...] = ()
+    chosen = recipe.Recipe().changed(settings)
+    job = quantize.Job(Source(source, source.parent.name, None), output, chosen, torch.device("cpu"))
+    try:
+        report = quantize.quantize(job)
+    except ConvertError as error:
+        # the way out that is named for linears of odd sizes, and no other
+        skipped = tuple(way_out(error.hint or "", format))
+        if not skipped:
+            raise
+        job = quantize.Job(job.source, output, chosen.changed({"skip": skipped}), job.device)
+        report = quantize.quantize(job)
+    checked = verify.verify(
+        verify.Job(
+            Source(output, "out", None), frozenset({"files", "layout", "numbers"}), job.device,
+            source=job.source, samples=2, sequence_length=64,
+        )
+    )  # fmt: skip
+    problems = {name: check.reason for name, check in checked.checks.items() if check.status == "fail"}
+    # random weights have no perplexity to speak of
+    problems = {name: why for name, why in problems.items() if "perplexity" not in why}
+    if problems:
+        raise RuntimeError(f"verify: {problems}")
+    difference = compare(output, output.with_name(f"{format}-plain"), kind)
+    if not difference < TOLERANCE:
+        raise RuntimeError(f"{format}: logits differ by {difference:.2g} of their spread")
+    plan = report.plan
+    return {"packed": len(plan.packed), "dense": len(plan.dense), "skipped": skipped}
+
+
+def way_out(hint: str, format: str) -> Iterator[str]:
+    """The patterns of the first way of a hint, if it changes nothing else."""
+    words = shlex.split(re.split(r" packs | leaves |; ", hint)[0]) if "--skip" in hint else []
+    if "--format" in words or "--group-size" in words:
+        parts = [part for part in hint.split(";") if "--format" not in part]
+        words = shlex.split(parts[-1].rstrip(".").split(" packs ")[0]) if "--skip" in parts[-1] else []
+    for option, value in pairwise(words):
+        if option == "--skip":
+            yield value
+
+
+def compare(output: Path, plain: Path, kind: type) -> float:
+    """How far transformers, over weights dequantized by the formulas, is from our walk, in spreads of a logit."""
+    tensors, config = {}, json.loads((output / "config.json").read_text())
+    for shard in output.glob("*.safetensors"):
+        tensors |= load_file(shard)
+    weights = Weights(Checkpoint.open(output))
+    scheme = detect(config.pop("quantization_config"))
+    dense = {name: tensor for name, tensor in tensors.items() if name not in weights.packed_names()}
+    for linear in weights.packed_linears():
+        dense[f"{linear}.weight"] = torch.from_numpy(
+            plain_reading.weight(tensors, linear, scheme.of(linear)).copy()
+        )
+    plain.mkdir()
+    (plain / "config.json").write_text(json.dumps(config))
+    save_file(dense, plain / "model.safetensors", {"format": "pt"})
+    model, loading = kind.from_pretrained(plain, dtype=torch.float32, output_loading_info=True)
+    if loading["missing_keys"] or loading["unexpected_keys"]:
+        raise RuntimeError(f"transformers does not load it: {loading}")
+    ids = torch.randint(5, 3900, (2, 48), generator=torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        theirs = model.eval()(input_ids=ids).logits.float()
+        walked = BlockModel(weights, torch.device("cpu"), fast=False)
+        hidden = HiddenStates(walked, ids)
+        for number in range(len(walked)):
+            hidden.advance(walked.load(number), number)
+            walked.unload(number)
+        ours = torch.cat([hidden.logits(i) for i in range(len(hidden))]).float()
+    return float((theirs - ours).abs().max() / theirs.std())
+
+
+def child(model_type: str, place: Path) -> None:
+    """One type in a process of its own, which may be killed or run out of time."""
+    signal.alarm(LIMIT)
+    started = time.monotonic()
+    logging.getLogger("marlin_convert").setLevel(logging.ERROR)
+    directory = place.with_suffix("")
+    directory.mkdir()
+    try:
+        found = convert(model_type, directory)
+    except BaseException as error:
+        found = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())}"[:600]}
+        if os.environ.get("TRACEBACK"):
+            raise
+    place.write_text(json.dumps(found | {"seconds": round(time.monotonic() - started, 1)}))
+    shutil.rmtree(directory)
+
+
+def run(todo: list[str], workers: int) -> dict[str, dict[str, Any]]:
+    """Every type, a few at a time."""
+    found: dict[str, dict[str, Any]] = {}
+    running: dict[int, str] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        places = {name: Path(folder) / f"{name}.json" for name in todo}
+        queue = list(todo)
+        while queue or running:
+            while queue and len(running) < workers:
+                name = queue.pop(0)
+                process = os.fork()
+                if not process:
+                    try:
+                        child(name, places[name])
+                    finally:
+                        os._exit(0)
+                running[process] = name
+            process, status = os.wait()
+            name = running.pop(process)
+            place = places[name]
+            ended = {"failed": f"its process ended with {os.waitstatus_to_exitcode(status)}"}
+            found[name] = json.loads(place.read_text()) if place.exists() else ended
+            print(f"{len(found):4} of {len(todo)}  {name:28} {said(found[name])}", flush=True)
+    return {name: found[name] for name in todo}
+
+
+def is_done(found: dict[str, Any]) -> bool:
+    """Whether a type was converted to what stock engines load."""
+    formats = found.get("formats", {})
+    return any("packed" in formats.get(name, {}) for name in ("gptq", "compressed-tensors"))
+
+
+def said(found: dict[str, Any]) -> str:
+    """A line on what became of a type."""
+    if "failed" in found:
+        return f"FAILED: {found['failed']}"
+    if "unbuilt" in found:
+        return f"not built: {' '.join(found['unbuilt'].split())[:160]}"
+    formats = found["formats"]
+    done = [name for name in FORMATS if "packed" in formats[name]]
+    if not done:
+        return f"refused: {formats[FORMATS[0]]['refused']}"
+    first = formats[done[0]]
+    line = f"{', '.join(done)}: {first['packed']} packed, {first['dense']} dense"
+    skipped = sorted({pattern for name in done for pattern in formats[name]["skipped"]})
+    line += f"; with --skip {' '.join(skipped)}" if skipped else ""
+    for name in FORMATS:
+        if name not in done:
+            line += f"; {name} refused: {formats[name]['refused']}"
+    return line
+
+
+def main() -> None:
+    """Run the types and print, and perhaps write, the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("types", nargs="*")
+    parser.add_argument("--write", type=Path)
+    parser.add_argument("--workers", type=int, default=2)
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    started = time.monotonic()
+    found = run(asked.types or tiny.types(), asked.workers)
+    groups = {
+        "done": [name for name, one in found.items() if is_done(one)],
+        "failed": [name for name, one in found.items() if "failed" in one],
+        "not built": [name for name, one in found.items() if "unbuilt" in one],
+    }
+    groups["refused"] = [name for name in found if not any(name in names for names in groups.values())]
+    total = ", ".join(f"{len(names)} {kind}" for kind, names in groups.items())
+    print(f"\n{len(found)} types of transformers {transformers.__version__}: {total}")
+    print(f"{(time.monotonic() - started) / 60:.0f} min on {asked.workers} processors")
+    if asked.write:
+        rows = [f"| {name} | {said(one).replace('|', '/')} |" for name, one in found.items()]
+        head = f"transformers {transformers.__version__}: {total}."
+        asked.write.write_text("\n".join([TITLE, "", head, "", "| type | |", "|---|---|", *rows, ""]))
+    sys.exit(1 if groups["failed"] else 0)
+
+
+TITLE = """# Architectures
+
+Every type of transformers' causal and image-text-to-text models, tiny and with random weights, as `make archs`
+found it: converted, verified, and read by plain transformers over weights dequantized by the formulas of the
+formats alone, whose logits are those of our walk. `packed` are the matrices that are quantized, `dense` those
+left as they are, towers included."""
+
+
+if __name__ == "__main__":
+    main()
