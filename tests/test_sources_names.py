@@ -19,6 +19,8 @@ from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.manifest import MANIFEST
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.checkpoint.writer import ShardWriter, TensorSpec
+from marlin_convert.checks.numbers import _compare_weights
+from marlin_convert.checks.subject import Original, Subject
 from marlin_convert.errors import SourceError
 from marlin_convert.formats import gptq
 from marlin_convert.models.names import Names, beside
@@ -164,6 +166,20 @@ def test_what_is_written_keeps_its_names_and_loads(wrapper, tmp_path):
     assert not (said["missing_keys"] or said["unexpected_keys"])
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+def test_a_source_is_compared_by_parameters_whatever_its_names(wrapper, tmp_path):
+    _, model, directory = wrapper
+    parameters = model.state_dict()
+    tensors = {name: one for name, one in parameters.items() if name not in model.all_tied_weights_keys}
+    tensors[f"{Q}.weight"] = 2 * tensors[f"{Q}.weight"]
+    new = stored_as(directory, tensors, tmp_path)
+    cpu = torch.device("cpu")
+    subject = Subject(opened(new, model), model, None, cpu, False)
+    original = Original("old", Weights(Checkpoint.open(directory)), torch.zeros(1, 1), {})
+    rows, unreadable = _compare_weights([], subject, original, 1e-3)
+    assert not unreadable and {row["name"] for row in rows} >= tensors.keys()
+    assert {row["name"]: row["error"] for row in rows if row["error"]} == {f"{Q}.weight": 1.0}
 
 
 def test_a_packed_linear_under_an_old_name(wrapper, tmp_path):
