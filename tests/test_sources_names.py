@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,7 +23,8 @@ from marlin_convert.checkpoint.writer import ShardWriter, TensorSpec
 from marlin_convert.checks.numbers import _compare_weights
 from marlin_convert.checks.subject import Original, Subject
 from marlin_convert.errors import SourceError
-from marlin_convert.formats import gptq
+from marlin_convert.formats import gptq, marlin
+from marlin_convert.kernels.matmul import MarlinLinear
 from marlin_convert.models.names import Names, beside
 from marlin_convert.models.tree import check_names
 from marlin_convert.quantized import QuantizedLinear
@@ -36,7 +38,7 @@ FAST = ("--samples", 4, "--sequence-length", 64)
 
 TEXT: dict[str, Any] = {
     "vocab_size": 512,
-    "hidden_size": 64,
+    "hidden_size": 128,
     "intermediate_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
@@ -76,11 +78,11 @@ WRAPPERS: dict[str, tuple[str, dict[str, Any], str]] = {
         "Qwen2VL",
         {
             "text_config": TEXT
-            | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}},
+            | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 12, 12]}},
             "vision_config": {
                 "depth": 1,
                 "embed_dim": 32,
-                "hidden_size": 64,
+                "hidden_size": 128,
                 "num_heads": 2,
                 "patch_size": 14,
             },
@@ -168,6 +170,36 @@ def test_what_is_written_keeps_its_names_and_loads(wrapper, tmp_path):
         assert torch.equal(tensor, model.state_dict()[name]), name
 
 
+def packed(tensors: Tensors, linear: str, layout: ModuleType, group_size: int) -> QuantizedLinear:
+    """Random codes in place of a weight."""
+    k, n = tensors.pop(f"{linear}.weight").shape[::-1]
+    codes = torch.randint(0, 16, (k, n), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    layer = QuantizedLinear(codes, torch.full((k // group_size, n), 0.01, dtype=torch.float16), group_size)
+    tensors |= {f"{linear}.{suffix}": tensor for suffix, tensor in layout.pack(layer).items()}
+    return layer
+
+
+def test_transformers_finds_packed_linears_under_old_names(wrapper, tmp_path):
+    """In layouts of ours, whose modules we put into the model: it would go on with random weights."""
+    kind, _, directory = wrapper
+    old, tensors = WRAPPERS[kind][2], load_file(directory / SHARD)
+    packed(tensors, old, marlin, 128)
+    source = stored_as(directory, tensors, tmp_path)
+    say(source, quantization_config={"quant_method": "marlin", "bits": 4, "group_size": 128})
+    loaded, said = class_of(kind).from_pretrained(source, output_loading_info=True)
+    assert not (said["missing_keys"] or said["unexpected_keys"])
+    module = loaded.get_submodule(Q)
+    assert isinstance(module, MarlinLinear)
+    assert torch.equal(module.B, tensors[f"{old}.B"]) and torch.equal(module.s, tensors[f"{old}.s"])
+    # and refuses a class that has no such linear
+    with pytest.raises(SourceError, match="is packed in the files, and no linear of LlamaForCausalLM"):
+        text = json.loads((directory / "config.json").read_text())["text_config"]
+        settings = {key: text[key] for key in TEXT if key in text} | {"head_dim": 32}
+        transformers.LlamaForCausalLM.from_pretrained(source, config=transformers.LlamaConfig(
+            **settings, quantization_config={"quant_method": "marlin", "bits": 4, "group_size": 128},
+        ))  # fmt: skip
+
+
 def test_a_source_is_compared_by_parameters_whatever_its_names(wrapper, tmp_path):
     _, model, directory = wrapper
     parameters = model.state_dict()
@@ -186,18 +218,11 @@ def test_a_packed_linear_under_an_old_name(wrapper, tmp_path):
     """What belongs to it goes by its weight, and the pattern of a config by either name of it."""
     kind, model, directory = wrapper
     old, tensors = WRAPPERS[kind][2], load_file(directory / SHARD)
-    k, n = tensors[f"{old}.weight"].shape[::-1]
-    draw = torch.Generator().manual_seed(1)
-    codes = torch.randint(0, 16, (k, n), generator=draw, dtype=torch.uint8)
-    layer = QuantizedLinear(codes, torch.full((k // 32, n), 0.01, dtype=torch.float16), 32)
-    del tensors[f"{old}.weight"]
-    tensors |= {f"{old}.{suffix}": tensor for suffix, tensor in gptq.pack(layer).items()}
+    codes = packed(tensors, old, gptq, 32).codes
     source = stored_as(directory, tensors, tmp_path)
-    config = json.loads((source / "config.json").read_text())
     said = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
     for name in (old, Q):
-        config["quantization_config"] = said | {"dynamic": {rf"+:{name}$": {"group_size": 32}}}
-        (source / "config.json").write_text(json.dumps(config))
+        say(source, quantization_config=said | {"dynamic": {rf"+:{name}$": {"group_size": 32}}})
         weights = opened(source, model)
         assert check_names(weights, model) == []
         assert weights.packed_linears() == [Q] and f"{Q}.weight" in weights
