@@ -23,10 +23,10 @@ from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.checks.divergence import compare
 from marlin_convert.hub import Source
-from marlin_convert.models.architectures import Stage
 from marlin_convert.models.blocks import BlockModel
 from marlin_convert.models.hidden import HiddenStates
 from marlin_convert.models.stages import BlockWalk
+from marlin_convert.models.structure import Stage
 from marlin_convert.solvers import sparsity
 from marlin_convert.solvers.drift import Drift, compensated
 from marlin_convert.solvers.hessian import Hessian
@@ -158,10 +158,10 @@ def convert(source: Path, ids: Tensor, solver: Solver, *, drift: bool, together:
 def _walk(model: BlockModel, hidden: HiddenStates, number: int, solve: Callable[[Stage], None]):
     block = model.load(number)
     walk = BlockWalk(
-        block, model.architecture.parts, len(hidden), lambda i: hidden.forward(i, block, number),
+        block, model.structure.parts[number], len(hidden), lambda i: hidden.forward(i, block, number),
         lambda stage, x: None, solve, keep_bytes=4 << 30, dtype=torch.float32,
     )  # fmt: skip
-    return walk.inputs(model.architecture.stages, hidden.put)
+    return walk.inputs(model.structure.stages(number), hidden.put)
 
 
 # solver, whether the drift of the inputs is counted in

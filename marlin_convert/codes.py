@@ -21,11 +21,11 @@ from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.writer import ShardWriter
 from marlin_convert.errors import FormatError, SourceError
 from marlin_convert.matrix import Fate
-from marlin_convert.models.architectures import Stage
 from marlin_convert.models.blocks import BlockModel
 from marlin_convert.models.hidden import HiddenStates
 from marlin_convert.models.memory import memory_for_activations
 from marlin_convert.models.stages import BlockWalk
+from marlin_convert.models.structure import Stage
 from marlin_convert.plan import Plan
 from marlin_convert.quantized import QuantizedLinear, first_crowded, quad_nonzeros, same_codes
 from marlin_convert.solvers import gptq, sparsity
@@ -212,7 +212,7 @@ class Solve:
         block = model.load(number)
         share = 2 if self._original else 1
         return BlockWalk(
-            block, model.architecture.parts, len(hidden), lambda i: hidden.forward(i, block, number),
+            block, model.structure.parts[number], len(hidden), lambda i: hidden.forward(i, block, number),
             observe, solve, keep_bytes=memory_for_activations(model.device) // share, dtype=model.dtype,
         )  # fmt: skip
 

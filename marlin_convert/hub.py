@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 from marlin_convert.checkpoint.reader import json_file
 from marlin_convert.errors import SourceError, printable, readable
-from marlin_convert.models.architectures import architecture_of
 
 T = TypeVar("T")
 
@@ -65,6 +64,8 @@ def resolve(model: str, revision: str | None = None, *, code: bool = False) -> S
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+    from marlin_convert.models.tree import check_type
+
     with hub_errors(model):
         # the architecture first: a model that is refused is not worth its gigabytes
         try:
@@ -73,7 +74,7 @@ def resolve(model: str, revision: str | None = None, *, code: bool = False) -> S
             raise
         except EntryNotFoundError as error:
             raise _no_model(model, revision) from error
-        architecture_of(json_file(config.parent, config.name))
+        check_type(json_file(config.parent, config.name))
         patterns = _FILES + (["*.py"] if code else [])
         directory = Path(
             aside(

@@ -16,13 +16,14 @@ from marlin_convert.checkpoint import manifest as manifests
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.reader import QUANTIZATION_KEYS
 from marlin_convert.checkpoint.writer import TensorSpec
-from marlin_convert.errors import ConvertError, FormatError, SourceError
+from marlin_convert.errors import ConvertError, FormatError
 from marlin_convert.fates import DTYPES, fates_of, usual_group_size
 from marlin_convert.formats import mixtures
 from marlin_convert.matrix import Fate
-from marlin_convert.models.architectures import Architecture, Stage, architecture_of
+from marlin_convert.models.discover import discover
 from marlin_convert.models.names import beside
-from marlin_convert.models.tree import OTHER_MODEL, block_linears, check_names, claims_tied, module_tree
+from marlin_convert.models.structure import Stage, Structure
+from marlin_convert.models.tree import check_names, claims_tied, module_tree
 from marlin_convert.quantized import QuantizedLinear
 from marlin_convert.recipe import GROUP_SIZES, Recipe
 
@@ -42,7 +43,7 @@ class Plan:
     written and no part of the model as it is built; `config` becomes the config.json.
     """
 
-    architecture: Architecture
+    structure: Structure
     blocks: int
     recipe: Recipe
     repack: bool
@@ -94,10 +95,11 @@ class Plan:
 
     @cached_property
     def _by_block(self) -> dict[int, list[Fate]]:
-        prefix = self.architecture.blocks + "."
         found: dict[int, list[Fate]] = {}
         for fate in self.worked_on:
-            found.setdefault(int(fate.name.removeprefix(prefix).partition(".")[0]), []).append(fate)
+            number = self.structure.block_of(fate.name)
+            assert number is not None  # what is outside of the blocks stays dense
+            found.setdefault(number, []).append(fate)
         return found
 
     def worked_on_in(self, block: int) -> list[Fate]:
@@ -140,10 +142,12 @@ class Plan:
 
     def stages(self, block: int) -> list[Stage]:
         """The stages of a block that are worked on, in their order."""
-        path = f"{self.architecture.blocks}.{block}"
+        path = f"{self.structure.blocks}.{block}"
         found = {fate.name for fate in self.worked_on_in(block)}
         return [
-            stage for stage in self.architecture.stages if all(f"{path}.{name}" in found for name in stage)
+            stage
+            for stage in self.structure.stages(block)
+            if all(f"{path}.{name}" in found for name in stage)
         ]
 
 
@@ -164,8 +168,8 @@ def make_plan(
     format cannot hold and the --skip that leaves it dense.
     """
     checkpoint = weights.checkpoint
-    architecture = architecture_of(checkpoint.config)
     model = module_tree(weights, trust_remote_code=trust_remote_code)
+    structure = discover(model)
     repack = weights.scheme is not None and not requantize
     asked = recipe
     if repack:
@@ -177,17 +181,17 @@ def make_plan(
     refusals.check_sparsity(weights, recipe, claimed, repack=repack)
 
     left_out = check_names(weights, model, requantize=requantize)
-    linears = block_linears(model, architecture)
-    if not linears:
-        raise SourceError("config.json means a model without blocks.", OTHER_MODEL)
-    reasons = {
-        name: "not in the table of this architecture"
-        for name in linears
-        if architecture.stage_of(_path(name, architecture)) is None
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and (structure.stage_of(name) or name in structure.dense)
+        # of what is quantized only the blocks' is repacked
+        and (structure.block_of(name) is not None or not weights.is_packed(name))
     }
-    fates = fates_of(linears, reasons, recipe, weights, claimed, repack=repack)
+    fates = fates_of(linears, structure.dense, recipe, weights, claimed, repack=repack)
     refusals.check_patterns(recipe, list(linears))
-    together = _together(fates, architecture)
+    together = _together(fates, structure)
     refusals.check_stages(fates, together)
     if repack:
         fates = refusals.with_codes(fates, weights, asked, together)
@@ -195,10 +199,10 @@ def make_plan(
     else:
         refusals.check_shapes(fates, recipe, together)
 
-    specs, owner = _specs(weights, model, architecture, fates, recipe, left_out)
+    specs, owner = _specs(weights, model, structure, fates, recipe, left_out)
     return Plan(
-        architecture=architecture,
-        blocks=len(model.get_submodule(architecture.blocks)),  # type: ignore[arg-type]
+        structure=structure,
+        blocks=len(structure.parts),
         recipe=recipe,
         repack=repack,
         dtype=DTYPES.get(recipe.dtype, weights.own_dtype),
@@ -319,18 +323,13 @@ def _notes(fates: Mapping[str, Fate], recipe: Recipe, repacked: Weights | None) 
                 yield f"{count} linears in groups of {size}, the others of {usual}: what divides their inputs"
 
 
-def _path(linear: str, architecture: Architecture) -> str:
-    """The path of a linear inside of its block."""
-    return linear.removeprefix(architecture.blocks + ".").partition(".")[2]
-
-
-def _together(fates: Mapping[str, Fate], architecture: Architecture) -> dict[str, list[str]]:
+def _together(fates: Mapping[str, Fate], structure: Structure) -> dict[str, list[str]]:
     """The linears of each linear's stage, itself among them: engines fuse them into one."""
     found = {}
     for name in fates:
-        path = _path(name, architecture)
-        block = name.removesuffix(path)
-        found[name] = [block + one for one in architecture.stage_of(path) or (path,)]
+        stage = structure.stage_of(name)
+        block = structure.block_of(name)
+        found[name] = [f"{structure.blocks}.{block}.{one}" for one in stage] if stage else [name]
     return found
 
 
@@ -345,7 +344,7 @@ def _tensors(fate: Fate) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
 def _specs(
     weights: Weights,
     model: torch.nn.Module,
-    architecture: Architecture,
+    structure: Structure,
     fates: Mapping[str, Fate],
     recipe: Recipe,
     left_out: list[str],
@@ -371,10 +370,9 @@ def _specs(
             stored = weights.dtype(name)
             written = DTYPES.get(recipe.dtype, stored) if stored.is_floating_point else stored
             specs.append(TensorSpec(name, written, shapes.get(name) or weights.shape(name)))
-    blocks = architecture.blocks + "."
 
     def block(spec: TensorSpec) -> float:
-        number = spec.name.removeprefix(blocks).partition(".")[0]
-        return int(number) if spec.name.startswith(blocks) else math.inf
+        number = structure.block_of(spec.name)
+        return math.inf if number is None else number
 
     return sorted(specs, key=block), owner

@@ -1,6 +1,7 @@
 """What a conversion says of itself: the plan before, the table after, the page with a picture."""
 
 import html as markup
+import re
 import shlex
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -56,8 +57,8 @@ def plan_text(plan: "Plan", job: "Job") -> str:
     lines += [
         *([f"  {len(plan.unpruned)} of them not 2:4"] if plan.unpruned else []),
         *(f"    {fate.name}: {fate.layout.format}, {fate.reason}" for fate in plan.unpruned),
-        f"  {len(plan.dense)} linears of the blocks {_left(plan)}",
-        *(f"    {fate.name}: {fate.reason}" for fate in plan.dense),
+        f"  {len(plan.dense)} linears {_left(plan)}",
+        *(f"    {names}: {reason}" for names, reason in _dense(plan)),
         f"  tensors {_size(plan.source_bytes)} -> {_size(plan.output_bytes)}",
     ]
     if not plan.repack:
@@ -83,6 +84,19 @@ def _groups(fates: Iterable[Fate]) -> str:
 def _left(plan: "Plan") -> str:
     """What linears are that nothing is done to."""
     return "left as they are" if plan.recipe.format == "dense" else "left dense"
+
+
+def _dense(plan: "Plan") -> list[tuple[str, str | None]]:
+    """What is left dense and why; what nobody asked for (gates, towers) by the first that is called so."""
+    found: dict[tuple[str, str | None], list[str]] = {}
+    for fate in plan.dense:
+        by_itself = plan.structure.dense.get(fate.name) == fate.reason
+        called = re.sub(r"(?<=\.)\d+(?=\.)", "*", fate.name) if by_itself else fate.name
+        found.setdefault((called, fate.reason), []).append(fate.name)
+    return [
+        (names[0] + f" and {len(names) - 1} like it" * (len(names) > 1), reason)
+        for (_, reason), names in found.items()
+    ]
 
 
 def _worked_on(plan: "Plan") -> str:
@@ -136,7 +150,7 @@ def summary_text(done: "Report", job: "Job") -> str:
         lines.append(f"{f'mean of {len(errors)} linears':48} {'':7} {'':7} {mean:8.4f}")
     lines += [f"rounded to nearest: {row['name']}" for row in rows if row.get("rounded_to_nearest")]
     lines += [f"not 2:4: {fate.name}, as {fate.layout.format} ({fate.reason})" for fate in plan.unpruned]
-    lines += [f"{_left(plan)}: {fate.name} ({fate.reason})" for fate in plan.dense]
+    lines += [f"{_left(plan)}: {names} ({reason})" for names, reason in _dense(plan)]
     lines += [*left_out(plan), *beside(plan)]
     if done.manifest["left_behind"]:
         lines.append(f"not copied from the source: {', '.join(done.manifest['left_behind'])}")

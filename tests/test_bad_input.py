@@ -217,10 +217,12 @@ DAMAGES: list[Any] = [
         spoil("model.layers.0.mlp.down_proj.weight", -torch.inf),
         ["model.layers.0.mlp.down_proj.weight holds NaN or Inf"],
     ),
-    (config(model_type="gpt_bigcode"), ["'gpt_bigcode' is not a known architecture", "llama"]),
-    (config(model_type=None), ["is not a known architecture"]),
-    (config(model_type=["qwen3"]), ["is not a known architecture"]),
-    (config(model_type="\x1b[2J"), ["'\\x1b[2J' is not a known architecture"]),
+    (config(model_type="gpt_bigcode"), ["transformer.h.0.attn.c_attn.bias", "of the architecture not in"]),
+    (config(model_type="llama9"), ["'llama9' is not a type of model that transformers", "pip install -U"]),
+    (config(model_type=None), ["None is not a type of model"]),
+    (config(model_type=["qwen3"]), ["is not a type of model"]),
+    (config(model_type="\x1b[2J"), ["'\\x1b[2J' is not a type of model"]),
+    (config(model_type="vit"), ["'vit' is no language model"]),
     (config(num_hidden_layers=10**9), ["num_hidden_layers = 1000000000, more than 1000"]),
     (config(num_labels=10**9), ["num_labels = 1000000000, more than 1000"]),
     (config(model_type="qwen3_moe", num_experts=4), ["'qwen3_moe' is a mixture of experts"]),
@@ -385,7 +387,7 @@ def test_a_model_without_blocks(cli: Cli, tmp_path: Path) -> None:
 def test_another_architecture(cli: Cli, tmp_path: Path) -> None:
     settings = transformers.GPT2Config(n_embd=128, n_layer=1, n_head=2, vocab_size=4096)
     source = tiny_models.save(transformers.GPT2LMHeadModel(settings), tmp_path / "model")
-    assert "'gpt2' is not a known architecture" in refused(cli, source, tmp_path / "out")
+    assert "'gpt2' keeps most weights of its blocks in Conv1D" in refused(cli, source, tmp_path / "out")
 
 
 # --- settings

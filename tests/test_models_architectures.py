@@ -1,6 +1,5 @@
 """Every family of the table, as a tiny random model: nothing of a block is missed, the logits are right."""
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,9 +16,9 @@ from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.errors import SourceError
 from marlin_convert.hub import Source
-from marlin_convert.models.architectures import ARCHITECTURES, architecture_of
 from marlin_convert.models.blocks import BlockModel
 from marlin_convert.models.hidden import HiddenStates
+from marlin_convert.models.tree import check_type
 from marlin_convert.recipe import Recipe
 
 CPU = torch.device("cpu")
@@ -93,10 +92,6 @@ def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
-def test_the_table_names_the_families() -> None:
-    assert set(ARCHITECTURES) == set(tiny_models.FAMILIES)
-
-
 def test_the_dense_model_run_block_by_block_gives_the_logits_of_transformers(case: SimpleNamespace) -> None:
     with torch.no_grad():
         expected = case.model(case.ids, use_cache=False).logits
@@ -159,12 +154,17 @@ def test_a_16_bit_model_gives_the_logits_of_transformers(dtype: torch.dtype, tmp
     assert difference < (0.001 if dtype == torch.float16 else 0.01)  # hidden states rounded between blocks
 
 
-@pytest.mark.parametrize("config", [{"model_type": "gpt_bigcode"}, {}])
-def test_an_unknown_family_is_refused_by_name(config: dict) -> None:
-    with pytest.raises(SourceError, match="is not a known architecture") as refused:
-        architecture_of(config)
+@pytest.mark.parametrize("config", [{"model_type": "llama9"}, {}, {"model_type": ["qwen3"]}])
+def test_an_unknown_type_is_refused_by_name(config: dict) -> None:
+    with pytest.raises(SourceError, match=r"is not a type of model that transformers .* knows") as refused:
+        check_type(config)
     assert repr(config.get("model_type")) in str(refused.value)
-    assert "llama" in (refused.value.hint or "")
+    assert "pip install -U transformers" in (refused.value.hint or "")
+
+
+def test_what_is_no_language_model_is_refused_by_name() -> None:
+    with pytest.raises(SourceError, match="'vit' is no language model"):
+        check_type({"model_type": "vit"})
 
 
 @pytest.mark.parametrize(
@@ -172,25 +172,9 @@ def test_an_unknown_family_is_refused_by_name(config: dict) -> None:
     [
         {"model_type": "mixtral", "num_local_experts": 4},
         {"model_type": "qwen3_moe", "num_experts": 4},
-        {"model_type": "granitemoe"},
+        {"model_type": "qwen3_vl_moe", "text_config": {"num_experts": 4}},
     ],
 )
 def test_a_mixture_of_experts_is_refused_by_name(config: dict) -> None:
     with pytest.raises(SourceError, match=f"'{config['model_type']}' is a mixture of experts"):
-        architecture_of(config)
-
-
-def test_a_linear_that_the_table_does_not_name_is_left_dense_and_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from marlin_convert.models import architectures
-
-    attention_only = architectures.Architecture(architectures.SPLIT[:1])
-    monkeypatch.setitem(architectures.ARCHITECTURES, "qwen3", attention_only)
-    model = tiny_models.build("qwen3")
-    source = tiny_models.save(model, tmp_path / "source")
-    manifest = convert(source, tmp_path / "output")
-    assert set(rows.dense(manifest)) == {name for name in block_linears(model) if ".mlp." in name}
-    assert set(rows.dense(manifest).values()) == {"not in the table of this architecture"}
-    written = json.loads((tmp_path / "output" / "marlin_convert.json").read_text())
-    assert rows.dense(written) == rows.dense(manifest)
+        check_type(config)

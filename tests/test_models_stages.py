@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from marlin_convert import quantize as story
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.reader import Checkpoint
-from marlin_convert.errors import ConvertError
+from marlin_convert.errors import ConvertError, SourceError
 from marlin_convert.hub import Source
 from marlin_convert.models import blocks as blocks_module
 from marlin_convert.models import hidden as hidden_module
-from marlin_convert.models.architectures import FUSED, SPLIT, Part, Stage
 from marlin_convert.models.blocks import BlockModel
 from marlin_convert.models.hidden import HiddenStates
 from marlin_convert.models.stages import BlockWalk
+from marlin_convert.models.structure import Part, Stage
 from marlin_convert.recipe import Recipe
 from marlin_convert.solvers.hessian import Hessian
 
@@ -55,8 +55,8 @@ def walk_blocks(
 ) -> SimpleNamespace:
     """Walk every block; the Hessians, the inputs that stages saw, the last hidden states, parts replayed."""
     seen = SimpleNamespace(hessians={}, inputs={}, replayed=0, order=[])
-    parts = model.architecture.parts
     for number in range(len(model)):
+        parts = model.structure.parts[number]
         block = model.load(number)
 
         def observe(stage: Stage, x: Tensor, number: int = number) -> None:
@@ -122,7 +122,7 @@ def test_the_walk_leaves_what_a_plain_forward_gives(family: str, dtype: str, tmp
     model, hidden = open_model(family, DTYPES[dtype], tmp_path / "advanced")
     for number in range(len(model)):
         block = model.load(number)
-        for stage in model.architecture.stages:
+        for stage in model.structure.stages(number):
             for linear in (f"{model.name(number)}.{name}" for name in stage):
                 model.replace(linear, rounded(model.model.get_submodule(linear).weight))
         hidden.advance(block, number)
@@ -139,17 +139,17 @@ def test_a_stage_sees_its_input_with_the_stages_before_it_replaced(
     model, hidden = open_model(family, torch.float32, tmp_path)
     entering = [hidden.state(i).clone() for i in range(len(hidden))]
     seen = walk_blocks(model, hidden, keep_bytes)
-    assert seen.order == [(number, stage) for number in range(2) for stage in model.architecture.stages]
+    assert seen.order == [(number, stage) for number in range(2) for stage in model.structure.stages(number)]
 
     block = model.load(0)
     inputs: dict[str, Tensor] = {}
-    for stage in model.architecture.stages:
+    for stage in model.structure.stages(0):
         hook = block.get_submodule(stage[0]).register_forward_pre_hook(
             lambda _, args: inputs.update(x=args[0])
         )
         for i, state in enumerate(entering):
             with torch.no_grad():
-                block(state, **hidden._calls[1][0])
+                block(state, *hidden._calls[i][0].args, **hidden._calls[i][0].kwargs)
             torch.testing.assert_close(seen.inputs[0, stage][i], inputs["x"], rtol=1e-5, atol=1e-5)
         hook.remove()
         for name in stage:
@@ -195,10 +195,11 @@ def test_the_original_can_be_walked_beside_what_it_becomes(keep_bytes: int, tmp_
         for one, states, action in ((model, hidden, solve), (original, unchanged, ignore)):
             block = one.load(number)
             walk = BlockWalk(
-                block, SPLIT, len(states), lambda i, b=block, s=states, n=number: s.forward(i, b, n),
+                block, one.structure.parts[number], len(states),
+                lambda i, b=block, s=states, n=number: s.forward(i, b, n),
                 lambda stage, x: None, action, keep_bytes=keep_bytes, dtype=one.dtype,
             )  # fmt: skip
-            walks.append(walk.inputs(one.architecture.stages, states.put))
+            walks.append(walk.inputs(one.structure.stages(number), states.put))
         seen: dict[Stage, list[Tensor]] = {}
         for (stage, x), (beside, before) in zip(*walks, strict=True):
             assert stage == beside and x.shape == before.shape
@@ -219,24 +220,39 @@ def test_the_modules_of_a_block_are_left_as_they_were(tmp_path: Path) -> None:
         assert not module._forward_pre_hooks
 
 
+ATTENTION = Part(
+    "self_attn",
+    (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",)),
+    pair=True,
+)
+
+
 @pytest.mark.parametrize(
-    "parts, family",
+    "parts, why",
     [
-        # gate/up never runs inside attention's part, and its stage comes after down
-        ((SPLIT[0], Part("mlp", (("mlp.never",),))), "llama"),
-        ((*SPLIT, Part("mlp", (("mlp.gate_proj",),))), "llama"),
-        (FUSED, "llama"),
+        (
+            (Part("mlp", (("mlp.gate_proj", "self_attn.k_proj"),)),),
+            "mlp.gate_proj of .* reads another input than",
+        ),
+        # attention has run when the mlp answers: its first stage comes too late
+        (
+            (ATTENTION, Part("", (ATTENTION.stages[0],))),
+            "self_attn.q_proj of .* is not called",
+        ),
     ],
 )
-def test_a_wrong_row_of_the_table_raises(parts: tuple[Part, ...], family: str, tmp_path: Path) -> None:
-    model, hidden = open_model(family, torch.float32, tmp_path)
+def test_a_model_that_computes_otherwise_than_was_found_is_refused(
+    parts: tuple[Part, ...], why: str, tmp_path: Path
+) -> None:
+    model, hidden = open_model("llama", torch.float32, tmp_path)
     block = model.load(0)
     walk = BlockWalk(
         block, parts, len(hidden), lambda i: hidden.forward(i, block, 0), lambda stage, x: None,
         lambda stage: None, keep_bytes=1 << 40, dtype=model.dtype,
     )  # fmt: skip
-    with pytest.raises((RuntimeError, AttributeError)):
+    with pytest.raises(SourceError, match=why) as refused:
         walk.run([stage for part in parts for stage in part.stages], hidden.put)
+    assert "--skip" in (refused.value.hint or "")
 
 
 def convert(source: Path, output: Path, **settings: object) -> dict:

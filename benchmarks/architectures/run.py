@@ -32,11 +32,11 @@ from safetensors.torch import load_file, save_file
 from marlin_convert import quantize, recipe, verify
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.reader import Checkpoint
+from marlin_convert.checks.divergence import log_probabilities
 from marlin_convert.errors import ConvertError
 from marlin_convert.formats import detect
 from marlin_convert.hub import Source
 from marlin_convert.models.blocks import BlockModel
-from marlin_convert.models.hidden import HiddenStates
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1] / "tests")]
@@ -115,7 +115,7 @@ def way_out(hint: str, format: str) -> Iterator[str]:
 
 
 def compare(output: Path, plain: Path, kind: type) -> float:
-    """How far transformers, over weights dequantized by the formulas, is from our walk, in spreads of a logit."""
+    """How far transformers, over weights dequantized by the formulas, is from our walk, in spreads of one."""
     tensors, config = {}, json.loads((output / "config.json").read_text())
     for shard in output.glob("*.safetensors"):
         tensors |= load_file(shard)
@@ -134,13 +134,8 @@ def compare(output: Path, plain: Path, kind: type) -> float:
         raise RuntimeError(f"transformers does not load it: {loading}")
     ids = torch.randint(5, 3900, (2, 48), generator=torch.Generator().manual_seed(7))
     with torch.no_grad():
-        theirs = model.eval()(input_ids=ids).logits.float()
-        walked = BlockModel(weights, torch.device("cpu"), fast=False)
-        hidden = HiddenStates(walked, ids)
-        for number in range(len(walked)):
-            hidden.advance(walked.load(number), number)
-            walked.unload(number)
-        ours = torch.cat([hidden.logits(i) for i in range(len(hidden))]).float()
+        theirs = model.eval()(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+        ours = log_probabilities(BlockModel(weights, torch.device("cpu"), fast=False), ids)
     return float((theirs - ours).abs().max() / theirs.std())
 
 
@@ -243,10 +238,10 @@ def main() -> None:
 
 TITLE = """# Architectures
 
-Every type of transformers' causal and image-text-to-text models, tiny and with random weights, as `make archs`
-found it: converted, verified, and read by plain transformers over weights dequantized by the formulas of the
-formats alone, whose logits are those of our walk. `packed` are the matrices that are quantized, `dense` those
-left as they are, towers included."""
+Every type of transformers' causal and image-text-to-text models, tiny and with random weights, as `make
+archs` found it: converted, verified, and read by plain transformers over weights dequantized by the formulas
+of the formats alone, whose logits are those of our walk. `packed` are the matrices that are quantized,
+`dense` those left as they are, towers included."""
 
 
 if __name__ == "__main__":

@@ -302,20 +302,23 @@ class Weights:
 
     @property
     def own_dtype(self) -> torch.dtype:
-        """The type that engines compute the model in: the config's or, where it names none, the embedding's.
+        """The type that engines compute the model in: the config's or, where it names none, what is stored.
 
-        A model said to be float32 whose tensors take half of that is computed in their type. SourceError when
-        it is none of `FLOATS`.
+        That is the type of the largest weight stored as floats, which is the embedding. A model said to be
+        float32 whose tensors take half of that is computed in their type. SourceError when it is none of
+        `FLOATS`.
         """
         config = self.checkpoint.config
         name = str(config.get("dtype") or config.get("torch_dtype") or "auto").removeprefix("torch.")
         if name not in ("auto", "float16", "bfloat16", "float32"):
             raise SourceError(f"config.json says dtype {name!r}.", "float16, bfloat16 or float32 is meant.")
         if name in ("auto", "float32"):
-            if names.EMBEDDING in self.scaled:
-                return torch.bfloat16
-            stored = names.EMBEDDING in self.checkpoint.tensors
-            return self.dtype(names.EMBEDDING) if stored else torch.float16
+            weights = [
+                (info.end - info.start, name)
+                for name, info in self.checkpoint.tensors.items()
+                if name.endswith(".weight") and info.code in FLOATS
+            ]
+            return self.dtype(max(weights)[1]) if weights else torch.float16
         return getattr(torch, name)
 
     def read(self, name: str) -> Tensor:

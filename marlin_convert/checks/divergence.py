@@ -48,13 +48,9 @@ def compare(
 
     sums, margin = torch.zeros(4, dtype=torch.float64), 0.0
     for i, batch in enumerate(pair[0][1].batches):
-        states = [hidden.state(i) for _, hidden in pair]
-        for row in range(len(batch)):
-            sample = batch[row : row + 1]
-            p, q = (
-                one.logits(sample, state[row : row + 1])[0, :-1]
-                for (one, _), state in zip(pair, states, strict=True)
-            )
+        states = zip(*(hidden.samples(i) for _, hidden in pair), strict=True)
+        for sample, both in zip(batch.split(1), states, strict=True):
+            p, q = (one.logits(sample, state)[0, :-1] for (one, _), state in zip(pair, both, strict=True))
             found, most = _sums(p, q, sample[0, 1:].to(p.device))
             sums += found
             margin = max(margin, most)
@@ -71,9 +67,9 @@ def log_probabilities(model: BlockModel, ids: Tensor) -> Tensor:
         hidden.advance(model.load(number), number)
         model.unload(number)
     rows = [
-        model.logits(batch[row : row + 1], hidden.state(i)[row : row + 1])[0]
+        model.logits(sample, state)[0]
         for i, batch in enumerate(hidden.batches)
-        for row in range(len(batch))
+        for sample, state in zip(batch.split(1), hidden.samples(i), strict=True)
     ]
     return torch.stack(rows).float().log_softmax(-1).cpu()
 

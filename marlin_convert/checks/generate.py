@@ -23,7 +23,9 @@ def check(problems: list[str], subject: Subject) -> Check:
 
     directory = subject.weights.checkpoint.directory
     draw = torch.Generator().manual_seed(0)
-    prompts = torch.randint(subject.model.config.vocab_size, (PROMPTS, PROMPT), generator=draw)
+    prompts = torch.randint(
+        subject.model.config.get_text_config().vocab_size, (PROMPTS, PROMPT), generator=draw
+    )
     try:
         loaded: nn.Module = AutoModelForCausalLM.from_pretrained(
             directory, dtype="auto", trust_remote_code=subject.trust_remote_code

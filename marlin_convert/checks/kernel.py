@@ -102,7 +102,7 @@ def _run_kernel(subject: Subject) -> Comparison:
         for kind in (BlockModel, _OnKernel)
     ]
     draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(subject.model.config.vocab_size, (4, 256), generator=draw)
+    ids = torch.randint(subject.model.config.get_text_config().vocab_size, (4, 256), generator=draw)
     return compare(models[0], models[1], ids)
 
 

@@ -11,8 +11,7 @@ from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checks.outcome import Check, reporting, verdict
 from marlin_convert.checks.subject import Subject
 from marlin_convert.errors import ConvertError
-from marlin_convert.models.architectures import architecture_of
-from marlin_convert.models.tree import block_linears
+from marlin_convert.models.discover import discover
 from marlin_convert.quantized import QuantizedLinear
 
 
@@ -54,13 +53,12 @@ def _shape_problems(weights: Weights, model: PreTrainedModel) -> list[str]:
 
 def _stage_problems(weights: Weights, model: PreTrainedModel) -> list[str]:
     """Linears that engines fuse into one (q, k and v; gate and up) packed in part, or in two layouts."""
-    architecture = architecture_of(weights.checkpoint.config)
-    linears = block_linears(model, architecture)
+    structure = discover(model)
     problems = []
-    for number in range(len(model.get_submodule(architecture.blocks))):  # type: ignore[arg-type]
-        for stage in architecture.stages:
-            names = [f"{architecture.blocks}.{number}.{path}" for path in stage]
-            dense = [name for name in names if name in linears and not weights.is_packed(name)]
+    for number in range(len(structure.parts)):
+        for stage in structure.stages(number):
+            names = [f"{structure.blocks}.{number}.{path}" for path in stage]
+            dense = [name for name in names if not weights.is_packed(name)]
             if dense and len(dense) < len(names):
                 problems.append(f"{' and '.join(dense)} dense, what engines fuse with it packed")
             layouts = {weights.scheme_of(name).format: name for name in names if weights.is_packed(name)}

@@ -160,7 +160,7 @@ def _run_text(subject: Subject, original: Original, progress: Progress) -> tuple
     blocks = [len(model) for model in models]
     if blocks[0] != blocks[1]:
         raise SourceError(f"the source has {blocks[0]} blocks, the checkpoint {blocks[1]}")
-    vocabulary = subject.model.config.vocab_size
+    vocabulary = subject.model.config.get_text_config().vocab_size
     if original.ids.max() >= vocabulary:
         raise SourceError(
             f"the tokenizer gives id {int(original.ids.max())}, there are {vocabulary} embeddings"

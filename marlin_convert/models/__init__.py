@@ -1,1 +1,1 @@
-"""What we know of architectures, and running a model one decoder block at a time."""
+"""Finding what a model is made of, and running a model one decoder block at a time."""

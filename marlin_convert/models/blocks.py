@@ -1,18 +1,33 @@
 """A model taken apart: everything outside its decoder blocks in memory, its blocks loaded one at a time."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.errors import SourceError
-from marlin_convert.models.architectures import architecture_of
+from marlin_convert.models.discover import discover
 from marlin_convert.models.tree import config_errors, module_tree
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What a block is handed beside the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _Recorded(BaseException):
+    """Breaks off a forward after its last block; a BaseException so that no model code catches it."""
 
 
 def bf16_units() -> bool:
@@ -50,9 +65,9 @@ class BlockModel:
         self._linears_round = fast and self.compute_dtype != self.dtype
         self.bf16_products = self._linears_round and self.dtype == torch.bfloat16 and bf16_units()
         self._product_dtype = torch.bfloat16 if self.bf16_products else self.compute_dtype
-        self.architecture = architecture_of(weights.checkpoint.config)
         self.model = module_tree(weights, trust_remote_code=trust_remote_code)
-        blocks = self.model.get_submodule(self.architecture.blocks)
+        self.structure = discover(self.model)
+        blocks = self.model.get_submodule(self.structure.blocks)
         assert isinstance(blocks, nn.ModuleList)
         self.blocks = blocks
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="block-reader")
@@ -76,24 +91,31 @@ class BlockModel:
 
     def name(self, i: int) -> str:
         """The module path of block i."""
-        return f"{self.architecture.blocks}.{i}"
+        return f"{self.structure.blocks}.{i}"
 
     def _load_outside(self) -> None:
-        inside = self.architecture.blocks + "."
+        inside = self.structure.blocks + "."
         tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
         for path, module in self.model.named_modules():
-            if path == self.architecture.blocks or path.startswith(inside):
+            if path == self.structure.blocks or path.startswith(inside):
                 continue
             prefix = f"{path}." if path else ""
-            for name in list(module._parameters):
-                if module._parameters[name] is not None and not (
-                    prefix + name in tied and prefix + name not in self.weights
-                ):
-                    self._assign(module, name, self._fetch(prefix + name, module, name))
+            for name, parameter in list(module._parameters.items()):
+                full_name = prefix + name
+                if parameter is None:
+                    continue
+                if full_name in self.structure.idle:
+                    # of no size in memory, but there: a model asks its first parameter for the device
+                    nothing = torch.zeros((), dtype=parameter.dtype, device=self.device).expand(
+                        parameter.shape
+                    )
+                    module._parameters[name] = nn.Parameter(nothing, requires_grad=False)
+                elif full_name not in tied or full_name in self.weights:
+                    self._assign(module, name, self._fetch(full_name, module, name))
         self.model.tie_weights()
         for path, module in self.model.named_modules():
             if not path.startswith(inside):
-                self._compute_buffers(module)
+                self._compute_buffers(path, module)
 
     def _fetch(self, full_name: str, module: nn.Module, name: str) -> Tensor:
         """A parameter on the device, checked, in the type it is computed with."""
@@ -122,16 +144,37 @@ class BlockModel:
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # _init_weights leaves it alone
         module._parameters[name] = parameter
 
-    def _compute_buffers(self, module: nn.Module) -> None:
-        """Give a module the buffers no checkpoint holds (rotary frequencies, embedding scales)."""
-        absent = {
-            name: found for name, found in module._buffers.items() if found is not None and found.is_meta
-        }
-        for name, buffer in absent.items():
-            module._buffers[name] = torch.empty_like(buffer, device=self.device)
-        if absent:
+    def _compute_buffers(self, path: str, module: nn.Module) -> None:
+        """Give a module its buffers: those of the checkpoint, and those that no checkpoint holds.
+
+        The latter (rotary frequencies, embedding scales) are computed as transformers does.
+        """
+        prefix = f"{path}." if path else ""
+        unknown = []
+        for name, buffer in module._buffers.items():
+            if buffer is None or not buffer.is_meta or prefix + name in self.structure.idle:
+                continue
+            if prefix + name in self.weights:
+                value = self.weights.read(prefix + name).to(self.device)
+                module._buffers[name] = value.to(self.compute_dtype) if value.is_floating_point() else value
+            else:
+                nothing = math.nan if buffer.is_floating_point() else 0
+                module._buffers[name] = torch.full_like(buffer, nothing, device=self.device)
+                unknown.append(name)
+        around = path
+        while unknown:  # most are computed by the module itself, some by one around it
             with config_errors(self.weights.checkpoint.config):
-                self.model._init_weights(module)
+                self._owner(around)._init_weights(self.model.get_submodule(around))
+            unknown = [name for name in unknown if module.get_buffer(name).isnan().any()]
+            if unknown and not around:
+                raise SourceError(f"transformers computes no value for {prefix}{unknown[0]}.")
+            around = around.rpartition(".")[0]
+
+    def _owner(self, path: str) -> PreTrainedModel:
+        """The innermost model that a module is part of: it knows how the module begins."""
+        parts = path.split(".") if path else []
+        modules = (self.model.get_submodule(".".join(parts[:end])) for end in range(len(parts), -1, -1))
+        return next(module for module in modules if isinstance(module, PreTrainedModel))
 
     def load(self, i: int) -> nn.Module:
         """Block i with its weights on the device, for as long as the caller keeps it loaded.
@@ -147,7 +190,7 @@ class BlockModel:
             for name in module._parameters:
                 if (path, name) in values:
                     self._assign(module, name, values[path, name])
-            self._compute_buffers(module)
+            self._compute_buffers(f"{self.name(i)}.{path}" if path else self.name(i), module)
         return self.blocks[i]
 
     def _fetch_block(self, i: int) -> dict[tuple[str, str], Tensor]:
@@ -177,34 +220,46 @@ class BlockModel:
         self.blocks[i].to("meta")
 
     @torch.no_grad()
-    def embed(self, ids: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
-        """What enters block 0 for ids (batch, length), and the keyword arguments of every block's call.
+    def embed(self, ids: Tensor) -> tuple[Tensor, list[Arguments]]:
+        """What enters block 0 for ids (batch, length), and what else every block is handed.
 
-        The keyword arguments (masks, rotary embeddings) depend on the shape of `ids` only.
+        What blocks hand on to later ones they write into a dictionary that all of them are handed.
         """
-        calls: list[dict[str, Any]] = []
+        calls: list[Arguments] = []
         entering: list[Tensor] = []
 
-        def record(i: int, hidden: Tensor, **kwargs: Any) -> Tensor:
-            if i == 0:
-                entering.append(hidden)
-            calls.append(kwargs)
+        def record(_: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            entering.append(hidden)
+            calls.append(Arguments(args[1:], {name: x for name, x in kwargs.items() if x is not hidden}))
+            if len(calls) == len(self):
+                raise _Recorded
             return hidden
 
-        with self._blocks_replaced(record):
-            self.model.get_decoder()(input_ids=ids.to(self.device), use_cache=False)
+        with suppress(_Recorded), self._blocks_replaced(record):
+            self.model(input_ids=ids.to(self.device), use_cache=False)
         return entering[0], calls
 
     @torch.no_grad()
     def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """Logits (batch, length, vocabulary) from what left the last block for the same ids."""
-        with self._blocks_replaced(lambda i, _, **kwargs: hidden):
+        with self._blocks_replaced(lambda *_: hidden):
             return self.model(input_ids=ids.to(self.device), use_cache=False).logits
 
     @contextmanager
-    def _blocks_replaced(self, call: Any) -> Iterator[None]:
+    def _blocks_replaced(
+        self, call: Callable[[int, tuple[Any, ...], dict[str, Any]], Tensor]
+    ) -> Iterator[None]:
+        """Let `call` give the hidden states that every block gives."""
+
         def replacement(i: int) -> Any:
-            return lambda hidden, *args, **kwargs: call(i, hidden, **kwargs)
+            count = self.structure.returns[i]
+
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                hidden = call(i, args, kwargs)
+                return (hidden, *[None] * (count - 1)) if count else hidden
+
+            return forward
 
         for i, block in enumerate(self.blocks):
             block.forward = replacement(i)

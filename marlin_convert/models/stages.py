@@ -16,14 +16,16 @@ micro-batch's forward on a thread of its own 1.0, but a stopped forward holds ev
 stopped in, twice to four times what is kept here.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from marlin_convert.models.architectures import Part, Stage
+from marlin_convert.errors import SourceError
+from marlin_convert.models.structure import Part, Stage
 
 
 class _Reached(BaseException):
@@ -82,39 +84,62 @@ class BlockWalk:
             for part in self.parts:
                 for stage in part.stages:
                     if stage in stages:
-                        yield from self._walk_stage(stage, keep_inputs=stage == part.last)
-                finished(part)
+                        keep_inputs = bool(part.module) and stage == part.last
+                        yield from self._walk_stage(stage, keep_inputs=keep_inputs)
+                if part.module:
+                    finished(part)
             for i in range(self.batches):
                 self._current = i
                 finish(i, self._forward(i))
 
     def _walk_stage(self, stage: Stage, *, keep_inputs: bool) -> Iterator[tuple[Stage, Tensor]]:
-        with self._broken_off_at(stage):
-            for i in range(self.batches):
-                self._current = i
+        for i in range(self.batches):
+            self._current = i
+            # the first one tells whether the model does what was found without values
+            with self._broken_off_at(stage, confirm=i == 0) as called:
                 try:
                     self._forward(i)
                 except _Reached as reached:
                     x = reached.x.to(self._dtype)
                     reached.__traceback__ = None  # it holds every local of the forward
                 else:
-                    raise RuntimeError(f"the block never reached {stage[0]}: its table row is wrong")
-                if keep_inputs and self._fits(x):
-                    self._inputs[i] = x
-                yield stage, x
-                del x
+                    never = next(name for name in stage if name not in called)
+                    raise SourceError(
+                        f"{never} of {type(self.block).__name__} is not called with this text; of the "
+                        f"{len(stage)} linears that should read one input {len(called)} are.",
+                        "its model computes otherwise than was found; leave these linears dense with --skip.",
+                    )
+            if keep_inputs and self._fits(x):
+                self._inputs[i] = x
+            yield stage, x
+            del x
         self._solve(stage)
 
     @contextmanager
-    def _broken_off_at(self, stage: Stage) -> Iterator[None]:
-        def reached(_: nn.Module, args: Any) -> None:
-            raise _Reached(args[0])
+    def _broken_off_at(self, stage: Stage, *, confirm: bool) -> Iterator[Collection[str]]:
+        """Break a forward off at a stage; to `confirm`, at its last linear, if all have read one input."""
+        found: dict[str, Tensor] = {}
 
-        hook = self.block.get_submodule(stage[0]).register_forward_pre_hook(reached)
+        def reached(name: str, _: nn.Module, args: Any) -> None:
+            x = found.setdefault(name, args[0])
+            other = next(iter(found))
+            if not _same(found[other], x):
+                raise SourceError(
+                    f"{name} of {type(self.block).__name__} reads another input than {other} with this text.",
+                    "its model computes otherwise than was found; leave these linears dense with --skip.",
+                )
+            if not confirm or len(found) == len(stage):
+                raise _Reached(x)
+
+        hooks = [
+            self.block.get_submodule(name).register_forward_pre_hook(partial(reached, name))
+            for name in (stage if confirm else stage[:1])
+        ]
         try:
-            yield
+            yield found.keys()
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
 
     @contextmanager
     def _finished_parts(self) -> Iterator[Callable[[Part], None]]:
@@ -133,7 +158,7 @@ class BlockWalk:
                 if output is None:
                     if i in inputs:
                         x = inputs.pop(i)
-                        output = last(x)
+                        output = whole(x) if last is module else last(x)
                         self._room += x.nbytes
                     else:
                         output = whole(*args, **kwargs)
@@ -143,7 +168,7 @@ class BlockWalk:
                     if part is not self.parts[-1] and self._fits(kept):
                         self._outputs[part.module, i] = kept
                         output = kept
-                output = output.to(_dtype_of(args, kwargs))
+                output = output.to(_dtype_of(*args, *kwargs.values()))
                 return (output, None) if part.pair else output
 
             module.forward = answer
@@ -163,6 +188,11 @@ class BlockWalk:
         return True
 
 
-def _dtype_of(args: tuple, kwargs: dict[str, Any]) -> torch.dtype:
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are one, in the same memory or not."""
+    return one is other or (one.shape == other.shape and torch.equal(one, other))
+
+
+def _dtype_of(*handed: Any) -> torch.dtype:
     """The type of the hidden states a part was called with."""
-    return (args[0] if args else kwargs["hidden_states"]).dtype
+    return next(x.dtype for x in handed if isinstance(x, Tensor) and x.is_floating_point())

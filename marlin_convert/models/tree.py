@@ -7,13 +7,17 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 from transformers.utils import logging as transformers_logging
 
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.errors import SourceError
-from marlin_convert.models.architectures import Architecture, architecture_of
+from marlin_convert.models.discover import discover
 from marlin_convert.models.names import Names, beside
 
 OTHER_MODEL = "the config.json may be of another model; fetch the model again."
@@ -52,20 +56,23 @@ def module_tree(weights: Weights, *, trust_remote_code: bool = False) -> PreTrai
     config.json says: so transformers loads it.
     """
     checkpoint = weights.checkpoint
-    architecture = architecture_of(checkpoint.config)
-    for key, most in MOST.items():
-        if isinstance(checkpoint.config.get(key), int) and checkpoint.config[key] > most:
-            raise SourceError(
-                f"config.json says {key} = {checkpoint.config[key]}, more than {most}.",
-                "it may be damaged; fetch it again.",
-            )
+    check_type(checkpoint.config)
+    for part in (checkpoint.config, checkpoint.config.get("text_config")):
+        for key, most in MOST.items():
+            if isinstance(part, dict) and isinstance(part.get(key), int) and part[key] > most:
+                raise SourceError(
+                    f"config.json says {key} = {part[key]}, more than {most}.",
+                    "it may be damaged; fetch it again.",
+                )
     with config_errors(checkpoint.config):
         settings = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=trust_remote_code)
         if hasattr(settings, "quantization_config"):
             del settings.quantization_config
-        for flag, value in FORWARD.items():
-            setattr(settings, flag, value)
-        model = _on_meta(settings, architecture, trust_remote_code)
+        for one in (settings, settings.get_text_config()):
+            for flag, value in FORWARD.items():
+                setattr(one, flag, value)
+        settings._attn_implementation = None  # what transformers takes by itself, whatever is asked for
+        model = _on_meta(settings, trust_remote_code)
     weights.rename(Names(model).parameter)
     if any(
         name in weights and of in weights and not weights.same(name, of)
@@ -73,26 +80,64 @@ def module_tree(weights: Weights, *, trust_remote_code: bool = False) -> PreTrai
     ):
         settings.tie_word_embeddings = False
         with config_errors(checkpoint.config):
-            model = _on_meta(settings, architecture, trust_remote_code)
+            model = _on_meta(settings, trust_remote_code)
     return model
 
 
-def _on_meta(settings: Any, architecture: Architecture, trust_remote_code: bool) -> PreTrainedModel:
-    with torch.device("meta"), _quiet_transformers():
-        return AutoModelForCausalLM.from_config(
-            settings,
-            attn_implementation=architecture.attention,
-            trust_remote_code=trust_remote_code,
-        ).eval()
-
-
-def block_linears(model: PreTrainedModel, architecture: Architecture) -> dict[str, nn.Linear]:
-    """Every nn.Linear inside the decoder blocks, by full name, in model order."""
-    return {
-        f"{architecture.blocks}.{name}": module
-        for name, module in model.get_submodule(architecture.blocks).named_modules()
-        if isinstance(module, nn.Linear)
+def _on_meta(settings: Any, trust_remote_code: bool) -> PreTrainedModel:
+    kinds = {
+        AutoModelForImageTextToText: MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        AutoModelForCausalLM: MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     }
+    of_type = [kind for kind, names in kinds.items() if settings.model_type in names]
+    saved = set(settings.architectures or ())
+    # some types are both: then the class that was saved says which
+    auto = next(
+        (kind for kind in of_type if saved & set(_names(kinds[kind][settings.model_type]))),
+        of_type[0] if of_type else AutoModelForCausalLM,
+    )
+    with torch.device("meta"), _quiet_transformers():
+        model = auto.from_config(settings, trust_remote_code=trust_remote_code).eval()
+    if any(getattr(module, "attn_logit_softcapping", None) for module in model.modules()):
+        model.set_attn_implementation(
+            "eager"
+        )  # torch's fused attention has no softcap, and would leave it out
+    return model
+
+
+def _names(of: str | Sequence[str]) -> tuple[str, ...]:
+    """The classes that transformers has for a type: one name, or several."""
+    return (of,) if isinstance(of, str) else tuple(of)
+
+
+_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+
+def check_type(config: Mapping[str, Any]) -> None:
+    """Raise SourceError for what a config.json alone says to be unknown, or a mixture of experts."""
+    model_type = config.get("model_type")
+    for part in (config, config.get("text_config")):
+        if not isinstance(part, Mapping):
+            continue
+        for key in _EXPERT_COUNTS:
+            if isinstance(part.get(key), int) and part[key] > 1:
+                raise SourceError(
+                    f"{model_type!r} is a mixture of experts ({key} = {part[key]}); "
+                    "those are not supported yet.",
+                    "start from a dense model.",
+                )
+    if "auto_map" in config:
+        return
+    if not (isinstance(model_type, str) and model_type in CONFIG_MAPPING_NAMES):
+        raise SourceError(
+            f"{model_type!r} is not a type of model that transformers {transformers.__version__} knows.",
+            "a newer one may: pip install -U transformers.",
+        )
+    if model_type not in {**MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, **MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}:
+        raise SourceError(
+            f"{model_type!r} is no language model that transformers builds from its config alone.",
+            "causal language models are quantized, and the text part of models that take images too.",
+        )
 
 
 def claims_tied(weights: Weights, model: PreTrainedModel) -> bool:
@@ -158,8 +203,7 @@ def check_names(weights: Weights, model: PreTrainedModel, *, requantize: bool = 
 
 def _way_to_names(wrong: Sequence[str], weights: Weights, model: PreTrainedModel) -> str:
     """What to do about tensors that are missing, or too many: what config.json would have to say."""
-    config = weights.checkpoint.config
-    blocks = architecture_of(config).blocks + "."
+    blocks = discover(model).blocks + "."
     if weights.disregarded:
         return f"{weights.disregarded}; fetch the model again."
     if list(wrong) == ["lm_head.weight"]:
@@ -176,10 +220,11 @@ def _way_to_names(wrong: Sequence[str], weights: Weights, model: PreTrainedModel
             f"its tensors have names like {first!r}; engines know those of the "
             "language model alone: save that, with adapters merged."
         )
-    if len(numbers) != model.config.num_hidden_layers:
+    said = model.config.get_text_config().num_hidden_layers
+    if len(numbers) != said:
         return (
-            f"config.json says num_hidden_layers = {model.config.num_hidden_layers}, the tensors are of "
-            f"{len(numbers)} blocks; make it say what the model has, or fetch the model again."
+            f"config.json says num_hidden_layers = {said}, the tensors are of {len(numbers)} blocks; "
+            "make it say what the model has, or fetch the model again."
         )
     if all(name.endswith(".bias") for name in wrong):
         return "config.json must say which linears have biases: attention_bias and mlp_bias, true or false."

@@ -1,0 +1,387 @@
+"""Find the structure of a model: it is run once, on tensors that have shapes and no values.
+
+So nothing is computed and nothing has to be made smaller: the run takes some hundredths of a second a block,
+whatever the model's size. Storages tell which linears read one input, and what is made from what.
+"""
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+
+from marlin_convert.errors import SourceError
+from marlin_convert.models.structure import Part, Stage, Structure
+
+# Samples and tokens of the run. No model has five of anything, so the samples are found again in a shape.
+SHAPE = 5, 24
+
+# A linear with fewer outputs than this is a gate or a step size, and no layout of engines holds it.
+NARROW = 32
+
+# What engines build unquantized: by the path inside the block, and why.
+UNQUANTIZED = {
+    "*.altup.*": "mixes streams of hidden states",
+    "*.per_layer_*": "puts the per-layer input in",
+    "*.in_proj_[ab]": "gates of a linear attention",
+    "*.in_proj_ba": "gates of a linear attention",
+    "*.dt_proj": "step sizes of a mixer",
+    "*.x_proj": "step sizes of a mixer",
+    "*.indexer.*": "chooses the tokens that are attended to",
+}
+NOT_FOR_TEXT = "never sees text: of a tower for pictures or sound, or of its projector"
+OUTSIDE = "outside of the blocks"
+
+# Of what cannot be taken block by block.
+WAY_OUT = "serve it as it is, or let an engine round it while it loads it."
+
+
+@dataclass
+class _Call:
+    """One call of a module; `versions` are of the tensors it was handed, as they were then."""
+
+    path: str
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    versions: list[tuple[Tensor, int]]
+    output: Any = None
+
+    @property
+    def given(self) -> Any:
+        """The first value that was returned."""
+        return self.output[0] if isinstance(self.output, tuple | list) else self.output
+
+
+@dataclass
+class _Reads(TorchDispatchMode):
+    """What every storage was computed from, as long as the mode is on."""
+
+    of: dict[int, set[int]] = field(default_factory=dict)
+    kept: list[Any] = field(default_factory=list)  # or another storage may get the same place
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = operation(*args, **(kwargs or {}))
+        self.kept.append(given)
+        read = {_storage(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        for x in tree_leaves(given):
+            if isinstance(x, Tensor):
+                self.of.setdefault(_storage(x), set()).update(read - {_storage(x)})
+        return given
+
+    def behind(self, x: Tensor) -> set[int]:
+        """Every storage that x was computed from."""
+        found: set[int] = set()
+        todo = {_storage(x)}
+        while todo:
+            found |= todo
+            todo = set().union(*(self.of.get(one, set()) for one in todo)) - found
+        return found
+
+
+def discover(model: PreTrainedModel) -> Structure:
+    """The structure of a causal language model whose tensors are on the meta device.
+
+    SourceError for one that cannot be taken block by block, and why.
+    """
+    _refuse_experts(model)
+    calls, reads, storages = _run(model)
+    blocks = _block_list(model, calls)
+    of_blocks = _block_calls(model, blocks, calls)
+    _check_chain(of_blocks, reads)
+    inside = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.startswith(f"{blocks}.")
+    }
+    dense = {}
+    for name, linear in inside.items():
+        path = name.removeprefix(f"{blocks}.").partition(".")[2]
+        why = next((why for pattern, why in UNQUANTIZED.items() if fnmatchcase(f".{path}", pattern)), None)
+        if why or linear.out_features < NARROW:
+            dense[name] = why or f"has only {linear.out_features} outputs"
+    _check_linears(model, blocks, inside, dense, calls)
+    parts = tuple(
+        tuple(_parts(call.path, [one for one in calls if one.path.startswith(f"{call.path}.")], dense))
+        for call in of_blocks
+    )
+    called = {call.path for call in calls}
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name not in inside:
+            if module is not head:
+                dense[name] = OUTSIDE if name in called else NOT_FOR_TEXT
+            elif name != "lm_head":  # which engines know without being told
+                dense[name] = "the head"
+    read = set().union(*reads.of.values())
+    batch_axis = _hidden(of_blocks[0]).shape.index(SHAPE[0])
+    return Structure(
+        blocks=blocks,
+        parts=parts,
+        dense=dense,
+        returns=tuple(len(call.output) if isinstance(call.output, tuple) else 0 for call in of_blocks),
+        batch_axis=batch_axis,
+        idle=frozenset(
+            name
+            for name, storage in storages.items()
+            if storage not in read
+            and name.rpartition(".")[0] not in called
+            and not name.startswith(f"{blocks}.")
+        ),
+    )
+
+
+def _type(model: PreTrainedModel) -> str:
+    return repr(model.config.model_type)
+
+
+def _refuse_experts(model: PreTrainedModel) -> None:
+    """Raise SourceError for a mixture of experts: stacked weights, or a list of experts."""
+    for name, module in model.named_modules():
+        stacked = any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
+        listed = isinstance(module, nn.ModuleList) and len(module) > 1
+        if (stacked or listed) and re.search("expert", f"{name} {type(module).__name__}", re.IGNORECASE):
+            raise SourceError(
+                f"{_type(model)} is a mixture of experts ({name}); those are not supported yet.", WAY_OUT
+            )
+
+
+def _storage(x: Tensor) -> int:
+    """What two tensors have in common that are views of one."""
+    return x.untyped_storage()._cdata
+
+
+def _same_memory(one: Any, other: Any) -> bool:
+    """Whether two tensors are one, or views of one that show the same."""
+    return (
+        isinstance(one, Tensor)
+        and isinstance(other, Tensor)
+        and _storage(one) == _storage(other)
+        and (one.shape, one.stride(), one.storage_offset())
+        == (other.shape, other.stride(), other.storage_offset())
+    )
+
+
+def _run(model: PreTrainedModel) -> tuple[list[_Call], _Reads, dict[str, int]]:
+    """Every call of a module in the order they began, what was made from what, and where tensors were."""
+    calls: list[_Call] = []
+    running: list[_Call] = []
+    reads = _Reads()
+
+    def begins(path: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            handed = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+            call = _Call(path, module, args, dict(kwargs), [(x, x._version) for x in handed])
+            calls.append(call)
+            running.append(call)
+
+        return hook
+
+    def ends(_: nn.Module, __: Any, output: Any) -> None:
+        running.pop().output = output
+
+    with ExitStack() as stack:
+        for path, module in model.named_modules():
+            for handle in (
+                module.register_forward_pre_hook(begins(path), with_kwargs=True),
+                module.register_forward_hook(ends),
+            ):
+                stack.callback(handle.remove)
+        # of a model that does not run we tell ourselves
+        traces = logging.getLogger(FakeTensorMode.__module__)
+        stack.callback(setattr, traces, "disabled", traces.disabled)
+        traces.disabled = True
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        tensors = {
+            name: torch.empty(tensor.shape, dtype=tensor.dtype)
+            for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        }
+        stack.enter_context(reads)
+        text = {"input_ids": torch.zeros(SHAPE, dtype=torch.long), "use_cache": False}
+        try:
+            functional_call(model, tensors, kwargs=text)
+        except Exception as error:  # it can be in need of as many things as there are models
+            why = " ".join(str(error).split())
+            raise SourceError(
+                f"{_type(model)} does not run on the ids of a text alone: {why.rstrip('.')}.", WAY_OUT
+            ) from error
+    return calls, reads, {name: _storage(tensor) for name, tensor in tensors.items()}
+
+
+def _block_list(model: PreTrainedModel, calls: Sequence[_Call]) -> str:
+    """The path of the largest list of modules that are called."""
+    called = {call.path.rpartition(".")[0] for call in calls}
+    sizes = {
+        path: sum(parameter.numel() for parameter in module.parameters())
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and path in called
+    }
+    if not sizes:
+        raise SourceError("config.json means a model without blocks that could be taken one by one.", WAY_OUT)
+    blocks = max(sizes, key=sizes.__getitem__)
+    others = [
+        path
+        for path, size in sizes.items()
+        if size > sizes[blocks] / 10 and not f"{path}.".startswith(f"{blocks}.")
+    ]
+    if others:
+        raise SourceError(
+            f"{_type(model)} has two lists of blocks, {blocks} and {others[0]}; one can be walked.", WAY_OUT
+        )
+    return blocks
+
+
+def _block_calls(model: PreTrainedModel, blocks: str, calls: Sequence[_Call]) -> list[_Call]:
+    """The call of every block; SourceError where one is called twice, or out of order."""
+    found = [call for call in calls if call.path.rpartition(".")[0] == blocks]
+    order = [call.path.rpartition(".")[2] for call in found]
+    count = len(model.get_submodule(blocks))  # type: ignore[arg-type]
+    if order != [str(i) for i in range(count)]:
+        shown = ", ".join(order[:8]) + (", ..." if len(order) > 8 else "")
+        raise SourceError(
+            f"on text {_type(model)} runs of its {count} blocks {shown}; it can be taken block by block only "
+            "if each is run once, one after another.",
+            WAY_OUT,
+        )
+    for name, module in model.get_submodule(blocks).named_modules():
+        # of models that take images too, text may look ahead in a prompt; they are run as they run on text
+        if getattr(module, "is_causal", True) is False and not hasattr(model.config, "vision_config"):
+            raise SourceError(
+                f"{_type(model)} is an encoder, or works with one: {blocks}.{name} is not causal.", WAY_OUT
+            )
+    owner: dict[int, str] = {}
+    for call in found:
+        for parameter in call.module.parameters():
+            if owner.setdefault(id(parameter), call.path) != call.path:
+                raise SourceError(f"{owner[id(parameter)]} and {call.path} share weights.", WAY_OUT)
+    return found
+
+
+def _check_chain(blocks: Sequence[_Call], reads: _Reads) -> None:
+    """Raise SourceError where more goes from block to block than the hidden states and what blocks share.
+
+    What they write into a dictionary that all are handed (shared keys and values) stays there.
+    """
+    for before, call in pairwise(blocks):
+        if not _same_memory(_hidden(call), before.given):
+            raise SourceError(
+                f"{call.path} is not handed what {before.path} gives, but something made of it.", WAY_OUT
+            )
+    given: set[int] = set()
+    for call in blocks:
+        hidden = _hidden(call)
+        for name, value in (*enumerate(call.args), *call.kwargs.items()):
+            for x in () if isinstance(value, dict) else tree_leaves(value):
+                if isinstance(x, Tensor) and x is not hidden and given & reads.behind(x):
+                    raise SourceError(
+                        f"{call.path} is handed {name}, which earlier blocks have made.", WAY_OUT
+                    )
+        for x, version in call.versions:
+            if x is not hidden and x._version != version:
+                raise SourceError(f"{call.path} writes into a tensor that it is handed.", WAY_OUT)
+        given |= {_storage(x) for x in tree_leaves(call.output) if isinstance(x, Tensor)}
+
+
+def _hidden(call: _Call) -> Tensor:
+    """The hidden states among the arguments of a block's call."""
+    found = call.args[0] if call.args else call.kwargs.get("hidden_states")
+    if not isinstance(found, Tensor) or SHAPE[0] not in found.shape:
+        raise SourceError(f"{call.path} is not handed hidden states of every sample.", WAY_OUT)
+    return found
+
+
+def _check_linears(
+    model: PreTrainedModel,
+    blocks: str,
+    linears: dict[str, nn.Linear],
+    dense: dict[str, str],
+    calls: Sequence[_Call],
+) -> None:
+    """Raise SourceError where the linears of the blocks are not what their work is done by."""
+    matrices = {
+        name: parameter.numel()
+        for name, parameter in model.get_submodule(blocks).named_parameters()
+        if parameter.dim() >= 2
+    }
+    of_linears = sum(linear.weight.numel() for linear in linears.values())
+    if 2 * of_linears < sum(matrices.values()):
+        other = max(
+            (name for name in matrices if f"{blocks}.{name.rpartition('.')[0]}" not in linears),
+            key=matrices.__getitem__,
+        )
+        kind = type(model.get_submodule(f"{blocks}.{other.rpartition('.')[0]}")).__name__
+        raise SourceError(
+            f"{_type(model)} keeps most weights of its blocks in {kind}, not in nn.Linear: {blocks}.{other}.",
+            WAY_OUT,
+        )
+    times = Counter(call.path for call in calls)
+    never = [name for name in linears if not times[name] and name not in dense]
+    if never:
+        more = f" (and {len(never) - 1} more)" if len(never) > 1 else ""
+        raise SourceError(f"{never[0]}{more} is never called on text: its inputs are not known.", WAY_OUT)
+    often = [name for name in linears if times[name] > 1 and name not in dense]
+    if often:
+        raise SourceError(
+            f"{often[0]} is called {times[often[0]]} times in its block, with inputs that differ.", WAY_OUT
+        )
+
+
+def _parts(block: str, calls: Sequence[_Call], dense: dict[str, str]) -> Iterator[Part]:
+    """The parts of a block, from the calls inside of it."""
+    stages: dict[tuple[Any, ...], list[str]] = {}
+    output_of: dict[str, Tensor] = {}
+    for call in calls:
+        if isinstance(call.module, nn.Linear) and call.path not in dense:
+            path = call.path.removeprefix(f"{block}.")
+            x = call.args[0] if call.args else call.kwargs["input"]
+            # what parallel parts read is one tensor too, but they are fused by no engine
+            key = (path.rpartition(".")[0], _storage(x), x.storage_offset(), x.numel(), call.versions[0][1])
+            if path not in output_of:
+                stages.setdefault(key, []).append(path)
+            output_of[path] = call.output
+    ordered = [tuple(stage) for stage in stages.values()]
+    while ordered:
+        child = ordered[0][0].partition(".")[0]
+        count = next(
+            (i for i, stage in enumerate(ordered) if stage[0].partition(".")[0] != child), len(ordered)
+        )
+        mine, ordered = ordered[:count], ordered[count:]
+        whole = [call for call in calls if call.path == f"{block}.{child}"]
+        yield _part(child, tuple(mine), whole, output_of, ordered)
+
+
+def _part(
+    child: str,
+    stages: tuple[Stage, ...],
+    calls: Sequence[_Call],
+    output_of: dict[str, Tensor],
+    later: Sequence[Stage],
+) -> Part:
+    """The part of a block's child; without a module unless its output is its last linear's."""
+    last = stages[-1]
+    again = any(stage[0].partition(".")[0] == child for stage in later)
+    if len(last) == 1 and len(calls) == 1 and not again:
+        output, pair = calls[0].output, False
+        if isinstance(output, tuple) and len(output) == 2:
+            weights = output[1]
+            pair = weights is None or (isinstance(weights, Tensor) and weights.dim() == 4)
+            output = output[0] if pair else None
+        if _same_memory(output, output_of[last[0]]):
+            return Part(child, stages, pair)
+    return Part("", stages)

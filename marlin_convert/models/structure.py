@@ -1,0 +1,66 @@
+"""What a model is made of for us: its blocks, the stages they work in, and what stays dense."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+# The linears of a block, by their paths inside it, that read one input: engines fuse them into one matrix.
+Stage = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A submodule of a block whose last operation is its last linear; stages run in order.
+
+    `pair` says that the submodule returns (output, attention weights) and not the output alone. Stages that
+    no submodule ends with make a part whose `module` is "".
+    """
+
+    module: str
+    stages: tuple[Stage, ...]
+    pair: bool = False
+
+    @property
+    def last(self) -> Stage:
+        """The stage whose output is the submodule's."""
+        return self.stages[-1]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """`blocks` is the module path of the list of decoder blocks, `parts` what each of them runs in order.
+
+    `dense` has every linear that is never quantized, by its path in the model, and why; `returns` of every
+    block how many values it returns as a tuple, 0 for a tensor alone; `batch_axis` is that of the hidden
+    states; `idle` are the parameters and buffers outside of the blocks that a text never reads.
+    """
+
+    blocks: str
+    parts: tuple[tuple[Part, ...], ...]
+    dense: Mapping[str, str]
+    returns: tuple[int, ...]
+    batch_axis: int
+    idle: frozenset[str]
+
+    def stages(self, block: int) -> tuple[Stage, ...]:
+        """The stages of a block in the order they run."""
+        return tuple(stage for part in self.parts[block] for stage in part.stages)
+
+    def stage_of(self, linear: str) -> Stage | None:
+        """The stage that a linear (by its path in the model) works in, None if it stays dense."""
+        return self._stages.get(linear)
+
+    def block_of(self, name: str) -> int | None:
+        """The number of the block that a module or tensor is inside of, None if it is in no block."""
+        number, _, rest = name.removeprefix(f"{self.blocks}.").partition(".")
+        inside = name.startswith(f"{self.blocks}.") and bool(rest) and number.isdecimal()
+        return int(number) if inside and int(number) < len(self.parts) else None
+
+    @cached_property
+    def _stages(self) -> dict[str, Stage]:
+        return {
+            f"{self.blocks}.{number}.{linear}": stage
+            for number in range(len(self.parts))
+            for stage in self.stages(number)
+            for linear in stage
+        }
