@@ -37,12 +37,12 @@ FAST = ("--samples", 4, "--sequence-length", 64)
 # Models that take images too
 
 TEXT: dict[str, Any] = {
-    "vocab_size": 512,
+    "vocab_size": 4096,
     "hidden_size": 128,
     "intermediate_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
-    "num_key_value_heads": 1,
+    "num_key_value_heads": 2,
     "max_position_embeddings": 128,
     "pad_token_id": 0,
 }
@@ -103,8 +103,7 @@ def wrapper(request, tmp_path_factory) -> tuple[str, PreTrainedModel, Path]:
     name, settings, old = WRAPPERS[request.param]
     torch.manual_seed(3)
     model = class_of(request.param)(getattr(transformers, f"{name}Config")(**settings)).eval()
-    directory = tmp_path_factory.mktemp("wrapper") / request.param
-    model.save_pretrained(directory)
+    directory = tiny_models.save(model, tmp_path_factory.mktemp("wrapper") / request.param)
     assert f"{old}.weight" in load_file(directory / SHARD)
     return request.param, model, directory
 
@@ -191,13 +190,32 @@ def test_transformers_finds_packed_linears_under_old_names(wrapper, tmp_path):
     module = loaded.get_submodule(Q)
     assert isinstance(module, MarlinLinear)
     assert torch.equal(module.B, tensors[f"{old}.B"]) and torch.equal(module.s, tensors[f"{old}.s"])
-    # and refuses a class that has no such linear
-    with pytest.raises(SourceError, match="is packed in the files, and no linear of LlamaForCausalLM"):
+    # and refuses a class that has no such linear; those of Qwen2-VL were called as Llama's are
+    said = "is packed in the files, and no linear of LlamaForCausalLM|its config.json means"
+    with pytest.raises(SourceError, match=said):
         text = json.loads((directory / "config.json").read_text())["text_config"]
         settings = {key: text[key] for key in TEXT if key in text} | {"head_dim": 32}
         transformers.LlamaForCausalLM.from_pretrained(source, config=transformers.LlamaConfig(
             **settings, quantization_config={"quant_method": "marlin", "bits": 4, "group_size": 128},
         ))  # fmt: skip
+
+
+def test_a_conversion_keeps_the_names_of_its_source_and_loads(wrapper, tmp_path, cli: Cli):
+    kind, _, directory = wrapper
+    text, output = tiny_models.text(tmp_path), tmp_path / "out"
+    (tmp_path / "source").mkdir()
+    source = Path(shutil.copytree(directory, tmp_path / "source", dirs_exist_ok=True))
+    (source / "preprocessor_config.json").write_text("{}")
+    words = ("--calibration", text, *FAST, "--dtype", "bfloat16")
+    done = cli("quantize", source, "-o", output, "--format", "marlin", *words)
+    assert done.exit_code == 0, done.output
+    assert (output / "preprocessor_config.json").read_text() == "{}"
+    old, written = WRAPPERS[kind][2], load_file(output / SHARD).keys()
+    dense = {name for name in load_file(source / SHARD) if name.removesuffix("weight") + "B" not in written}
+    assert f"{old}.B" in written and dense <= written
+    checks = ("--checks", "files,layout,numbers,generate")
+    found = cli("verify", output, "--source", source, "--text", text, *FAST, *checks)
+    assert found.exit_code == 0 and "greedy tokens by transformers" in found.stdout, found.output
 
 
 def test_a_source_is_compared_by_parameters_whatever_its_names(wrapper, tmp_path):
