@@ -21,6 +21,7 @@ from marlin_convert.fates import DTYPES, fates_of, usual_group_size
 from marlin_convert.formats import mixtures
 from marlin_convert.matrix import Fate
 from marlin_convert.models.discover import discover
+from marlin_convert.models.names import beside
 from marlin_convert.models.structure import Stage, Structure
 from marlin_convert.models.tree import check_names, claims_tied, module_tree
 from marlin_convert.quantized import QuantizedLinear
@@ -38,8 +39,8 @@ class Plan:
 
     `repack` says that the codes of the source are kept; the model computes in `dtype`; `fates` are of all
     matrices, by name; `specs` are the tensors to be written, `owner` maps those that belong to a matrix that
-    is worked on to (its name, suffix); `left_out` are source tensors not written; `config` becomes the
-    config.json.
+    is worked on to (its name, suffix); `left_out` are source tensors not written, `beside` those that are
+    written and no part of the model as it is built; `config` becomes the config.json.
     """
 
     structure: Structure
@@ -51,6 +52,7 @@ class Plan:
     specs: tuple[TensorSpec, ...]
     owner: Mapping[str, tuple[str, str]]
     left_out: tuple[str, ...]
+    beside: tuple[str, ...]
     notes: tuple[str, ...]
     source_bytes: int
     vocabulary: int
@@ -209,6 +211,7 @@ def make_plan(
         specs=tuple(specs),
         owner=owner,
         left_out=tuple(left_out),
+        beside=tuple(beside(checkpoint.tensors, model)),
         notes=(*_source_notes(weights, model), *_notes(fates, recipe, weights if repack else None)),
         source_bytes=sum(info.end - info.start for info in checkpoint.tensors.values()),
         vocabulary=model.config.get_text_config().vocab_size,
@@ -273,6 +276,8 @@ def _within_positions(recipe: Recipe, model: PreTrainedModel) -> Recipe:
 
 def _source_notes(weights: Weights, model: PreTrainedModel) -> Iterator[str]:
     """In what the source is not quite what it says."""
+    if weights.stored_in:
+        yield f"stored in {weights.stored_in}: read as floats"
     if weights.disregarded:
         yield f"{weights.disregarded}: they are taken as they are, and the words left out"
     if weights.scheme is not None and weights.scheme.beyond:
@@ -363,8 +368,9 @@ def _specs(
                 owner[f"{linear}.{suffix}"] = (linear, suffix)
                 specs.append(TensorSpec(f"{linear}.{suffix}", dtype, shape))
         else:
-            written = DTYPES.get(recipe.dtype) or weights.dtype(name)
-            specs.append(TensorSpec(name, written, shapes[name]))
+            stored = weights.dtype(name)
+            written = DTYPES.get(recipe.dtype, stored) if stored.is_floating_point else stored
+            specs.append(TensorSpec(name, written, shapes.get(name) or weights.shape(name)))
 
     def block(spec: TensorSpec) -> float:
         number = structure.block_of(spec.name)

@@ -160,7 +160,9 @@ def _convert(
     """Write the shards; returns their sha256, the manifest's rows of what was worked on, and the replays."""
     rows: list[dict[str, Any]] = done["matrices"]
     with ExitStack() as stack:
-        writer = stack.enter_context(ShardWriter(job.run.staging, plan.specs, job.max_shard_size))
+        writer = stack.enter_context(
+            ShardWriter(job.run.staging, plan.specs, job.max_shard_size, weights.on_disk)
+        )
         writer.resume(done["tensors"])
         codes: Codes
         if calibration is not None and done["blocks"] < plan.blocks:
@@ -245,6 +247,7 @@ def _settings(job: Job, plan: Plan, weights: Weights, calibration: Calibration |
             "name": job.source.name,
             "commit": job.source.commit,
             "quantization": weights.scheme.format if weights.scheme else None,
+            **({"stored_in": weights.stored_in} if weights.stored_in else {}),
             # of ours: which one it was
             **({"manifest": sha256_file(job.source.directory / MANIFEST)} if before else {}),
             "fingerprint": weights.checkpoint.fingerprint(),
@@ -381,6 +384,7 @@ def _assemble(
         "bits_per_weight": round(plan.bits_per_weight, 4),
         "matrices": [*rows, *(fate.row() for fate in plan.dense)],
         "left_out": list(plan.left_out),
+        "beside": list(plan.beside),
         "left_behind": left_behind,
         "files": {
             name: {"sha256": files[name], "size": (staging / name).stat().st_size} for name in sorted(files)

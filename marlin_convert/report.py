@@ -33,6 +33,7 @@ def plan_json(plan: "Plan") -> dict[str, Any]:
         "matrices": [fate.row() for fate in plan.fates.values()],
         "sparsity": plan.sparsity,
         "left_out": list(plan.left_out),
+        "beside": list(plan.beside),
         "notes": list(plan.notes),
         "bits_per_weight": round(plan.bits_per_weight, 4),
         "source_bytes": plan.source_bytes,
@@ -67,7 +68,7 @@ def plan_text(plan: "Plan", job: "Job") -> str:
         )
     needs = estimate(plan, job.device)
     lines.append(f"  on {job.device}: about {_time(needs.seconds)}, {_size(needs.memory)} of memory")
-    lines += [f"  {line}" for line in left_out(plan)]
+    lines += [f"  {line}" for line in (*left_out(plan), *beside(plan))]
     lines += [f"  note: {note}" for note in plan.notes]
     return "\n".join(lines)
 
@@ -118,6 +119,14 @@ def left_out(plan: "Plan") -> list[str]:
     ]
 
 
+def beside(plan: "Plan") -> list[str]:
+    """The tensors that are written and of no part of the model as it is built, on one line."""
+    if not plan.beside:
+        return []
+    more = f" and {len(plan.beside) - 1} more" * (len(plan.beside) > 1)
+    return [f"copied, no part of the model that is built: {plan.beside[0]}{more}"]
+
+
 def summary(done: "Report") -> dict[str, Any]:
     """What was done, as data: the manifest and this run's figures."""
     return {
@@ -142,7 +151,7 @@ def summary_text(done: "Report", job: "Job") -> str:
     lines += [f"rounded to nearest: {row['name']}" for row in rows if row.get("rounded_to_nearest")]
     lines += [f"not 2:4: {fate.name}, as {fate.layout.format} ({fate.reason})" for fate in plan.unpruned]
     lines += [f"{_left(plan)}: {names} ({reason})" for names, reason in _dense(plan)]
-    lines += left_out(plan)
+    lines += [*left_out(plan), *beside(plan)]
     if done.manifest["left_behind"]:
         lines.append(f"not copied from the source: {', '.join(done.manifest['left_behind'])}")
     lines += [f"note: {note}" for note in plan.notes]
@@ -226,6 +235,7 @@ def html(manifest: dict[str, Any]) -> str:
     behind = [f"tensor {name}" for name in manifest["left_out"]] + manifest["left_behind"]
     behind += [f"{fate.name} is not 2:4 ({fate.reason})" for fate in fates if fate.packed and fate.reason]
     left = "".join(f"<li>{markup.escape(name)}" for name in behind)
+    beside = "".join(f"<li>{markup.escape(name)}" for name in manifest["beside"])
     title = markup.escape(f"{source['name']} in {recipe['format']}, {_groups(fates)}")
     return (
         f"{PAGE}<title>{title}</title><style>{_STYLE}</style>"
@@ -234,6 +244,7 @@ def html(manifest: dict[str, Any]) -> str:
         f"Error: ||x(W - W<sub>q</sub>)|| / ||xW|| on the calibration text.</p>{_plot(rows)}"
         f"<p>Left dense: {'' if dense else 'nothing'}</p><ul>{dense}</ul>"
         f"<p>Left out, or not as asked: {'' if left else 'nothing'}</p><ul>{left}</ul>"
+        f"<p>Copied, no part of the model that is built: {'' if beside else 'nothing'}</p><ul>{beside}</ul>"
         f"<table><tr><th>linear<th>inputs<th>outputs<th>error<th>{table}</table></html>\n"
     )
 

@@ -421,6 +421,8 @@ def test_companions(tmp_path):
         "chat_template.json",
         "generation_config.json",
         "merges.txt",
+        "preprocessor_config.json",
+        "processor_config.json",
         "qwen.tiktoken",
         "special_tokens_map.json",
         "spiece.model",
@@ -429,6 +431,7 @@ def test_companions(tmp_path):
         "tokenizer.model",
         "tokenizer.model.v3",
         "tokenizer_config.json",
+        "video_preprocessor_config.json",
         "vocab.json",
         "vocab.txt",
     ]

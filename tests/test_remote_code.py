@@ -27,6 +27,7 @@ CODE = {
     "layers.py": "from .constants import SCALE\n",
     "constants.py": "SCALE = 1\n",
     "train.py": "import os\n\nos.remove('everything')\n",
+    "processing_tiny.py": "class Images:\n    pass\n",
     "tokenization_tiny.py": "from transformers import PreTrainedTokenizerFast\n\n\n"
     "class TinyTokenizer(PreTrainedTokenizerFast):\n    pass\n",
 }
@@ -45,6 +46,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         auto_map={"AutoTokenizer": [None, "tokenization_tiny.TinyTokenizer"]},
     )
     (directory / "preprocessor_config.json").write_text("{}")
+    edit(directory / "preprocessor_config.json", auto_map={"AutoImageProcessor": "processing_tiny.Images"})
     return directory
 
 
@@ -74,7 +76,7 @@ def test_without_trust_neither_comes(cli: Cli, source: Path, tmp_path: Path) -> 
     output = tmp_path / "out"
     said = quantize(cli, source, output, "--report", tmp_path / "report.html").stdout
     assert not list(output.glob("*.py"))
-    for name in ("config.json", "tokenizer_config.json"):
+    for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json"):
         before, after = settings(source, name), settings(output, name)
         assert not {"auto_map", "custom_pipelines"} & after.keys()
         after.pop("quantization_config", None)
@@ -85,8 +87,9 @@ def test_without_trust_neither_comes(cli: Cli, source: Path, tmp_path: Path) -> 
         "auto_map of config.json",
         "custom_pipelines of config.json",
         "auto_map of tokenizer_config.json",
+        "auto_map of preprocessor_config.json",
     ]
-    assert behind == [*named, *sorted([*CODE, "preprocessor_config.json"])]
+    assert behind == [*named, *sorted(CODE)]
     assert f"not copied from the source: {', '.join(behind)}" in said
     page = (tmp_path / "report.html").read_text()
     assert all(f"<li>{name}" in page for name in behind)
@@ -100,9 +103,9 @@ def test_with_trust_both_come(cli: Cli, source: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     said = quantize(cli, source, output, "--trust-remote-code").stdout
     assert {path.name for path in output.glob("*.py")} == NAMED
-    for name in ("config.json", "tokenizer_config.json"):
+    for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json"):
         assert settings(output, name)["auto_map"] == settings(source, name)["auto_map"]
-    assert "not copied from the source: preprocessor_config.json, train.py" in said
+    assert "not copied from the source: train.py" in said
     # its own code is enough
     shutil.move(source, source.with_name("elsewhere"))
     same = shutil.copytree(output, tmp_path / "same")
@@ -126,7 +129,7 @@ def test_code_that_is_not_there_or_leads_out(cli: Cli, source: Path, tmp_path: P
     edit(model / "config.json", custom_pipelines={"x": {"impl": "../secret.Y"}})
     said = quantize(cli, model, tmp_path / "out", "--trust-remote-code").stdout
     assert {path.name for path in (tmp_path / "out").glob("*.py")} == {
-        "layers.py", "constants.py", "tokenization_tiny.py",
+        "layers.py", "constants.py", "processing_tiny.py", "tokenization_tiny.py",
     }  # fmt: skip
     assert "PASSWORD" not in "".join(path.read_text() for path in (tmp_path / "out").glob("*.py"))
     behind = settings(tmp_path / "out", "marlin_convert.json")["left_behind"]

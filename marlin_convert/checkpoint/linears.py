@@ -1,6 +1,7 @@
 """The weights of a checkpoint as floats, or as integer codes where they are quantized."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,8 +9,8 @@ import torch
 from torch import Tensor
 
 from marlin_convert import formats
+from marlin_convert.checkpoint import fp8, names
 from marlin_convert.checkpoint import manifest as manifests
-from marlin_convert.checkpoint import names
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.errors import FormatError, SourceError
 from marlin_convert.formats.bounds import float16_scales
@@ -18,6 +19,8 @@ from marlin_convert.quantized import QuantizedLinear, contiguous_groups
 
 # The types of parameters, as safetensors calls them.
 FLOATS = ("F16", "BF16", "F32")
+# The one integer that modules of torch keep among their floats: batch normalization's, in vision towers.
+COUNTER = ".num_batches_tracked"
 
 
 # The suffix of its codes tells the layout of a packed linear, but for GPTQ's and AWQ's, which share one.
@@ -36,12 +39,17 @@ class Peculiarities:
 class Weights:
     """Every parameter of a checkpoint, dense or packed, under its dense name.
 
-    `checkpoint` has the tensors by the parameter that they are, `renamed` those called otherwise on disk.
-    `disregarded` is what a config says of packed linears where none is packed, in any layout.
+    `checkpoint` has the tensors by the parameter that they are, `renamed` those called otherwise on disk and
+    written under their full names.
+    `disregarded` is what a config says of packed linears where none is packed, in any layout. `scaled` has
+    the scales of weights stored in fp8, which are none of the tensors.
     """
 
     def __init__(self, checkpoint: Checkpoint):
-        """SourceError when the linears are packed in another layout than the config says."""
+        """SourceError when the linears are packed in another layout than the config says.
+
+        And for weights in fp8 that have no scales, or not those that the config says.
+        """
         tied = checkpoint.config.get("tie_word_embeddings") is True
         found = names.parameters(checkpoint.tensors, tied=tied)
         self.renamed = {full: name for full, name in found.items() if full != name}
@@ -52,8 +60,11 @@ class Weights:
         config = checkpoint.quantization_config
         self.scheme: formats.Scheme | None = None
         self.disregarded: str | None = None
+        self.scaled: dict[str, fp8.Scales] = {}
         self._schemes: dict[str, formats.Scheme] = {}
         self._same: dict[tuple[str, str], bool] = {}
+        self._on_disk: dict[str, str] = {}
+        self._modules_on_disk: dict[str, str] = {}
         if _is_mlx(checkpoint):
             raise SourceError(
                 f"{checkpoint.directory.name} is quantized by MLX, whose layout is not read.",
@@ -61,6 +72,9 @@ class Weights:
             )
         if config and _is_dense(checkpoint):
             self.disregarded = f"{checkpoint.said_in} says that weights are quantized, and none is packed"
+        elif config and (blocks := fp8.blocks(config)):
+            tensors, self.scaled = fp8.pair(checkpoint.tensors, blocks)
+            self.checkpoint = replace(checkpoint, tensors=tensors)
         elif config:
             self.scheme = formats.detect(config)
             layout = _layout(checkpoint)
@@ -91,6 +105,48 @@ class Weights:
             hint = "they are packed in another layout; make the config say which."
         return SourceError(said, hint)
 
+    def rename(self, parameter: Callable[[str], str | None]) -> None:
+        """Take every tensor for the parameter that it is by its name; files keep the name, as `on_disk` says.
+
+        `parameter` gives None for what is none. SourceError when two are one parameter.
+        """
+        found = {name: self._parameter(name, parameter) for name in sorted(self.checkpoint.tensors)}
+        if all(name == full for name, full in found.items()):
+            return
+        twice = [full for full, count in Counter(found.values()).items() if count > 1]
+        if twice:
+            both = " and ".join(name for name, full in found.items() if full == twice[0])
+            raise SourceError(
+                f"{both} are both {twice[0]}.",
+                "remove the one that does not count, and save the model again.",
+            )
+        for name, full in found.items():
+            (module, _, suffix), (of, _, last) = name.rpartition("."), full.rpartition(".")
+            if name != full:
+                self._on_disk[full] = self._on_disk.pop(name, name)
+            if module != of and suffix == last:
+                self._modules_on_disk[of] = self._modules_on_disk.pop(module, module)
+        tensors = {found[name]: info for name, info in self.checkpoint.tensors.items()}
+        self.scaled = {found[name]: scales for name, scales in self.scaled.items()}
+        self.checkpoint = replace(self.checkpoint, tensors=tensors)
+
+    def _parameter(self, name: str, parameter: Callable[[str], str | None]) -> str:
+        """The parameter of a tensor, or what a packed linear's is called beside its weight."""
+        module, _, suffix = name.rpartition(".")
+        packed = self.is_packed(module) and suffix in self._suffixes(module)
+        # by its full name, or as it is in the files, where parts of some models have names without a prefix
+        for one in (name, self.checkpoint.tensors[name].name):
+            found = parameter(f"{one.removesuffix(suffix)}weight" if packed else one)
+            if found is not None:
+                return f"{found.removesuffix('weight')}{suffix}" if packed else found
+        return name
+
+    def on_disk(self, name: str) -> str:
+        """What a tensor is called in files: as in the source, or as what else is written of its module."""
+        module, _, suffix = name.rpartition(".")
+        known = self._modules_on_disk.get(module)
+        return self._on_disk.get(name) or (f"{known}.{suffix}" if known else name)
+
     def __contains__(self, name: str) -> bool:
         return name in self.checkpoint.tensors or self.is_packed(name.removesuffix(".weight"))
 
@@ -118,7 +174,10 @@ class Weights:
         """How a packed linear is stored."""
         assert self.scheme is not None
         if linear not in self._schemes:
-            self._schemes[linear] = self.scheme.of(linear)
+            own = self.scheme.of(linear)
+            if own is self.scheme:  # its maker may have known the module by the name that it has in the files
+                own = self.scheme.of(self._modules_on_disk.get(linear, linear))
+            self._schemes[linear] = own
         return self._schemes[linear]
 
     def _suffixes(self, linear: str) -> tuple[str, ...]:
@@ -209,15 +268,32 @@ class Weights:
             self._same[one, other] = torch.equal(a, b)
         return self._same[one, other]
 
-    def dtype(self, name: str) -> torch.dtype:
-        """The type of a parameter as it is stored; what is packed counts as the model's own type.
+    def check_scales(self) -> None:
+        """SourceError when scales of weights in fp8 are no scales; the weights are not read."""
+        for scales in self.scaled.values():
+            fp8.read_scales(scales)
 
-        SourceError when that is none of `FLOATS`.
+    @property
+    def stored_in(self) -> str | None:
+        """How weights are stored that are read as floats and are none: fp8, and what shares a scale."""
+        return " and ".join(sorted({str(scales) for scales in self.scaled.values()})) or None
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a parameter; what is packed is unpacked for it."""
+        if name in self.checkpoint.tensors:
+            return self.checkpoint.tensors[name].shape
+        layer = self.quantized(name.removesuffix(".weight"))
+        return (layer.n, layer.k)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type of a parameter as it is stored; what is packed or scaled counts as the model's own type.
+
+        SourceError when that is none of `FLOATS`, and the parameter no counter of batches.
         """
-        if name not in self.checkpoint.tensors:
+        if name not in self.checkpoint.tensors or name in self.scaled:
             return self.own_dtype
         info = self.checkpoint.tensors[name]
-        if info.code not in FLOATS:
+        if info.code not in FLOATS and not name.endswith(COUNTER):
             raise SourceError(
                 f"{name} is stored as {info.code}; {', '.join(FLOATS)} are read.",
                 "save the model in one of these types with transformers.",
@@ -246,7 +322,9 @@ class Weights:
         return getattr(torch, name)
 
     def read(self, name: str) -> Tensor:
-        """A parameter as floats: as stored, or dequantized to float32."""
+        """A parameter as floats: as stored, dequantized to float32, or scaled in the model's own type."""
+        if name in self.scaled:
+            return fp8.read(self.checkpoint.tensors[name], self.scaled[name], self.own_dtype)
         if name in self.checkpoint.tensors:
             self.dtype(name)  # it must be one that is read
             return self.checkpoint.read(name)

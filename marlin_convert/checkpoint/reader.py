@@ -67,6 +67,7 @@ COMPANIONS = (
     "special_tokens_map.json",
     "added_tokens.json",
     "generation_config.json",
+    "*processor_config.json",
     "chat_template*.json",
     "chat_template*.jinja",
     "additional_chat_templates/*.jinja",
@@ -105,6 +106,25 @@ class TensorInfo:
         import torch
 
         return getattr(torch, DTYPES[self.code][0])
+
+    def read(self) -> "torch.Tensor":
+        """Read it into memory of its own; raises SourceError if the file shrank or cannot be read."""
+        import torch
+
+        # Not a memory map: its pages would count as ours for as long as the system cares to keep them.
+        raw = torch.empty(self.end - self.start, dtype=torch.uint8)
+        view = raw.numpy().data
+        with reading(self.file), self.file.open("rb", buffering=0) as file:
+            file.seek(self.start)
+            while view:
+                count = file.readinto(view)
+                if not count:
+                    raise SourceError(
+                        f"'{self.file}' ends {len(view)} bytes early in tensor {self.name!r}.",
+                        "it changed since it was opened; start again.",
+                    )
+                view = view[count:]
+        return raw.view(self.dtype).reshape(self.shape)
 
 
 @dataclass(frozen=True)
@@ -174,24 +194,8 @@ class Checkpoint:
         )
 
     def read(self, name: str) -> "torch.Tensor":
-        """Read one tensor into memory of its own; raises SourceError if the file shrank or cannot be read."""
-        import torch
-
-        info = self.tensors[name]
-        # Not a memory map: its pages would count as ours for as long as the system cares to keep them.
-        raw = torch.empty(info.end - info.start, dtype=torch.uint8)
-        view = raw.numpy().data
-        with reading(info.file), info.file.open("rb", buffering=0) as file:
-            file.seek(info.start)
-            while view:
-                count = file.readinto(view)
-                if not count:
-                    raise SourceError(
-                        f"'{info.file}' ends {len(view)} bytes early in tensor {name!r}.",
-                        "it changed since it was opened; start again.",
-                    )
-                view = view[count:]
-        return raw.view(info.dtype).reshape(info.shape)
+        """Read one tensor, as `TensorInfo.read` does."""
+        return self.tensors[name].read()
 
     def companions(self) -> list[str]:
         """Name the files to carry over unchanged: tokenizer, generation, chat template and license files.

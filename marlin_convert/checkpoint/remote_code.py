@@ -12,7 +12,14 @@ from marlin_convert.checkpoint.reader import Checkpoint, belongs, json_file
 from marlin_convert.errors import SourceError
 
 # The JSON files that we carry over and that can name code, and the keys under which they do.
-NAMING = ("config.json", "tokenizer_config.json", "generation_config.json")
+NAMING = (
+    "config.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+)
 KEYS = ("auto_map", "custom_pipelines")
 
 

@@ -69,15 +69,25 @@ class ShardWriter:
     context manager: leaving it stops that thread, whatever happened, and keeps what was written for `resume`.
     """
 
-    def __init__(self, directory: Path, specs: Sequence[TensorSpec], max_shard_size: int):
-        """Lay out `specs` in shards of at most `max_shard_size` bytes; a larger tensor has its own."""
+    def __init__(
+        self,
+        directory: Path,
+        specs: Sequence[TensorSpec],
+        max_shard_size: int,
+        on_disk: Callable[[str], str] = str,
+    ):
+        """Lay out `specs` in shards of at most `max_shard_size` bytes; a larger tensor has its own.
+
+        `on_disk` gives the name that a tensor has in the files.
+        """
         # Each tensor begins where the one before ends. With sizes divisible by 8 first (nearly all, in the
         # order given), then by 4, then by 2, every one of them is aligned to its dtype.
         self._specs = sorted(specs, key=lambda spec: -min(spec.nbytes & -spec.nbytes or 8, 8))
-        if not specs or len({spec.name for spec in specs}) != len(specs):
+        self._on_disk = on_disk
+        if not specs or len({on_disk(spec.name) for spec in specs}) != len(specs):
             raise RuntimeError("tensor names must be unique, and there must be some")
         self.directory = directory
-        self._shards = _layout(self._specs, max_shard_size)
+        self._shards = _layout(self._specs, max_shard_size, on_disk)
         self._next = 0  # tensors handed in
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="shard-writer")
         self._pending: deque[Future[None]] = deque()
@@ -181,7 +191,7 @@ class ShardWriter:
                 "metadata": {"total_size": sum(spec.nbytes for spec in self._specs)},
                 "weight_map": dict(
                     sorted(
-                        (spec.name, shard.file)
+                        (self._on_disk(spec.name), shard.file)
                         for shard in self._shards
                         for spec in self._specs[shard.first : shard.first + len(shard.ends)]
                     )
@@ -393,7 +403,7 @@ def publish(partial: Path, output: Path, overwrite: bool) -> None:
     _fsync(output.parent)
 
 
-def _layout(specs: list[TensorSpec], max_shard_size: int) -> list[_Shard]:
+def _layout(specs: list[TensorSpec], max_shard_size: int, on_disk: Callable[[str], str]) -> list[_Shard]:
     groups: list[list[TensorSpec]] = []
     room = 0
     for spec in specs:
@@ -414,7 +424,7 @@ def _layout(specs: list[TensorSpec], max_shard_size: int) -> list[_Shard]:
         for spec in group:
             start, end = end, end + spec.nbytes
             ends.append(end)
-            entries[spec.name] = {
+            entries[on_disk(spec.name)] = {
                 "dtype": DTYPE_CODES[spec.dtype],
                 "shape": list(spec.shape),
                 "data_offsets": [start, end],

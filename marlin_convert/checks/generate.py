@@ -19,15 +19,13 @@ GENERATE_DIFFERENCE = 0.1
 @reporting
 def check(problems: list[str], subject: Subject) -> Check:
     """Load the directory by transformers alone, let it go on with random prompts, and weigh its tokens."""
-    from transformers import AutoModelForCausalLM
-
     directory = subject.weights.checkpoint.directory
     draw = torch.Generator().manual_seed(0)
     prompts = torch.randint(
         subject.model.config.get_text_config().vocab_size, (PROMPTS, PROMPT), generator=draw
     )
     try:
-        loaded: nn.Module = AutoModelForCausalLM.from_pretrained(
+        loaded: nn.Module = type(subject.model).from_pretrained(
             directory, dtype="auto", trust_remote_code=subject.trust_remote_code
         )
     except ImportError as error:

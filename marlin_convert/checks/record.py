@@ -24,7 +24,8 @@ def _problems(subject: Subject, fate: Fate) -> Iterator[str]:
         if weights.is_packed(fate.name):
             yield f"{fate.name} is packed, the manifest says that it is dense"
         elif (weight := weights.checkpoint.tensors.get(f"{fate.name}.weight")) is None:
-            yield f"{fate.name} of the manifest is not in the files"
+            if f"{fate.name}.weight" not in subject.model.all_tied_weights_keys:
+                yield f"{fate.name} of the manifest is not in the files"
         elif fate.k and weight.shape != (
             fate.n,
             fate.k,

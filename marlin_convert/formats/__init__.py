@@ -41,9 +41,14 @@ def detect(quantization_config: Mapping[str, Any]) -> Scheme:
         raise FormatError(str(error), error.hint or _START_OVER) from error
 
 
-def _detect(config: Mapping[str, Any]) -> Scheme:
+def method_of(config: Mapping[str, Any]) -> str | None:
+    """What a quantization_config calls its method, in one word for each; None where it names none."""
     said = config.get("quant_method") or config.get("method") or _implied_method(config)
-    method = said and _METHODS.get(str(said).lower(), str(said).lower())
+    return said and _METHODS.get(str(said).lower(), str(said).lower())
+
+
+def _detect(config: Mapping[str, Any]) -> Scheme:
+    method = method_of(config)
     if method == "compressed-tensors":
         scheme = compressed_tensors.read_config(config)
         return marlin_24.checked(scheme) if scheme.format == "marlin-24" else scheme

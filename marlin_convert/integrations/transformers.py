@@ -8,7 +8,7 @@ else, transformers would find no weights and go on with random ones.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -25,6 +25,9 @@ from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.errors import SourceError
 from marlin_convert.kernels.matmul import LINEARS, PackedLinear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 METHODS = ("marlin", "marlin_24")
 
@@ -43,9 +46,11 @@ class MarlinQuantizer(HfQuantizer):
     requires_calibration = True  # what is not quantized yet is `marlin-convert quantize`'s to do
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, checkpoint_files: list[str] | None = None, **others: Any
+        self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **others: Any
     ) -> None:
         """Replace the linears that are packed in the files; SourceError if these are not of the model."""
+        from marlin_convert.models.names import Names  # there are no models yet where this file is imported
+
         if not checkpoint_files:
             raise SourceError(
                 "packed linears are loaded from a checkpoint's files, not from a state_dict.",
@@ -54,13 +59,19 @@ class MarlinQuantizer(HfQuantizer):
         weights = Weights(Checkpoint.open(Path(checkpoint_files[0]).parent))
         if weights.disregarded:
             raise SourceError(f"{weights.disregarded}.", "take the quantization_config out of config.json.")
-        packed = set(weights.packed_linears())
-        for name, module in list(model.named_modules()):
-            # a model without a head lacks the prefix that its layers have in the files
-            names = (name, f"{model.base_model_prefix}.{name}")
-            stored = next((name for name in names if name in packed), None)
-            if stored is not None and isinstance(module, nn.Linear):
-                model.set_submodule(name, _packed(module, weights, stored))
+        # in the files they may have a prefix that this class has not, as one without a head, or older names
+        weights.rename(Names(model).parameter)
+        for name in weights.packed_linears():
+            try:
+                module = model.get_submodule(name)
+            except AttributeError:
+                module = None
+            if not isinstance(module, nn.Linear):
+                raise SourceError(
+                    f"{name} is packed in the files, and no linear of {type(model).__name__}.",
+                    "load it with the class that config.json names under architectures.",
+                )
+            model.set_submodule(name, _packed(module, weights, name))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **others: Any) -> nn.Module:
         """Look at what was loaded: SourceError if it was split, KernelError for scales too large."""

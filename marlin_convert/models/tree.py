@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.errors import SourceError
 from marlin_convert.models.discover import discover
+from marlin_convert.models.names import Names, beside
 
 OTHER_MODEL = "the config.json may be of another model; fetch the model again."
 
@@ -50,6 +51,7 @@ _OF_A_ROUNDING = re.compile(r"\.(weight|input|output)_(scale|zero_point|g_idx|sh
 def module_tree(weights: Weights, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model of a checkpoint as transformers builds it, with every tensor on the meta device.
 
+    The tensors of `weights` get the names of its parameters.
     Its config has a head that is not the embedding where one with other values is stored, whatever the
     config.json says: so transformers loads it.
     """
@@ -71,6 +73,7 @@ def module_tree(weights: Weights, *, trust_remote_code: bool = False) -> PreTrai
                 setattr(one, flag, value)
         settings._attn_implementation = None  # what transformers takes by itself, whatever is asked for
         model = _on_meta(settings, trust_remote_code)
+    weights.rename(Names(model).parameter)
     if any(
         name in weights and of in weights and not weights.same(name, of)
         for name, of in model.all_tied_weights_keys.items()
@@ -148,13 +151,20 @@ def check_names(weights: Weights, model: PreTrainedModel, *, requantize: bool = 
     """Compare the tensors with the architecture's; returns those that are known to be left out.
 
     To `requantize` leaves the scales of a rounding that was not carried out too.
-    SourceError names what is missing, what is not of the architecture or of a type that is not read, and what
-    is there dense and packed.
+    SourceError names what is missing, what is not of the architecture or of a type that is not read, scales
+    that are none, and what is there dense and packed.
     """
     source = weights.checkpoint.directory.name
     tied = model.all_tied_weights_keys.keys()
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    expected = shapes.keys()
+    expected, names = shapes.keys(), Names(model)
+    known = {name for name in weights.packed_names() if f"{name.rpartition('.')[0]}.weight" in expected}
+    foreign = sorted(weights.checkpoint.tensors.keys() - expected - known)
+    if converted := [name for name in foreign if names.is_converted(name)]:
+        raise SourceError(
+            f"{_some(converted)} in {source}: transformers splits or joins them while it loads them.",
+            "that is not done here: load the model with transformers, and save its state_dict().",
+        )
     missing = sorted(name for name in expected - tied if name not in weights)
     if missing:
         raise SourceError(
@@ -167,12 +177,11 @@ def check_names(weights: Weights, model: PreTrainedModel, *, requantize: bool = 
             )
         if name in expected:
             weights.dtype(name)  # it must be one that is read
+    weights.check_scales()
     packed = {f"{linear}.weight" for linear in weights.packed_linears()}
     twice = sorted(packed & weights.checkpoint.tensors.keys())
     if twice:
         raise SourceError(f"{_some(twice)} in {source} both dense and packed.", OTHER_MODEL)
-    known = {name for name in weights.packed_names() if f"{name.rpartition('.')[0]}.weight" in expected}
-    foreign = sorted(weights.checkpoint.tensors.keys() - expected - known)
     unrounded = [name for name in foreign if weights.disregarded and _OF_A_ROUNDING.search(name)]
     if unrounded and not requantize:
         raise SourceError(
@@ -182,7 +191,8 @@ def check_names(weights: Weights, model: PreTrainedModel, *, requantize: bool = 
     left_out = unrounded + [
         name for name in foreign if _NO_PARAMETER.search(name) or _is_idle_bias(weights, name)
     ]
-    strangers = [name for name in foreign if name not in left_out]
+    with_place = {*left_out, *filter(names.is_beside, foreign)}
+    strangers = [name for name in foreign if name not in with_place]
     if strangers:
         raise SourceError(
             f"{_some(strangers)} in {source} not of the architecture.",
@@ -198,10 +208,11 @@ def _way_to_names(wrong: Sequence[str], weights: Weights, model: PreTrainedModel
         return f"{weights.disregarded}; fetch the model again."
     if list(wrong) == ["lm_head.weight"]:
         return "if the embedding is the head too, config.json must say tie_word_embeddings = true."
+    further = set(beside(weights.checkpoint.tensors, model))
     numbers = {
         name.removeprefix(blocks).partition(".")[0]
         for name in weights.checkpoint.tensors
-        if name.startswith(blocks)
+        if name.startswith(blocks) and name not in further
     }
     if not numbers:
         first = next(iter(weights.checkpoint.tensors))

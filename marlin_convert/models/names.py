@@ -1,0 +1,73 @@
+"""What transformers takes the tensors of a checkpoint for: which parameter each is, and which are left out.
+
+Vision-language models have had two sets of names, `language_model.model.layers.0` and
+`model.language_model.layers.0`. What leads from the old to the new is transformers' own, class by class.
+"""
+
+import re
+from collections.abc import Iterable
+
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+# Layers for multi-token prediction, by name, and how many blocks past the last one they are.
+_MTP = re.compile(r"(^|\.)mtp(_\w+)?\.")
+_MTP_COUNTS = ("num_nextn_predict_layers", "num_mtp_layers")
+
+_NUMBER = re.compile(r"\.(\d+)\.")
+
+
+class Names:
+    """Which parameter of a model a tensor is by its name."""
+
+    def __init__(self, model: PreTrainedModel):
+        transforms = get_model_conversion_mapping(model)
+        self._renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
+        self._converters = [one for one in transforms if isinstance(one, WeightConverter)]
+        self._prefix = model.base_model_prefix
+        self._expected = model.state_dict()
+        self._left = "|".join(f"({one})" for one in sorted(model._keys_to_ignore_on_load_unexpected or ()))
+        config = model.config.get_text_config()
+        blocks = getattr(config, "num_hidden_layers", 0)
+        further = max(getattr(config, key, None) or 0 for key in _MTP_COUNTS)
+        self._further = range(blocks, blocks + further)
+        last = f".{blocks - 1}."
+        self._lists = {name.partition(last)[0] for name in self._expected if last in name}
+
+    def parameter(self, name: str) -> str | None:
+        """The parameter that transformers loads a tensor as, None if it loads it as none or converts it."""
+        found, converted = self._renamed(name)
+        return found if found in self._expected and not converted else None
+
+    def is_converted(self, name: str) -> bool:
+        """Whether transformers splits, joins or turns a tensor of the model while it loads it."""
+        return self._renamed(name)[1] is not None and not self.is_beside(name)
+
+    def is_beside(self, name: str) -> bool:
+        """Whether a tensor belongs to the model, but to no part that is built: it goes along as it is.
+
+        Layers for multi-token prediction, which engines draft with, and what else transformers says that it
+        leaves out of this class.
+        """
+        if f"{name.rpartition('.')[0]}.weight" in self._expected:
+            return False  # of a linear, packed as it may be
+        name = self._renamed(name)[0]
+        if name in self._expected:
+            return False
+        number = _NUMBER.search(name)
+        if number and int(number[1]) in self._further and name[: number.start()] in self._lists:
+            return True
+        return bool(_MTP.search(name) or (self._left and re.search(self._left, name)))
+
+    def _renamed(self, name: str) -> tuple[str, str | None]:
+        """What transformers calls a tensor, and the pattern by which it converts it, if it does."""
+        if name in self._expected:
+            return name, None
+        return rename_source_key(name, self._renamings, self._converters, self._prefix, self._expected)
+
+
+def beside(names: Iterable[str], model: PreTrainedModel) -> list[str]:
+    """Those of the names that are of the model's, but of no part that is built."""
+    known = Names(model)
+    return [name for name in names if known.is_beside(name)]
