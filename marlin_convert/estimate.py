@@ -63,7 +63,7 @@ def estimate(plan: Plan, device: torch.device) -> Estimate:
     if plan.repack:
         return Estimate(plan.output_bytes / REPACKED, 12.0 * max(fate.k * fate.n for fate in block))
     stages = {fate.k: sum(other.n for other in block if other.k == fate.k) for fate in block}
-    last = plan.structure.parts[0][0].last[0]
+    last = next(part for parts in plan.structure.parts for part in parts).last[0]
     heads = next((fate.k for fate in plan.fates.values() if fate.name.endswith("." + last)), min(stages))
     recipe = plan.recipe
     work = _Work(recipe.samples * recipe.sequence_length, recipe.sequence_length, stages, heads)

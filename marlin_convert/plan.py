@@ -186,6 +186,7 @@ def make_plan(
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear)
         and (structure.stage_of(name) or name in structure.dense)
+        and f"{name}.weight" in weights  # a head that is the embedding is not
         # of what is quantized only the blocks' is repacked
         and (structure.block_of(name) is not None or not weights.is_packed(name))
     }

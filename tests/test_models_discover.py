@@ -20,6 +20,8 @@ from marlin_convert.models.discover import NOT_FOR_TEXT, discover
 from marlin_convert.models.hidden import HiddenStates
 from marlin_convert.models.stages import BlockWalk
 from marlin_convert.models.structure import Part, Stage, Structure
+from marlin_convert.plan import Plan, make_plan
+from marlin_convert.recipe import Recipe
 
 CPU = torch.device("cpu")
 IDS = torch.randint(5, 400, (5, 24), generator=torch.Generator().manual_seed(1))
@@ -240,3 +242,25 @@ def test_the_model_of_a_real_config_is_found_too() -> None:
     with torch.device("meta"):
         found = discover(AutoModelForCausalLM.from_config(config).eval())
     assert [parts[0].module for parts in found.parts] == 2 * [*["linear_attn"] * 3, "self_attn"]
+
+
+def planned(model: PreTrainedModel, directory: Path, **settings: Any) -> Plan:
+    model.save_pretrained(directory, save_original_format=False)
+    return make_plan(Weights(Checkpoint.open(directory)), Recipe(sequence_length=64).changed(settings))
+
+
+def test_a_plan_names_the_towers_for_engines_to_leave_them_dense(tmp_path: Path) -> None:
+    plan = planned(diverse_models.build("gemma3"), tmp_path, format="compressed-tensors")
+    never = {name for name, why in plan.structure.dense.items() if why == NOT_FOR_TEXT}
+    assert never and {fate.name for fate in plan.dense} == never
+    assert plan.quantization_config is not None
+    assert set(plan.quantization_config["ignore"]) == never | {"lm_head"}
+    assert len(plan.packed) == 7 * plan.blocks == 28
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_of_another_name_is_named_where_it_is_stored(tied: bool, tmp_path: Path) -> None:
+    plan = planned(diverse_models.build("biogpt", tie_word_embeddings=tied), tmp_path)
+    assert {fate.name: fate.reason for fate in plan.dense} == (
+        {} if tied else {"output_projection": "the head"}
+    )

@@ -99,9 +99,8 @@ def _on_meta(settings: Any, trust_remote_code: bool) -> PreTrainedModel:
     with torch.device("meta"), _quiet_transformers():
         model = auto.from_config(settings, trust_remote_code=trust_remote_code).eval()
     if any(getattr(module, "attn_logit_softcapping", None) for module in model.modules()):
-        model.set_attn_implementation(
-            "eager"
-        )  # torch's fused attention has no softcap, and would leave it out
+        # the fused attention of torch has no softcap: some releases leave it out and say nothing
+        model.set_attn_implementation("eager")
     return model
 
 
