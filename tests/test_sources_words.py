@@ -298,11 +298,10 @@ def test_mlx_is_called_by_its_name(words, flags, dense, cli, tmp_path) -> None:
     assert result.exit_code == 1 and "quantized by MLX" in result.stderr and "None" not in result.stderr
 
 
-@pytest.mark.parametrize("model_type", ["gemma3", "mistral3"])
-def test_the_config_of_a_wrapper_over_a_text_model_is_refused(model_type, dense, cli, tmp_path) -> None:
-    change(dense, model_type=model_type, text_config={"hidden_size": 128}, vision_config={"hidden_size": 64})
+def test_the_config_of_a_wrapper_over_a_text_model_is_refused(dense, cli, tmp_path) -> None:
+    change(dense, model_type="mistral3", text_config={"hidden_size": 128}, vision_config={"hidden_size": 64})
     result = cli("quantize", dense, "-o", tmp_path / "out")
-    assert result.exit_code == 1 and "of the architecture not in source" in result.stderr
+    assert result.exit_code == 1 and "of the architecture not in" in result.stderr
     assert not (tmp_path / "out.partial").exists()
 
 

@@ -252,7 +252,7 @@ def config_errors(config: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # it can be wrong in as many ways as there is code reading it
-        why = " ".join(str(error).split())
+        why = " ".join(str(error).split()).rstrip(".")
         unknown = error.args[0] if isinstance(error, KeyError) and error.args else None
         place = _place_of(unknown, config)
         if place:
