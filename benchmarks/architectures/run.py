@@ -1,6 +1,6 @@
 """Every type of model that transformers has, tiny, through conversion, `verify` and an independent reader.
 
-    python benchmarks/architectures/run.py [--write FILE.md] [TYPE ...]
+    python benchmarks/architectures/run.py [--write FILE.md] [--sample | TYPE ...]
 
 A type is done where it is converted to gptq, compressed-tensors and (where shapes allow) marlin, `verify`
 finds nothing, and plain transformers, over weights dequantized by the formulas alone, gives the logits of our
@@ -212,6 +212,7 @@ def main() -> None:
     """Run the types and print, and perhaps write, the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("types", nargs="*")
+    parser.add_argument("--sample", action="store_true", help="some diverse types, as `make test` has them")
     parser.add_argument("--write", type=Path)
     parser.add_argument("--workers", type=int, default=2)
     asked = parser.parse_args()
@@ -219,7 +220,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     started = time.monotonic()
-    found = run(asked.types or tiny.types(), asked.workers)
+    found = run(asked.types or (list(tiny.SAMPLE) if asked.sample else tiny.types()), asked.workers)
     groups = {
         "done": [name for name, one in found.items() if is_done(one)],
         "failed": [name for name, one in found.items() if "failed" in one],
