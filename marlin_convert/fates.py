@@ -54,8 +54,8 @@ def fates_of(
             pattern = _matching(name, recipe.unpruned)
             reason = f"unpruned by {pattern!r}" if pattern else "not 2:4 in the source"
             format = "marlin" if format == "marlin-24" else format
-        layout = _layout(matrix, format, recipe, weights, repack=repack)
-        fates.append(Fate(matrix, replace(layout, sparse=name in sparse), reason))
+        layout = _layout(matrix, format, recipe, weights, sparse=name in sparse, repack=repack)
+        fates.append(Fate(matrix, layout, reason))
     if not repack and recipe.format in ONE_SIZE:
         fates = _of_one_size(fates, recipe)
     return by_name(fates)
@@ -81,15 +81,17 @@ def _left(
     return f"skipped by {pattern!r}" if pattern else reasons.get(name)
 
 
-def _layout(matrix: Matrix, format: str, recipe: Recipe, weights: Weights, *, repack: bool) -> Layout:
+def _layout(
+    matrix: Matrix, format: str, recipe: Recipe, weights: Weights, *, sparse: bool, repack: bool
+) -> Layout:
     """How a packed matrix is stored: as many bits and groups as the source has, or as the recipe says."""
     if repack:
         scheme = weights.scheme_of(matrix.name)
-        return Layout(format, scheme.bits, scheme.group_size)
+        return Layout(format, scheme.bits, scheme.group_size, sparse=sparse)
     bits, size = recipe.of(matrix.name)
     if size == "auto":
         size = group_size_for(matrix, format, bits)
-    return Layout(format, bits, int(size))
+    return Layout(format, bits, int(size), sparse=sparse)
 
 
 def group_size_for(matrix: Matrix, format: str, bits: int) -> int:

@@ -34,7 +34,7 @@ from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.checks.divergence import log_probabilities
 from marlin_convert.errors import ConvertError
-from marlin_convert.formats import detect
+from marlin_convert.formats import FORMATS, detect
 from marlin_convert.hub import Source
 from marlin_convert.models.blocks import BlockModel
 
@@ -44,7 +44,7 @@ import plain_reading  # noqa: E402
 import tiny  # noqa: E402
 
 TOKENIZER = HERE.parents[1] / "examples" / "tinypy-4m"
-FORMATS = ("gptq", "compressed-tensors", "marlin")
+WRITTEN = ("gptq", "compressed-tensors", "marlin")
 # Of logits, relative to their spread: two ways to compute one model in float32.
 TOLERANCE = 1e-3
 LIMIT = 300  # seconds for a type
@@ -62,7 +62,7 @@ def convert(model_type: str, directory: Path) -> dict[str, Any]:
     for path in (*TOKENIZER.glob("tokenizer*"), TOKENIZER / "generation_config.json"):
         shutil.copy(path, source)
     found: dict[str, Any] = {"formats": {}, "class": type(model).__name__}
-    for format in FORMATS:
+    for format in WRITTEN:
         try:
             found["formats"][format] = one(source, format, directory / format, type(model))
         except ConvertError as error:
@@ -119,13 +119,14 @@ def compare(output: Path, plain: Path, kind: type) -> float:
     tensors, config = {}, json.loads((output / "config.json").read_text())
     for shard in output.glob("*.safetensors"):
         tensors |= load_file(shard)
-    weights = Weights(Checkpoint.open(output))
     scheme = detect(config.pop("quantization_config"))
-    dense = {name: tensor for name, tensor in tensors.items() if name not in weights.packed_names()}
-    for linear in weights.packed_linears():
-        dense[f"{linear}.weight"] = torch.from_numpy(
-            plain_reading.weight(tensors, linear, scheme.of(linear)).copy()
-        )
+    first, *others = FORMATS[scheme.format].SUFFIXES
+    packed = [name.removesuffix(f".{first}") for name in tensors if name.endswith(f".{first}")]
+    gone = {f"{linear}.{suffix}" for linear in packed for suffix in (first, *others)}
+    dense = {name: tensor for name, tensor in tensors.items() if name not in gone}
+    for linear in packed:
+        weight = plain_reading.weight(tensors, linear, scheme.of(linear))
+        dense[f"{linear}.weight"] = torch.from_numpy(weight.copy())
     plain.mkdir()
     (plain / "config.json").write_text(json.dumps(config))
     save_file(dense, plain / "model.safetensors", {"format": "pt"})
@@ -135,6 +136,7 @@ def compare(output: Path, plain: Path, kind: type) -> float:
     ids = torch.randint(5, 3900, (2, 48), generator=torch.Generator().manual_seed(7))
     with torch.no_grad():
         theirs = model.eval()(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+        weights = Weights(Checkpoint.open(output))
         ours = log_probabilities(BlockModel(weights, torch.device("cpu"), fast=False), ids)
     return float((theirs - ours).abs().max() / theirs.std())
 
@@ -195,14 +197,14 @@ def said(found: dict[str, Any]) -> str:
     if "unbuilt" in found:
         return f"not built: {' '.join(found['unbuilt'].split())[:160]}"
     formats = found["formats"]
-    done = [name for name in FORMATS if "packed" in formats[name]]
+    done = [name for name in WRITTEN if "packed" in formats[name]]
     if not done:
-        return f"refused: {formats[FORMATS[0]]['refused']}"
+        return f"refused: {formats[WRITTEN[0]]['refused']}"
     first = formats[done[0]]
     line = f"{', '.join(done)}: {first['packed']} packed, {first['dense']} dense"
     skipped = sorted({pattern for name in done for pattern in formats[name]["skipped"]})
     line += f"; with --skip {' '.join(skipped)}" if skipped else ""
-    for name in FORMATS:
+    for name in WRITTEN:
         if name not in done:
             line += f"; {name} refused: {formats[name]['refused']}"
     return line

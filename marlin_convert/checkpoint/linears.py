@@ -110,8 +110,9 @@ class Weights:
 
         `parameter` gives None for what is none. SourceError when two are one parameter.
         """
-        found = {name: self._parameter(name, parameter) for name in sorted(self.checkpoint.tensors)}
-        if all(name == full for name, full in found.items()):
+        placed = {name: self._parameter(name, parameter) for name in sorted(self.checkpoint.tensors)}
+        found = {name: full for name, (full, _) in placed.items()}
+        if all(name == full == said for name, (full, said) in placed.items()):
             return
         twice = [full for full, count in Counter(found.values()).items() if count > 1]
         if twice:
@@ -120,26 +121,28 @@ class Weights:
                 f"{both} are both {twice[0]}.",
                 "remove the one that does not count, and save the model again.",
             )
-        for name, full in found.items():
-            (module, _, suffix), (of, _, last) = name.rpartition("."), full.rpartition(".")
-            if name != full:
-                self._on_disk[full] = self._on_disk.pop(name, name)
+        for name, (full, said) in placed.items():
+            if said != name:  # the files' own name is one that transformers knows
+                self.renamed.pop(name, None)
+            (module, _, suffix), (of, _, last) = said.rpartition("."), full.rpartition(".")
+            if said != full:
+                self._on_disk[full] = self._on_disk.pop(name, said)
             if module != of and suffix == last:
                 self._modules_on_disk[of] = self._modules_on_disk.pop(module, module)
         tensors = {found[name]: info for name, info in self.checkpoint.tensors.items()}
         self.scaled = {found[name]: scales for name, scales in self.scaled.items()}
         self.checkpoint = replace(self.checkpoint, tensors=tensors)
 
-    def _parameter(self, name: str, parameter: Callable[[str], str | None]) -> str:
-        """The parameter of a tensor, or what a packed linear's is called beside its weight."""
+    def _parameter(self, name: str, parameter: Callable[[str], str | None]) -> tuple[str, str]:
+        """The parameter of a tensor, or what a packed linear's is called beside its weight; by what name."""
         module, _, suffix = name.rpartition(".")
         packed = self.is_packed(module) and suffix in self._suffixes(module)
         # by its full name, or as it is in the files, where parts of some models have names without a prefix
         for one in (name, self.checkpoint.tensors[name].name):
             found = parameter(f"{one.removesuffix(suffix)}weight" if packed else one)
             if found is not None:
-                return f"{found.removesuffix('weight')}{suffix}" if packed else found
-        return name
+                return f"{found.removesuffix('weight')}{suffix}" if packed else found, one
+        return name, name
 
     def on_disk(self, name: str) -> str:
         """What a tensor is called in files: as in the source, or as what else is written of its module."""

@@ -7,6 +7,7 @@ some by the name of the matrix that they fuse it into.
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from functools import partial
 
 from marlin_convert.matrix import Fate
 
@@ -48,16 +49,27 @@ def with_fused(found: Mapping[str, Kind]) -> dict[str, Kind]:
 
 
 def told(found: Mapping[str, Kind]) -> dict[Kind, list[str]]:
-    """The names of every kind: with stars for numbers where it is true of all blocks."""
-    by_path: dict[str, list[str]] = {}
-    for name in found:
-        by_path.setdefault(_NUMBER.sub("*", name), []).append(name)
+    """The names of every kind, with stars for numbers where true of all blocks, or of all in a block."""
     said: dict[Kind, list[str]] = {}
-    for path, names in by_path.items():
-        alike = len({found[name] for name in names}) == 1
-        for name in names[:1] if alike else names:
-            said.setdefault(found[name], []).append(path if alike else name)
+    todo = list(found)
+    for starred in (partial(_NUMBER.sub, "*"), _in_its_block, str):
+        by_path: dict[str, list[str]] = {}
+        for name in todo:
+            by_path.setdefault(starred(name), []).append(name)
+        todo = []
+        for path, names in by_path.items():
+            if len({found[name] for name in names}) == 1:
+                said.setdefault(found[names[0]], []).append(path)
+            else:
+                todo += names
     return said
+
+
+def _in_its_block(name: str) -> str:
+    """A name with stars for all numbers but the first, which is the block's."""
+    number = _NUMBER.search(name)
+    end = number.end() if number else 0
+    return name[:end] + _NUMBER.sub("*", name[end:])
 
 
 def pattern(name: str) -> str:
