@@ -62,7 +62,7 @@ def main() -> None:
 
     def refuse() -> None:
         check_patterns(chosen, list(linears))
-        check_stages(fates, stage)
+        check_stages(fates, stage, repack=False)
         check_shapes(fates, chosen, stage)
 
     _, second = timed("refusals", refuse)

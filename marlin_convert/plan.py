@@ -193,7 +193,7 @@ def make_plan(
     fates = fates_of(linears, structure.dense, recipe, weights, claimed, repack=repack)
     refusals.check_patterns(recipe, list(linears))
     together = _together(fates, structure)
-    refusals.check_stages(fates, together)
+    refusals.check_stages(fates, together, repack=repack)
     if repack:
         fates = refusals.with_codes(fates, weights, asked, together)
         refusals.check_quads(fates, weights, recipe, together)

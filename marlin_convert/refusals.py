@@ -61,7 +61,7 @@ def check_sparsity(weights: Weights, recipe: Recipe, claimed: set[str], *, repac
         )
 
 
-def check_stages(fates: Fates, together: Together) -> None:
+def check_stages(fates: Fates, together: Together, *, repack: bool) -> None:
     """ConvertError where what engines fuse is not all packed or not at all, and in one layout."""
     for fate in fates.values():
         stage = [fates[name] for name in together[fate.name]]
@@ -79,7 +79,9 @@ def check_stages(fates: Fates, together: Together) -> None:
                 f"{fate.name} has {fate.layout.bits} bits in groups of {fate.layout.group_size}, "
                 f"{unlike[0].name} beside it {unlike[0].layout.bits} in groups of "
                 f"{unlike[0].layout.group_size}; engines load them as one.",
-                "let a pattern of the recipe's overrides match all of them, or none.",
+                "--requantize solves all of them again from the dequantized weights."
+                if repack
+                else "let a pattern of the recipe's overrides match all of them, or none.",
             )
 
 
