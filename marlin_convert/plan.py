@@ -19,7 +19,7 @@ from marlin_convert.checkpoint.writer import TensorSpec
 from marlin_convert.errors import ConvertError, FormatError
 from marlin_convert.fates import DTYPES, fates_of, usual_group_size
 from marlin_convert.formats import mixtures
-from marlin_convert.matrix import Fate
+from marlin_convert.matrix import Fate, Matrix, dense
 from marlin_convert.models.discover import discover
 from marlin_convert.models.names import beside
 from marlin_convert.models.structure import Stage, Structure
@@ -231,8 +231,18 @@ def _config(
         config["tie_word_embeddings"] = False
     if any(fate.packed for fate in fates.values()):
         layout = formats.FORMATS[recipe.format]
-        config["quantization_config"] = layout.quantization_config(list(fates.values()))
+        config["quantization_config"] = layout.quantization_config(
+            [*fates.values(), *_tied_head(model, fates)]
+        )
     return config
+
+
+def _tied_head(model: PreTrainedModel, fates: Mapping[str, Fate]) -> Iterator[Fate]:
+    """The head where it is the embedding and so no matrix of the files, which engines take for a linear."""
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if module is head and isinstance(head, torch.nn.Linear) and name not in (*fates, "lm_head"):
+            yield dense(Matrix(name, head.in_features, head.out_features), "float16", "the embedding")
 
 
 def _as_stored(recipe: Recipe, weights: Weights, asked: int | None) -> Recipe:

@@ -1,5 +1,6 @@
 """A sample of what `make archs` runs: diverse types converted, verified, and read by plain transformers."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -16,6 +17,13 @@ def test_a_type_is_converted_to_what_engines_load(model_type: str, tmp_path: Pat
     assert run.is_done(found), found
     packed = [one["packed"] for one in found["formats"].values() if "packed" in one]
     assert all(count >= 8 for count in packed)
+
+
+def test_a_tied_head_of_another_name_is_nothing_to_decompress(tmp_path: Path) -> None:
+    """compressed-tensors takes every linear for packed that its config does not ignore."""
+    run.convert("biogpt", tmp_path)
+    config = json.loads((tmp_path / "compressed-tensors" / "config.json").read_text())
+    assert config["quantization_config"]["ignore"] == ["lm_head", "output_projection"]
 
 
 def test_a_wrong_weight_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
