@@ -1,7 +1,6 @@
 """What becomes of every matrix: the recipe, the source and the shapes decide."""
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
@@ -20,6 +19,8 @@ SIZES = (128, 64, 32)
 SIZES_OF_24 = (128, -1)
 # Formats in which one size is right for all matrices: their readers know no other.
 ONE_SIZE = ("gptq", "marlin-24")
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def fates_of(
@@ -59,9 +60,6 @@ def fates_of(
     if not repack and recipe.format in ONE_SIZE:
         fates = _of_one_size(fates, recipe)
     return by_name(fates)
-
-
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def _left(
@@ -133,12 +131,6 @@ def _of_one_size(fates: Sequence[Fate], recipe: Recipe) -> list[Fate]:
         replace(fate, layout=replace(fate.layout, group_size=best)) if fate.name in free else fate
         for fate in fates
     ]
-
-
-def usual_group_size(fates: Iterable[Fate]) -> int:
-    """The group size that most packed matrices have."""
-    counted = Counter(fate.layout.group_size for fate in fates if fate.packed)
-    return counted.most_common(1)[0][0]
 
 
 def _sparse(

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,7 +18,7 @@ from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.reader import QUANTIZATION_KEYS
 from marlin_convert.checkpoint.writer import TensorSpec
 from marlin_convert.errors import ConvertError, FormatError
-from marlin_convert.fates import DTYPES, fates_of, usual_group_size
+from marlin_convert.fates import DTYPES, fates_of
 from marlin_convert.formats import mixtures
 from marlin_convert.matrix import Fate, Matrix, dense
 from marlin_convert.models.discover import discover
@@ -325,13 +326,9 @@ def _notes(fates: Mapping[str, Fate], recipe: Recipe, repacked: Weights | None) 
             sizes = " and ".join(map(str, small))
             yield f"group size {sizes} in marlin files: for our own kernel and plugins only"
     if packed and recipe.group_size == "auto":
-        usual = usual_group_size(packed)
-        others: dict[int, int] = {}
-        for fate in packed:
-            others[fate.layout.group_size] = others.get(fate.layout.group_size, 0) + 1
-        for size, count in others.items():
-            if size != usual:
-                yield f"{count} linears in groups of {size}, the others of {usual}: what divides their inputs"
+        (usual, _), *others = Counter(fate.layout.group_size for fate in packed).most_common()
+        for size, count in others:
+            yield f"{count} linears in groups of {size}, the others of {usual}: what divides their inputs"
 
 
 def _together(fates: Mapping[str, Fate], structure: Structure) -> dict[str, list[str]]:
