@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -76,7 +76,13 @@ class _Reads(TorchDispatchMode):
         super().__init__()
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = operation(*args, **(kwargs or {}))
+        try:
+            given = operation(*args, **(kwargs or {}))
+        except DataDependentOutputException:
+            if operation is not torch.ops.aten._local_scalar_dense.default:
+                raise
+            # a value decides, as the last position does in dynamic rope: there is none, and 0 will do
+            given = 0.0 if args[0].dtype.is_floating_point else 0
         self.kept.append(given)
         read = {_storage(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         for x in tree_leaves(given):
@@ -150,6 +156,10 @@ def _type(model: PreTrainedModel) -> str:
     return repr(model.config.model_type)
 
 
+def _takes(model: PreTrainedModel) -> str:
+    return ", it takes images too" if hasattr(model.config, "vision_config") else ""
+
+
 def _refuse_experts(model: PreTrainedModel) -> None:
     """Raise SourceError for a mixture of experts: stacked weights, or a list of experts."""
     for name, module in model.named_modules():
@@ -219,7 +229,8 @@ def _run(model: PreTrainedModel) -> tuple[list[_Call], _Reads, dict[str, int]]:
         except Exception as error:  # it can be in need of as many things as there are models
             why = " ".join(str(error).split())
             raise SourceError(
-                f"{_type(model)} does not run on the ids of a text alone: {why.rstrip('.')}.", WAY_OUT
+                f"{_type(model)} does not run on the ids of a text alone{_takes(model)}: {why.rstrip('.')}.",
+                WAY_OUT,
             ) from error
     return calls, reads, {name: _storage(tensor) for name, tensor in tensors.items()}
 

@@ -205,6 +205,13 @@ def _way_to_names(wrong: Sequence[str], weights: Weights, model: PreTrainedModel
     blocks = discover(model).blocks + "."
     if weights.disregarded:
         return f"{weights.disregarded}; fetch the model again."
+    if weights.checkpoint.config.get("vision_config") and not any(
+        "vision" in name for name in weights.checkpoint.tensors
+    ):
+        return (
+            "config.json is of the form that takes images (vision_config), the files are of its text part: "
+            "fetch the whole model, or save the text part with a config.json of its own."
+        )
     if list(wrong) == ["lm_head.weight"]:
         return "if the embedding is the head too, config.json must say tie_word_embeddings = true."
     further = set(beside(weights.checkpoint.tensors, model))
@@ -270,6 +277,8 @@ def _way_to_config(unknown: Any, config: Mapping[str, Any]) -> str:
     version = str(config.get("transformers_version") or "")
     if _release(version) > _release(transformers.__version__):
         return f"transformers {version} wrote it: pip install -U transformers."
+    if config.get("vision_config"):
+        return f"correct text_config and vision_config of {config.get('model_type')!r}, or fetch it again."
     return "correct it, or fetch it again."
 
 
