@@ -264,3 +264,10 @@ def test_a_head_of_another_name_is_named_where_it_is_stored(tied: bool, tmp_path
     assert {fate.name: fate.reason for fate in plan.dense} == (
         {} if tied else {"output_projection": "the head"}
     )
+
+
+def test_rope_that_asks_for_the_last_position_is_found() -> None:
+    """A run on tensors without values has none to give."""
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    model = diverse_models.build("olmo3", rope_parameters=rope, layer_types=["full_attention"] * 4)
+    assert len(discover(model).parts) == 4
