@@ -7,6 +7,7 @@ from typing import Any
 
 from marlin_convert import provenance
 from marlin_convert.checkpoint import manifest as manifests
+from marlin_convert.checkpoint import older_manifest
 from marlin_convert.checkpoint.reader import Checkpoint, TensorInfo, json_file
 from marlin_convert.errors import printable
 from marlin_convert.hub import Source
@@ -26,7 +27,7 @@ def inspect(source: Source) -> dict[str, Any]:
     checkpoint = Checkpoint.open(directory)
     manifest = manifests.load(directory) or {}
     config = checkpoint.quantization_config or {}
-    fates, bits = manifests.fates(manifest), _bits(config)
+    fates, bits = manifests.fates(manifest), older_manifest.bits(config)
     linears: dict[str, list[TensorInfo]] = {}
     for info in checkpoint.tensors.values():
         linears.setdefault(info.name.rpartition(".")[0], []).append(info)
@@ -64,18 +65,6 @@ def inspect(source: Source) -> dict[str, Any]:
         "rounded_to_nearest": manifests.rounded_to_nearest(manifest),
         "verified": _verified(source),
     }
-
-
-def _bits(config: dict[str, Any]) -> int | None:
-    """Bits of a code as any of the formats' configs says them."""
-    groups = list(_object(config.get("config_groups")).values()) or [{}]
-    said = (
-        config.get("bits")
-        or config.get("w_bit")
-        or _object(_object(groups[0]).get("weights")).get("num_bits")
-        or (4 if config.get("quant_method") == "marlin" else None)  # those of early 2024 do not say
-    )
-    return int(str(said)) if str(said) in ("4", "8") else None
 
 
 def _codes(infos: list[TensorInfo]) -> TensorInfo | None:

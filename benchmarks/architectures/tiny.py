@@ -168,6 +168,13 @@ SIZES: dict[str, Any] = {
     "window_size": 16,
 }
 
+
+def _sections(*sizes: int) -> dict[str, Any]:
+    """Rope of a text part with a section each for time, height and width."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sizes)}
+    return {"text_config": {"rope_parameters": rope}}
+
+
 # Sizes that the names alone do not settle.
 SPECIAL: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1},
@@ -178,41 +185,13 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "diffusion_gemma": {"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 128}},
     "chameleon": {"vocabulary_map": {"<image>": 400}},
     "emu3": {"vocabulary_map": {"<image>": 400}},
-    "cosmos3_edge": {
-        "text_config": {
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5]}
-        }
-    },
-    "cosmos3_omni": {
-        "text_config": {
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5]}
-        }
-    },
-    "ernie4_5_vl_moe": {
-        "text_config": {
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 6, 4]}
-        }
-    },
-    "glm4v": {
-        "text_config": {
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
-        }
-    },
-    "glm46v": {
-        "text_config": {
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
-        }
-    },
-    "glm_ocr": {
-        "text_config": {
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
-        }
-    },
-    "glmga": {
-        "text_config": {
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
-        }
-    },
+    "cosmos3_edge": _sections(6, 5, 5),
+    "cosmos3_omni": _sections(6, 5, 5),
+    "ernie4_5_vl_moe": _sections(6, 6, 4),
+    "glm4v": _sections(4, 6, 6),
+    "glm46v": _sections(4, 6, 6),
+    "glm_ocr": _sections(4, 6, 6),
+    "glmga": _sections(4, 6, 6),
     "glm4v_moe": {
         "text_config": {
             "rope_parameters": {
@@ -266,26 +245,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": 32},
     "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
     "nemotron": {"num_key_value_heads": 2, "num_attention_heads": 4, "head_dim": 32},
-    "paddleocr_vl": {
-        "text_config": {
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
-        }
-    },
-    "qwen2_vl": {
-        "text_config": {
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
-        }
-    },
-    "qwen2_5_vl": {
-        "text_config": {
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
-        }
-    },
-    "qwen2_5_omni_thinker": {
-        "text_config": {
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
-        }
-    },
+    "paddleocr_vl": _sections(4, 6, 6),
+    "qwen2_vl": _sections(4, 6, 6),
+    "qwen2_5_vl": _sections(4, 6, 6),
+    "qwen2_5_omni_thinker": _sections(4, 6, 6),
     "reformer": {"is_decoder": True},
     "qwen4_exp": {
         "text_config": {

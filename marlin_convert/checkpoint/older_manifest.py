@@ -14,7 +14,8 @@ def rows(manifest: Mapping[str, Any], config: Mapping[str, Any]) -> list[dict[st
     """
     recipe, reasons = _object(manifest.get("recipe")), _object(manifest.get("unpruned"))
     sparse = manifest.get("sparsity") == "2:4"
-    format, size, bits = recipe.get("format"), recipe.get("group_size"), _bits(config)
+    format, size = recipe.get("format"), recipe.get("group_size")
+    width = bits(_object(config.get("quantization_config"))) or 4
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "float16").removeprefix("torch.")
     if not isinstance(format, str) or type(size) is not int:
         return []
@@ -30,7 +31,7 @@ def rows(manifest: Mapping[str, Any], config: Mapping[str, Any]) -> list[dict[st
             fate = dense(matrix, dtype, sparse=sparse)
         else:
             own = "marlin" if format == "marlin-24" and reason is not None else format
-            fate = Fate(matrix, Layout(own, bits, size, sparse=sparse and reason is None), reason)
+            fate = Fate(matrix, Layout(own, width, size, sparse=sparse and reason is None), reason)
         results = ("error", "damping", "rounded_to_nearest")
         found.append(fate.row() | {key: row[key] for key in results if key in row})
     for name, why in _object(manifest.get("dense")).items():
@@ -38,12 +39,16 @@ def rows(manifest: Mapping[str, Any], config: Mapping[str, Any]) -> list[dict[st
     return found
 
 
-def _bits(config: Mapping[str, Any]) -> int:
-    """Bits of a code as the quantization_config of any of our formats says them."""
-    said = _object(config.get("quantization_config"))
-    groups = list(_object(said.get("config_groups")).values()) or [{}]
-    bits = said.get("bits") or _object(_object(groups[0]).get("weights")).get("num_bits")
-    return bits if bits in (4, 8) else 4
+def bits(config: Mapping[str, Any]) -> int | None:
+    """Bits of a code as the quantization_config of any format says them, for want of a record; or None."""
+    groups = list(_object(config.get("config_groups")).values()) or [{}]
+    said = (
+        config.get("bits")
+        or config.get("w_bit")
+        or _object(_object(groups[0]).get("weights")).get("num_bits")
+        or (4 if config.get("quant_method") == "marlin" else None)  # those of early 2024 do not say
+    )
+    return int(str(said)) if str(said) in ("4", "8") else None
 
 
 def _object(value: Any) -> dict[str, Any]:
