@@ -66,6 +66,8 @@ def plan_text(plan: "Plan", job: "Job") -> str:
             f"  calibration: {recipe.calibration}, {recipe.samples} x {recipe.sequence_length} tokens, "
             f"seed {recipe.seed}"
         )
+        beside_it = "; the original runs beside it" if plan.compensates else ""
+        lines.append(f"  effort: {recipe.effort}{beside_it}")
     needs = estimate(plan, job.device)
     lines.append(f"  on {job.device}: about {_time(needs.seconds)}, {_size(needs.memory)} of memory")
     lines += [f"  {line}" for line in (*left_out(plan), *beside(plan))]
@@ -142,6 +144,8 @@ def summary_text(done: "Report", job: "Job") -> str:
     """The table at the end of a run: worst linears, sizes, seconds, and the next command to type."""
     plan, rows = done.plan, done.manifest["matrices"]
     lines = []
+    if done.manifest["divergence"]:
+        lines += _divergence(done.manifest["divergence"])
     errors = sorted((row for row in rows if "error" in row), key=lambda row: -row["error"])
     if errors and not plan.repack:  # those of a repack were found by another run
         mean = sum(row["error"] for row in errors) / len(errors)
@@ -171,6 +175,21 @@ def summary_text(done: "Report", job: "Job") -> str:
         source = f"{job.source.name} --source-revision {job.source.commit}"
     lines.append(f"Next: marlin-convert verify {shlex.quote(str(job.output))} --source {source}")
     return "\n".join(lines)
+
+
+# Of a curve in a line of text that any terminal and log can show.
+_HEIGHTS = ".:-=+*#@"
+
+
+def _divergence(after: list[float]) -> list[str]:
+    """How far the hidden states are from the original's, as a curve over the blocks and as numbers."""
+    most = max(after) or 1.0
+    curve = "".join(_HEIGHTS[round(one / most * (len(_HEIGHTS) - 1))] for one in after)
+    return [
+        "hidden states, relative distance from the original's, block by block:",
+        f"  {curve}  {after[0]:.4f} after block 0, {after[-1]:.4f} after block {len(after) - 1}, "
+        f"at most {max(after):.4f}",
+    ]
 
 
 def push_json(done: "Outcome", job: "PushJob") -> dict[str, Any]:
