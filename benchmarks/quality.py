@@ -3,9 +3,10 @@
 usage: python benchmarks/quality.py MODEL [--text FILE | --ids FILE.safetensors:NAME] [--efforts fast,default]
            [--seeds 0,1] [--samples 512] [--length 1024] [--device cpu] [--set SETTING=VALUE]
 
-A row is the mean over the seeds, which draw the calibration windows: KL(original || quantized) in nats a token
-(in float32), perplexity, the share of tokens on which both find the same one likeliest, seconds of a conversion.
-Without a text it is the part of the builtin one that calibration leaves out. A SETTING is one of the recipe.
+A row is the mean over the seeds, which draw the calibration windows: KL(original || quantized) in nats a
+token (in float32), perplexity, the share of tokens on which both find the same one likeliest, and seconds of a
+conversion. Without a text it is the part of the builtin one that calibration leaves out. A SETTING is one of
+the recipe.
 """
 
 import argparse
