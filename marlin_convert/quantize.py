@@ -40,10 +40,10 @@ from marlin_convert.codes import Codes
 from marlin_convert.errors import ConvertError, FormatError, SourceError, reading
 from marlin_convert.hub import Source
 from marlin_convert.models.blocks import bf16_units
+from marlin_convert.page import html
 from marlin_convert.plan import Plan, make_plan
 from marlin_convert.recipe import Recipe, to_yaml
 from marlin_convert.repack import Repack
-from marlin_convert.report import html
 from marlin_convert.solve import Solve
 
 log = logging.getLogger("marlin_convert")

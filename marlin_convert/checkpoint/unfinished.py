@@ -133,7 +133,8 @@ class UnfinishedRun:
             replaced.rename(self.output)
         remove(replaced)
         # first the note, then what it is about: what is noted as done is there at any moment
-        self.save(settings, {key: done[key] for key in ("blocks", "matrices", "divergence")}, done["tensors"])
+        finished = {key: value for key, value in done.items() if key != "tensors"}
+        self.save(settings, finished, done["tensors"])
         if not done["blocks"]:
             remove(self.staging)
         self.staging.mkdir(exist_ok=True)
