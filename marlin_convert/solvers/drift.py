@@ -13,8 +13,8 @@ from torch import Tensor
 from marlin_convert.solvers.gptq import factorise
 from marlin_convert.solvers.hessian import bf16_products, product
 
-# How far to go from W to V, by measurement (benchmarks/RESULTS.md): V fits the calibration text, too well where
-# there are few tokens for each of its inputs.
+# How far to go from W to V, by measurement (benchmarks/RESULTS.md): V fits the calibration text, and fits it
+# too well where there are few tokens for each of its inputs.
 SHARE = 0.75
 OVERFIT = 16
 
