@@ -19,7 +19,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "olmo3": {"vocab_size": 4224},
     "gemma3_text": {},
     "qwen3_5_text": DELTA,
-    "gemma3": {"vocab_size": 4224},
+    "gemma3": {"vocab_size": 4224, "query_pre_attn_scalar": 32},
     "mistral3": {"vocab_size": 4224},
     "qwen3_5": DELTA,
 }
@@ -77,11 +77,16 @@ PROCESSORS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def make(model_type: str, directory: Path) -> Path:
-    """A model of this type, in bfloat16."""
+    """A model of this type, in bfloat16; a wrong weight changes its answers by more than arithmetic does."""
     changes = CHANGES[model_type]
-    family = model_type in tiny_models.FAMILIES
-    build = tiny_models.build if family else diverse_models.build
-    tiny_models.save(build(model_type, **changes).to(torch.bfloat16), directory)
+    if model_type in tiny_models.FAMILIES:
+        model = tiny_models.build(model_type, **changes)
+    else:
+        model = diverse_models.build(model_type, **changes)
+        if CHANGES[model_type] is not DELTA:  # whose answers are far enough from one another
+            for parameter in model.parameters():
+                parameter.data += 0.05 * torch.randn_like(parameter)
+    tiny_models.save(model.to(torch.bfloat16), directory)
     if model_type in PICTURES:
         _add_pictures(model_type, directory)
     return directory
