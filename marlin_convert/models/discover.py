@@ -245,6 +245,8 @@ def _run(model: PreTrainedModel) -> tuple[list[_Call], _Reads, dict[str, int]]:
         running.pop().output = output
 
     with ExitStack() as stack:
+        for module in model.modules():  # some keep tensors from call to call, here without values
+            stack.callback(vars(module).update, dict(vars(module)))
         for path, module in model.named_modules():
             for handle in (
                 module.register_forward_pre_hook(begins(path), with_kwargs=True),
