@@ -90,8 +90,8 @@ class Adam:
         They may be of a narrower type: what is computed with them is float32.
         """
         one, two = DECAYS
-        mean = first.float().lerp_(gradient, 1 - one)
-        square = second.float().mul_(two).addcmul_(gradient, gradient, value=1 - two)
+        mean = first.float().lerp(gradient, 1 - one)
+        square = second.float().mul(two).addcmul_(gradient, gradient, value=1 - two)
         first.copy_(mean)
         second.copy_(square)
         past = self.step + 1
