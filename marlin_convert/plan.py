@@ -192,6 +192,7 @@ def make_plan(
         recipe = _as_stored(recipe, weights, group_size)
     else:
         recipe = _within_positions(recipe, model)
+    refusals.check_effort(recipe, repack=repack)
     claimed = set(weights.sparse_linears(manifests.load(checkpoint.directory)))
     refusals.check_sparsity(weights, recipe, claimed, repack=repack)
 

@@ -38,15 +38,17 @@ from marlin_convert.checkpoint.writer import (
 )
 from marlin_convert.codes import Codes
 from marlin_convert.errors import ConvertError, FormatError, SourceError, reading
+from marlin_convert.estimate import tuning_memory
 from marlin_convert.hub import Source
 from marlin_convert.matrix import Fate
 from marlin_convert.models.blocks import bf16_units
+from marlin_convert.models.memory import free_memory
 from marlin_convert.plan import Plan, make_plan
 from marlin_convert.recipe import Recipe, to_yaml
 from marlin_convert.repack import Repack
 from marlin_convert.report import html
 from marlin_convert.solve import Solve
-from marlin_convert.tune import HELD_OUT, TOKENS, Tune
+from marlin_convert.tune import HELD_OUT, TOKENS, Tune, kept_bytes
 
 log = logging.getLogger("marlin_convert")
 
@@ -98,6 +100,8 @@ def plan_job(job: Job) -> tuple[Weights, Plan]:
     if not plan.worked_on:
         raise ConvertError("nothing is left to do: every linear stays as it is.", "skip fewer of them.")
     _check_output(job, plan)
+    if plan.tunes:
+        _check_memory(job, plan)
     return weights, plan
 
 
@@ -418,10 +422,24 @@ def _check_output(job: Job, plan: Plan) -> None:
     check_replaceable(job.output, job.overwrite)
     place = next(parent for parent in job.output.resolve().parents if parent.exists())
     free = shutil.disk_usage(place).free
-    if plan.output_bytes > free + job.run.staged_bytes:
+    taken = plan.output_bytes + (kept_bytes(plan) if plan.tunes else 0)
+    if taken > free + job.run.staged_bytes:
         raise ConvertError(
-            f"no space left: the output takes {plan.output_bytes:,} bytes, {free:,} are free.",
+            f"no space left: the output takes {plan.output_bytes:,} bytes"
+            + (f", what is solved to be tuned {kept_bytes(plan):,}" if plan.tunes else "")
+            + f", {free:,} are free.",
             "free some, or choose a directory on another disk.",
+        )
+
+
+def _check_memory(job: Job, plan: Plan) -> None:
+    """ConvertError for a model that cannot be tuned as a whole in the memory there is."""
+    needed, free = tuning_memory(plan, job.device), free_memory(job.device)
+    if needed > free:
+        raise ConvertError(
+            f"--effort high takes {needed / 1e9:.1f} GB of memory on {job.device}, for the model twice and what "
+            f"it learns; {free / 1e9:.1f} GB are free.",
+            "--effort default needs one block at a time; or use a device with more memory.",
         )
 
 

@@ -153,8 +153,11 @@ class Student:
         """Every tensor that moves, by a name of its own."""
         return {
             f"{name}:{key}": tensor.detach()
-            for name, tuned in (*self.matrices.items(), *self.norms.items())
-            for key, tensor in tuned.state.items()
+            for name, state in (
+                *((name, matrix.state) for name, matrix in self.matrices.items()),
+                *((name, norm.state) for name, norm in self.norms.items()),
+            )
+            for key, tensor in state.items()
         }
 
 

@@ -7,6 +7,7 @@ held out, the solver's are.
 """
 
 import logging
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -205,7 +206,16 @@ class Tune:
         return student
 
     def _keep(self, student: Student, before: float, step: int) -> None:
-        """Keep all that moves, a file a block."""
+        """Keep all that moves, a file a block, where the disk has room for it."""
+        needed = sum(tensor.nbytes for tensor in student.state().values())
+        free = shutil.disk_usage(self._solved).free
+        if needed > free:
+            log.warning(
+                "step %d of the tuning is not kept: it takes %s bytes, %s are free; a run that is stopped "
+                "begins to tune again",
+                step, f"{needed:,}", f"{free:,}",
+            )  # fmt: skip
+            return
         files: dict[str, dict[str, Tensor]] = {}
         for name, tensor in student.state().items():
             number = self._plan.structure.block_of(name.partition(":")[0])
@@ -236,6 +246,13 @@ class Tune:
                 codes, scales = self._student.matrices[fate.name].result()
                 layer = QuantizedLinear(codes, scales, layer.group_size, layer.bits, kept=layer.kept)
             yield pack(fate, layer, self._plan), row
+
+
+def kept_bytes(plan: Plan) -> int:
+    """Bytes on disk of what is solved, until it is tuned and written."""
+    return sum(
+        fate.k * fate.n * ((2 if fate.layout.bits == 4 else 4) + fate.layout.sparse) for fate in plan.packed
+    )
 
 
 def _rate(step: int, steps: int) -> float:

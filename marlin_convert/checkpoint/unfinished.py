@@ -49,7 +49,8 @@ class UnfinishedRun:
     @property
     def staged_bytes(self) -> int:
         """Bytes that are already taken on the disk."""
-        return sum(path.stat().st_size for path in self.staging.glob("*")) if self.staging.is_dir() else 0
+        places = (self.staging, self.directory / SOLVED)
+        return sum(path.stat().st_size for place in places if place.is_dir() for path in place.glob("*"))
 
     def check_ours(self) -> None:
         """ConvertError if what stands in the directory's place is not what a run leaves, and nothing else."""
