@@ -437,8 +437,8 @@ def _check_memory(job: Job, plan: Plan) -> None:
     needed, free = tuning_memory(plan, job.device), free_memory(job.device)
     if needed > free:
         raise ConvertError(
-            f"--effort high takes {needed / 1e9:.1f} GB of memory on {job.device}, for the model twice and what "
-            f"it learns; {free / 1e9:.1f} GB are free.",
+            f"--effort high takes {needed / 1e9:.1f} GB of memory on {job.device}, for the model twice and "
+            f"what it learns; {free / 1e9:.1f} GB are free.",
             "--effort default needs one block at a time; or use a device with more memory.",
         )
 
