@@ -193,15 +193,15 @@ class Tune:
         for number in range(self._plan.blocks):
             tensors = kept(self._file(number))[0]
             for fate in self._plan.worked_on_in(number):
-                latents, scales, mask = (
-                    tensor if tensor is None else tensor.to(self._device)
-                    for tensor in (tensors.get(f"{fate.name}.{key}") for key in ("latents", "scales", "kept"))
-                )
-                assert latents is not None and scales is not None
+                mask = tensors.get(f"{fate.name}.kept")
                 matrix = TunedMatrix(
-                    latents, scales, bits=fate.layout.bits, kept=mask,
-                    adam=student.adam, rates=(rates.codes, rates.shares),
-                )  # fmt: skip
+                    tensors[f"{fate.name}.latents"].to(self._device),
+                    tensors[f"{fate.name}.scales"].to(self._device),
+                    bits=fate.layout.bits,
+                    kept=None if mask is None else mask.to(self._device).T.contiguous(),
+                    adam=student.adam,
+                    rates=(rates.codes, rates.shares),
+                )
                 student.add(fate.name, matrix)
         return student
 

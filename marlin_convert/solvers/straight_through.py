@@ -116,7 +116,8 @@ class TunedMatrix:
         adam: Adam,
         rates: tuple[float, float],
     ):
-        """Start from latents (n, k) and scales (groups, n) fp16; kept (n, k) bool, where codes may not be 0.
+        """Start from latents (n, k) and scales (groups, n) fp16; kept (n, k) bool, what 2:4 leaves: other
+        codes stay 0.
 
         `rates` are the learning rates of the latents, in codes, and of the scales, in shares of them.
         """
