@@ -145,7 +145,7 @@ class UnfinishedRun:
         self.save(settings, noted, done["tensors"])
         if not done["blocks"]:
             remove(self.staging)
-        if not done["solved"]:
+        if not done.get("solved"):
             remove(self.directory / SOLVED)
             remove(self.directory / TUNING)
         self.staging.mkdir(exist_ok=True)
