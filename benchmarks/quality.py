@@ -4,7 +4,7 @@ usage: python benchmarks/quality.py MODEL [--text FILE | --ids FILE.safetensors:
            [--seeds 0,1] [--samples 512] [--length 1024] [--device cpu] [--set SETTING=VALUE]
 
 A row is the mean over the seeds, which draw the calibration windows: KL(original || quantized) in nats a
-token (in float32), perplexity, the share of tokens on which both find the same one likeliest, and seconds of a
+token (in float32), perplexity, the share of tokens on which both find the same one likeliest, seconds of a
 conversion. Without a text it is the part of the builtin one that calibration leaves out. A SETTING is one of
 the recipe.
 """
@@ -12,7 +12,6 @@ the recipe.
 import argparse
 import tempfile
 import time
-from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from marlin_convert.hub import Source
 from marlin_convert.models.blocks import BlockModel
 from marlin_convert.recipe import Recipe
 
+SHOWN = ("divergence", "perplexity", "source_perplexity", "agreement")
 FORMATTER = argparse.RawDescriptionHelpFormatter
 
 
@@ -85,11 +85,11 @@ def main() -> None:
                 story.quantize(story.Job(source, Path(folder, "made"), recipe, device))
                 seconds += time.perf_counter() - started
                 found.append(judged(arguments.model, Path(folder, "made"), ids, device))
-        mean = Comparison(*(sum(values) / len(found) for values in zip(*map(astuple, found), strict=True)))
+        mean = {name: sum(getattr(one, name) for one in found) / len(found) for name in SHOWN}
         each = " ".join(f"{one.divergence:.4f}" for one in found)
         print(
-            f"{effort:10} {mean.divergence:8.4f} {each:>20} {mean.perplexity:11.4f} "
-            f"{mean.source_perplexity:8.4f} {mean.agreement:7.4f} {seconds / len(found):7.1f}",
+            f"{effort:10} {mean['divergence']:8.4f} {each:>20} {mean['perplexity']:11.4f} "
+            f"{mean['source_perplexity']:8.4f} {mean['agreement']:7.4f} {seconds / len(found):7.1f}",
             flush=True,
         )
 

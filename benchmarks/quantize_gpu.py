@@ -153,7 +153,7 @@ def parts(model: Path, output: Path, effort: str) -> None:
     timed(Hessian, "add", "hessians: products")
     timed(Hessian, "mean", "hessians: mirror")
     timed(drift.Products, "add", "drift: products")
-    timed(solve._Sums, "wanted", "drift: wanted")
+    timed(solve.Sums, "wanted", "drift: wanted")
     timed(solve, "compensated", "drift: regression")
     timed(drift, "factorise", "drift: cholesky")
     timed(gptq, "solve", "solve: rest")

@@ -43,10 +43,10 @@ from marlin_convert.hub import Source
 from marlin_convert.matrix import Fate
 from marlin_convert.models.blocks import bf16_units
 from marlin_convert.models.memory import free_memory
+from marlin_convert.page import html
 from marlin_convert.plan import Plan, make_plan
 from marlin_convert.recipe import Recipe, to_yaml
 from marlin_convert.repack import Repack
-from marlin_convert.report import html
 from marlin_convert.solve import Solve
 from marlin_convert.tune import HELD_OUT, TOKENS, Tune, kept_bytes
 

@@ -45,6 +45,55 @@ class Solved:
     latents: Tensor | None = None
 
 
+class Sums:
+    """What the inputs of a stage sum up to and, beside the original model, what is wanted of them.
+
+    That is the original's outputs; where outputs are added to a residual, the original's sums, so that the
+    drift of the residual is made up for too.
+    """
+
+    def __init__(self, bias: Tensor | None):
+        self._bias = bias
+        self._hessian: Hessian | None = None
+        self._products: Products | None = None
+        self._of_outputs = False
+        self.tokens = 0
+
+    def add(self, one: Reached, before: Reached | None, *, bf16_units: bool) -> None:
+        """Add what a micro-batch brings to the stage, in the model that is made and in the original."""
+        x = one.x
+        self.tokens += x.shape[:-1].numel()
+        if self._hessian is None:
+            self._hessian = Hessian(x.shape[-1], x.device, bf16_units=bf16_units)
+        self._hessian.add(x)
+        if before is None:
+            return
+        wanted = before.x
+        if one.residual is not None and before.residual is not None and before.output is not None:
+            drift = before.residual.float() - one.residual.float()
+            wanted = before.output + (drift if self._bias is None else drift - self._bias)
+            self._of_outputs = True
+        if self._products is None:
+            self._products = Products(x.shape[-1], wanted.shape[-1], x.device, bf16_units=bf16_units)
+        self._products.add(x, wanted.to(x.dtype))
+
+    @cached_property
+    def hessian(self) -> Tensor:
+        """The mean of x^T x, (k, k) float32."""
+        assert self._hessian is not None
+        return self._hessian.mean()
+
+    @cached_property
+    def _mean(self) -> Tensor | None:
+        return None if self._products is None else self._products.mean()
+
+    def wanted(self, weight: Tensor) -> Tensor | None:
+        """The mean of x^T y0, (k, n) float32, for the original `weight` (n, k); None if not known."""
+        if self._mean is None or self._of_outputs:
+            return self._mean
+        return self._mean @ weight.T.float()
+
+
 class Solve:
     """The codes that the solver finds for a dense source, one block after another.
 
@@ -99,7 +148,7 @@ class Solve:
         model = self._model
         stages = self._plan.stages(number)
         block = model.load(number)
-        sums: dict[Stage, _Sums] = {}
+        sums: dict[Stage, Sums] = {}
         solved: list[Solved] = []
 
         def solve_stage(stage: Stage) -> None:
@@ -119,7 +168,7 @@ class Solve:
             if one.stage not in sums:
                 linear = block.get_submodule(one.stage[0])
                 assert isinstance(linear, nn.Linear)
-                sums[one.stage] = _Sums(linear.bias)
+                sums[one.stage] = Sums(linear.bias)
             sums[one.stage].add(one, before, bf16_units=model.bf16_products)
         self.replayed += walk.replayed
         model.unload(number)
@@ -149,7 +198,7 @@ class Solve:
             solve, keep_bytes=memory_for_activations(model.device) // share, dtype=model.dtype,
         )  # fmt: skip
 
-    def _solve(self, linears: list[str], sums: "_Sums") -> Iterator[Solved]:
+    def _solve(self, linears: list[str], sums: Sums) -> Iterator[Solved]:
         """Solve the linears of a stage and put what they have become into the model."""
         if not sums.hessian.isfinite().all():
             raise self._overflow(f"the inputs of {linears[0]} are")
@@ -163,7 +212,7 @@ class Solve:
             solve = self._prune if kind == (True, True) else self._quantize
             yield from solve(chosen, weights, sums)
 
-    def _target(self, weights: list[Tensor], sums: "_Sums") -> Tensor:
+    def _target(self, weights: list[Tensor], sums: Sums) -> Tensor:
         """What is solved for: the weights as one, (n, k), or what makes up for the drift of the inputs."""
         weight = torch.cat(weights)
         wanted = sums.wanted(weight)
@@ -171,9 +220,9 @@ class Solve:
             return weight
         if not wanted.isfinite().all():
             raise self._overflow("the original's outputs are")
-        return compensated(weight, sums.hessian, wanted, damping=self._recipe.damping)
+        return compensated(weight, sums.hessian, wanted, damping=self._recipe.damping, tokens=sums.tokens)
 
-    def _quantize(self, fates: list[Fate], weights: list[Tensor], sums: "_Sums") -> Iterator[Solved]:
+    def _quantize(self, fates: list[Fate], weights: list[Tensor], sums: Sums) -> Iterator[Solved]:
         recipe, hessian = self._recipe, sums.hessian
         layout = fates[0].layout  # engines load a stage as one: it has one layout
         group_size = len(hessian) if layout.group_size == -1 else layout.group_size
@@ -199,12 +248,9 @@ class Solve:
                 layout.bits,
                 kept=None if found.mask is None else found.mask[:, columns].contiguous(),
             )
-            written = layer.dequantize(self._model.dtype)
-            row = fate.row() | {
-                "error": _error(hessian, weight, written),
-                **_damping(fate, found, recipe.damping),
-            }
-            self._model.replace(fate.name, written)
+            row = fate.row() | {"error": _error(hessian, weight, layer.dequantize())}
+            row |= _damping(fate, found, recipe.damping)
+            self._model.replace(fate.name, layer.dequantize(self._model.dtype))
             log.debug("%s: relative output error %.4f", fate.name, row["error"])
             latents = None
             if self._plan.tunes:
@@ -229,7 +275,7 @@ class Solve:
                 )
         return None
 
-    def _prune(self, fates: list[Fate], weights: list[Tensor], sums: "_Sums") -> Iterator[Solved]:
+    def _prune(self, fates: list[Fate], weights: list[Tensor], sums: Sums) -> Iterator[Solved]:
         recipe, hessian = self._recipe, sums.hessian
         if recipe.method == "sparsegpt":
             target = self._target(weights, sums).to(weights[0].dtype)
@@ -244,53 +290,6 @@ class Solve:
             self._model.replace(fate.name, written.to(self._model.dtype))
             log.debug("%s: relative output error %.4f", fate.name, row["error"])
             yield Solved(fate, written, row)
-
-
-class _Sums:
-    """What the inputs of a stage sum up to and, beside the original model, what is wanted of them.
-
-    That is the original's outputs; where outputs are added to a residual, the original's sums, so that the
-    drift of the residual is made up for too.
-    """
-
-    def __init__(self, bias: Tensor | None):
-        self._bias = bias
-        self._hessian: Hessian | None = None
-        self._products: Products | None = None
-        self._of_outputs = False
-
-    def add(self, one: Reached, before: Reached | None, *, bf16_units: bool) -> None:
-        """Add what a micro-batch brings to the stage, in the model that is made and in the original."""
-        x = one.x
-        if self._hessian is None:
-            self._hessian = Hessian(x.shape[-1], x.device, bf16_units=bf16_units)
-        self._hessian.add(x)
-        if before is None:
-            return
-        wanted = before.x
-        if one.residual is not None and before.residual is not None and before.output is not None:
-            drift = before.residual.float() - one.residual.float()
-            wanted = before.output + (drift if self._bias is None else drift - self._bias)
-            self._of_outputs = True
-        if self._products is None:
-            self._products = Products(x.shape[-1], wanted.shape[-1], x.device, bf16_units=bf16_units)
-        self._products.add(x, wanted.to(x.dtype))
-
-    @cached_property
-    def hessian(self) -> Tensor:
-        """The mean of x^T x, (k, k) float32."""
-        assert self._hessian is not None
-        return self._hessian.mean()
-
-    @cached_property
-    def _mean(self) -> Tensor | None:
-        return None if self._products is None else self._products.mean()
-
-    def wanted(self, weight: Tensor) -> Tensor | None:
-        """The mean of x^T y0, (k, n) float32, for the original `weight` (n, k); None if not known."""
-        if self._mean is None or self._of_outputs:
-            return self._mean
-        return self._mean @ weight.T.float()
 
 
 def _error(hessian: Tensor, weight: Tensor, written: Tensor) -> float:

@@ -141,8 +141,8 @@ class UnfinishedRun:
             replaced.rename(self.output)
         remove(replaced)
         # first the note, then what it is about: what is noted as done is there at any moment
-        noted = {key: value for key, value in done.items() if key != "tensors"}
-        self.save(settings, noted, done["tensors"])
+        finished = {key: value for key, value in done.items() if key != "tensors"}
+        self.save(settings, finished, done["tensors"])
         if not done["blocks"]:
             remove(self.staging)
         if not done.get("solved"):

@@ -13,8 +13,10 @@ from torch import Tensor
 from marlin_convert.solvers.gptq import factorise
 from marlin_convert.solvers.hessian import bf16_products, product
 
-# How far to go from W to V, by measurement (benchmarks/RESULTS.md): V fits the calibration text.
+# How far to go from W to V, by measurement (benchmarks/RESULTS.md): V fits the calibration text, and fits it
+# too well where there are few tokens for each of its inputs.
 SHARE = 0.75
+OVERFIT = 16
 
 
 class Products:
@@ -42,11 +44,11 @@ class Products:
         return self.sum.div_(max(self.tokens, 1))
 
 
-def compensated(weight: Tensor, hessian: Tensor, wanted: Tensor, *, damping: float) -> Tensor:
+def compensated(weight: Tensor, hessian: Tensor, wanted: Tensor, *, damping: float, tokens: int) -> Tensor:
     """`weight` (n, k) moved towards what gives the original outputs, (n, k) float32.
 
-    hessian (k, k) and wanted (k, n): the means of x^T x and of x^T y0; `damping` is a share of the mean
-    diagonal, raised as for the solver.
+    hessian (k, k) and wanted (k, n): the means of x^T x and of x^T y0 over so many tokens; `damping` is a
+    share of the mean diagonal, raised as for the solver.
     """
     weight = weight.float()
     used, upper = factorise(hessian, damping)
@@ -57,4 +59,5 @@ def compensated(weight: Tensor, hessian: Tensor, wanted: Tensor, *, damping: flo
     ridge = used * hessian.diagonal().mean()
     right = torch.addcmul(wanted, weight.T, ridge)
     half = torch.linalg.solve_triangular(upper, right, upper=True)
-    return weight.lerp(torch.linalg.solve_triangular(upper.T, half, upper=False).T, SHARE)
+    share = SHARE / (1 + OVERFIT * weight.shape[1] / tokens)
+    return weight.lerp(torch.linalg.solve_triangular(upper.T, half, upper=False).T, share)
