@@ -150,6 +150,7 @@ def summary(done: "Report") -> dict[str, Any]:
         "source_bytes": done.plan.source_bytes,
         "output_bytes": done.plan.output_bytes,
         "replayed": done.replayed,
+        "tuning_seconds": round(done.tuned, 2),
     }
 
 
@@ -201,7 +202,8 @@ def _tuned(tuning: dict[str, Any], seconds: float) -> str:
     )
     took = f", {seconds:.1f} s" if seconds else ""
     kept = "" if tuning["kept"] else ": of no use, the solver's codes are written"
-    return f"tuned, {tuning['steps']} steps{took}: held-out divergence {before} -> {after}{kept}"
+    said = f"tuned, {tuning['steps']} steps{took}: held-out divergence {before} -> {after}{kept}"
+    return said + ("; above and below are the solver's figures" if tuning["kept"] else "")
 
 
 # Of a curve in a line of text that any terminal and log can show.

@@ -143,7 +143,7 @@ class Tune:
                 student.learn(ids[order[step]], step, _rate(step, len(order)))
                 if (step + 1) % -(-len(order) // PARTS) == 0 and step + 1 < len(order):
                     after = student.divergence(held_out, batch)
-                    _say(step + 1, len(order), after, time.monotonic() - started)
+                    _say(step + 1, len(order), after, time.monotonic() - started, begin)
                     if not after <= HOPELESS * before:
                         break
                 if time.monotonic() - saved > KEEP_AFTER and step + 1 < len(order):
@@ -152,7 +152,7 @@ class Tune:
             else:
                 student.settle(self._plan.dtypes)
                 after = student.divergence(held_out, batch)
-                _say(len(order), len(order), after, time.monotonic() - started)
+                _say(len(order), len(order), after, time.monotonic() - started, begin)
         better, norms = after < before, {}
         if better:
             self._student = student
@@ -261,10 +261,11 @@ def _rate(step: int, steps: int) -> float:
     return warm * 0.5 * (1 + cos(pi * (step + 0.5) / steps))
 
 
-def _say(step: int, steps: int, divergence: float, seconds: float) -> None:
+def _say(step: int, steps: int, divergence: float, seconds: float, begin: int) -> None:
+    """How far it is, and how long it has taken from step `begin` on."""
     log.info(
         "tuning: step %d of %d, held-out divergence %.5f, %.0f s, about %.0f s left",
-        step, steps, divergence, seconds, seconds / step * (steps - step),
+        step, steps, divergence, seconds, seconds / (step - begin) * (steps - step),
     )  # fmt: skip
 
 
