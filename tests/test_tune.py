@@ -107,6 +107,12 @@ def test_it_answers_nearer_to_the_original_than_the_default(
         assert not torch.equal(layers[0].codes, layers[1].codes)
 
 
+def test_norms_after_attention_and_mlp_and_a_capped_head_are_tuned_too(text: Path, tmp_path: Path) -> None:
+    source = tiny_models.save(tiny_models.build("gemma2", torch.bfloat16), tmp_path / "gemma2")
+    tuning = story.quantize(job(source, tmp_path / "out", text)).manifest["tuning"]
+    assert tuning["kept"] and len(tuning["tensors"]) == 4 * 2 + 1
+
+
 def test_scales_and_norms_are_tuned_and_nothing_else(
     made: Callable[..., tuple[Path, Report]], llama: Path
 ) -> None:
