@@ -248,9 +248,17 @@ def _config(
     if any(fate.packed for fate in fates.values()):
         layout = formats.FORMATS[recipe.format]
         config["quantization_config"] = layout.quantization_config(
-            [*fates.values(), *_tied_head(model, fates)]
+            [*fates.values(), *_as_in_files(weights, fates), *_tied_head(model, fates)]
         )
     return config
+
+
+def _as_in_files(weights: Weights, fates: Mapping[str, Fate]) -> Iterator[Fate]:
+    """The dense matrices by the names that they have in the files alone, from which vLLM makes its own."""
+    for name, fate in fates.items():
+        called = weights.on_disk(f"{name}.weight").removesuffix(".weight")
+        if not fate.packed and called != name:
+            yield replace(fate, matrix=replace(fate.matrix, name=called))
 
 
 def _tied_head(model: PreTrainedModel, fates: Mapping[str, Fate]) -> Iterator[Fate]:

@@ -10,6 +10,7 @@ import torch
 from marlin_convert.checkpoint import manifest as manifests
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.reader import Checkpoint
+from marlin_convert.formats import mixtures
 
 SHORT = ("--samples", 4, "--sequence-length", 64, "--device", "cpu")
 
@@ -104,6 +105,15 @@ def test_the_config_names_a_mixture_once_for_all_blocks(source, cli, tmp_path) -
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert config["group_size"] == 64
     assert list(config["dynamic"]) == [r"+:(.*\.)?layers\.\d+\.mlp\.down_proj$"]
+
+
+def test_the_config_names_what_engines_fuse() -> None:
+    """vLLM asks for the fused linear by its name, of attention, of the MLP and of Qwen3.5's mixer."""
+    parts = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+    parts += ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z")
+    fused = mixtures.with_fused({f"model.layers.0.{part}": (8, 64) for part in parts})
+    found = {name.removeprefix("model.layers.0.") for name in fused}
+    assert found - set(parts) == {"self_attn.qkv_proj", "mlp.gate_up_proj", "linear_attn.in_proj_qkvz"}
 
 
 def test_eight_bits_are_all_but_exact(source, cli, tmp_path) -> None:

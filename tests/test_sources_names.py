@@ -1,6 +1,7 @@
 """What the tensors of a source are called: both ways of transformers, and those of no part of a model."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +28,9 @@ from marlin_convert.formats import gptq, marlin
 from marlin_convert.kernels.matmul import MarlinLinear
 from marlin_convert.models.names import Names, beside
 from marlin_convert.models.tree import check_names
+from marlin_convert.plan import make_plan
 from marlin_convert.quantized import QuantizedLinear
+from marlin_convert.recipe import Recipe
 
 Cli = Callable[..., Result]
 Tensors = dict[str, Tensor]
@@ -216,6 +219,34 @@ def test_a_conversion_keeps_the_names_of_its_source_and_loads(wrapper, tmp_path,
     checks = ("--checks", "files,layout,numbers,generate")
     found = cli("verify", output, "--source", source, "--text", text, *FAST, *checks)
     assert found.exit_code == 0 and "greedy tokens by transformers" in found.stdout, found.output
+
+
+# a linear of the tower, by its names in the model and in the files
+TOWERS = {
+    "mistral3": (
+        "model.vision_tower.transformer.layers.0.attention.q_proj",
+        "vision_tower.transformer.layers.0.attention.q_proj",
+    ),
+    "gemma3": (
+        "model.vision_tower.encoder.layers.0.self_attn.q_proj",
+        "vision_tower.vision_model.encoder.layers.0.self_attn.q_proj",
+    ),
+    "qwen2_vl": ("model.visual.blocks.0.attn.qkv", "visual.blocks.0.attn.qkv"),
+}
+
+
+@pytest.mark.parametrize(
+    "format, key",
+    [("compressed-tensors", "ignore"), ("gptq", "dynamic"), ("marlin", "modules_to_not_convert")],
+)
+def test_what_is_dense_is_named_as_in_the_files_too(format, key, wrapper, tmp_path):
+    """vLLM makes its own names of these, and takes a tower that is not among them for packed."""
+    kind, _, directory = wrapper
+    tensors = load_file(directory / SHARD)
+    source = stored_as(directory, as_on_the_hub(tensors) if kind == "gemma3" else tensors, tmp_path)
+    plan = make_plan(Weights(Checkpoint.open(source)), Recipe(format=format))
+    said = [re.sub(r"^-:\^|\\|\$$", "", name) for name in plan.config["quantization_config"][key]]
+    assert set(TOWERS[kind]) <= set(said) and len(said) == len(set(said))
 
 
 def test_a_source_is_compared_by_parameters_whatever_its_names(wrapper, tmp_path):

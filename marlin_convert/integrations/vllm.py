@@ -3,6 +3,7 @@
 Every process of the engine imports this when it starts: what linears need is imported with the first of them.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -57,6 +58,13 @@ class MarlinConfig(QuantizationConfig):
         except FormatError:
             return None  # from_config says it, should the config be ours
         return cls.method if scheme.format == cls.format and not scheme.names else None
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Take the names that the config says for those that vLLM gives the same modules."""
+        skipped, unpruned = (
+            hf_to_vllm_mapper.apply_list(list(names)) for names in (self.scheme.skipped, self.scheme.unpruned)
+        )
+        self.scheme = replace(self.scheme, skipped=tuple(skipped), unpruned=frozenset(unpruned))
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """What creates and multiplies the weights of a linear; None for anything else, the head included."""

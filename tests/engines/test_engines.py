@@ -1,13 +1,10 @@
 """Engines load what we write, as it is, and answer as its dequantized weights do (make engines).
 
-The engines live in environments of their own, built by benchmarks/peers/environments.sh in the directory that
-INTEROP_ENVIRONMENTS names, or in .interop at the top of the repository. They run as subprocesses on a CPU and
-answer with JSON: for each prompt its tokens, the tokens chosen greedily and their logprobs. What plugs into
-them is this package, installed in a directory of its own that a test puts on their path or does not.
+What plugs into them is this package, installed in a directory of its own that a test puts on their path or
+does not.
 """
 
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -24,89 +21,27 @@ from urllib.request import Request, urlopen
 import packed_models
 import pytest
 import torch
+from engine_programs import (
+    HERE,
+    INHERITED,
+    PROMPTS,
+    SETTINGS,
+    TOKENS,
+    TOLERANCE,
+    TWO_RANKS,
+    Answers,
+    answer,
+    needs_avx512,
+    programs,
+    run,
+)  # fmt: skip
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.reader import Checkpoint
 
 pytestmark = pytest.mark.engines
-
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-
-PROMPTS = ["def __init__(self, name):\n", "import os\nimport sys\n\n", "    for i in range(len("]
-TOKENS = 16
-# float16 arithmetic in the engines, float32 in the reference
-TOLERANCE = 0.01
-
-# What a test is run with is not installed in the engines.
-INHERITED = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-# Nothing but this machine is asked for anything, and one gigabyte of keys and values is plenty.
-SETTINGS = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-# A core for each.
-TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-
-Answers = list[dict[str, Any]]
-
-needs_avx512 = pytest.mark.skipif(
-    "avx512f" not in Path("/proc/cpuinfo").read_text(),
-    reason="vLLM's CPU build has int4 products (cpu_gemm_wna16) for AVX-512 only",
-)
-
-
-def run(*command: object, **environment: str) -> subprocess.CompletedProcess:
-    """The finished command, all that it printed in stdout."""
-    return subprocess.run(
-        [str(part) for part in command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**INHERITED, **SETTINGS, **environment},
-    )
-
-
-@pytest.fixture(scope="session")
-def plugin(tmp_path_factory) -> dict[str, str]:
-    """The environment variables with which an engine finds this package installed."""
-    sources, installed = (
-        tmp_path_factory.mktemp("sources") / "marlin-convert",
-        tmp_path_factory.mktemp("plugin"),
-    )
-    unwanted = shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__", "examples", "tests")
-    shutil.copytree(ROOT, sources, symlinks=True, ignore=unwanted)
-    pip = (sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--no-build-isolation")
-    done = run(*pip, "--target", installed, sources)
-    assert done.returncode == 0, done.stdout[-4000:]
-    return {"PYTHONPATH": str(installed)}
-
-
-@cache
-def programs(environment: str) -> Path:
-    """The bin directory of an engine's environment, built if it is not there."""
-    directory = Path(os.environ.get("INTEROP_ENVIRONMENTS", ROOT / ".interop")).absolute()
-    built = run(ROOT / "benchmarks" / "peers" / "environments.sh", environment, directory)
-    assert built.returncode == 0, built.stdout[-4000:]
-    return directory / environment / "bin"
-
-
-def answer(
-    engine: str,
-    script: str,
-    checkpoint: Path,
-    out: Path,
-    *,
-    options: dict[str, Any] | None = None,
-    **environment: str,
-) -> tuple[Answers, str]:
-    """What an engine answers, and all that it printed; `options` are those of the engine."""
-    request = out / "request.json"
-    request.write_text(json.dumps({"prompts": PROMPTS, "tokens": TOKENS, "options": options or {}}))
-    command = (programs(engine) / "python", HERE / script, checkpoint, request, out / "answers.json")
-    done = run(*command, **environment)
-    assert done.returncode == 0, done.stdout[-4000:]
-    return json.loads((out / "answers.json").read_text()), done.stdout
 
 
 @contextmanager
@@ -162,56 +97,6 @@ def complete(address: str, model: Path) -> Answers:
         }
         for choice in json.load(urlopen(request))["choices"]
     ]
-
-
-@pytest.fixture(scope="session")
-def plain(tmp_path_factory) -> Callable[[Path], Path]:
-    """A checkpoint with its codes written out as float16 weights."""
-
-    @cache
-    def write(checkpoint: Path) -> Path:
-        directory = tmp_path_factory.mktemp("plain") / checkpoint.name
-        return packed_models.dequantize(checkpoint, directory, torch.float16)
-
-    return write
-
-
-@pytest.fixture(scope="session")
-def reference(plain) -> Callable[[Path], torch.nn.Module]:
-    """The plain weights of a checkpoint, loaded to compute in float32."""
-
-    @cache
-    def load(checkpoint: Path) -> torch.nn.Module:
-        return AutoModelForCausalLM.from_pretrained(plain(checkpoint), dtype=torch.float32)
-
-    return load
-
-
-@pytest.fixture
-def deviation(reference, tinypy, record_property) -> Callable[[Answers, Path], float]:
-    """How far an engine's answers are from the reference's: the largest difference in a logprob.
-
-    The reference is given the tokens that the engine chose. Where it would have chosen another one, two
-    logprobs are off, and half of the difference between them counts as well.
-    """
-    tokenizer = AutoTokenizer.from_pretrained(tinypy)
-
-    def measure(answers: Answers, checkpoint: Path) -> float:
-        assert [answer["prompt"] for answer in answers] == tokenizer(PROMPTS).input_ids
-        largest = 0.0
-        for answer in answers:
-            prompt, tokens = answer["prompt"], torch.tensor(answer["tokens"])
-            assert len(tokens) == TOKENS
-            with torch.inference_mode():
-                logits = reference(checkpoint)(torch.tensor([prompt + answer["tokens"]])).logits
-            logprobs = logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-            chosen = logprobs.gather(1, tokens[:, None])[:, 0]
-            for difference in (chosen - torch.tensor(answer["logprobs"]), (logprobs.amax(-1) - chosen) / 2):
-                largest = max(largest, difference.abs().max().item())
-        record_property("largest difference", largest)  # in the file of --junit-xml
-        return largest
-
-    return measure
 
 
 def called(checkpoint: Path, quantization: dict[str, Any], directory: Path) -> Path:

@@ -14,7 +14,7 @@ if __name__ == "__main__":
     checkpoint, request, out = sys.argv[1:]
     request = json.loads(Path(request).read_text())
     llm = LLM(checkpoint, **{"dtype": "float16"} | request["options"])
-    greedy = SamplingParams(temperature=0, max_tokens=request["tokens"], logprobs=0)
+    greedy = SamplingParams(temperature=0, max_tokens=request["tokens"], logprobs=0, ignore_eos=True)
     answers = []
     for answer in llm.generate(request["prompts"], greedy):
         [chosen] = answer.outputs

@@ -1,0 +1,84 @@
+"""vLLM loads what we write of models of many types, towers included, and answers as it should (make engines).
+
+Its own loader is told to insist that every parameter is in the files: what it takes for packed and is not, or
+knows by another name, would go on with whatever the memory held.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import served_models
+from engine_programs import TOLERANCE, Answers, answer, needs_avx512, programs, run
+
+pytestmark = [pytest.mark.engines, needs_avx512]
+
+# vLLM refuses float16 for Gemma 3, and its mixer of Qwen3.5 on a CPU takes nothing else
+BFLOAT16 = ("gemma3_text", "gemma3", "qwen3_5_text", "qwen3_5")
+ON_TORCHVISION = (*served_models.PICTURES, "qwen3_5_text")
+STRICT = {"model_loader_extra_config": {"enable_weights_track": True}, "enforce_eager": True}
+
+
+@cache
+def has_torchvision() -> bool:
+    return run(programs("vllm") / "python", "-c", "import torchvision").returncode == 0
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory) -> Callable[[str], Path]:
+    """A model of a type."""
+
+    @cache
+    def make(model_type: str) -> Path:
+        return served_models.make(model_type, tmp_path_factory.mktemp("types") / model_type)
+
+    return make
+
+
+def convert(source: Path, output: Path, **settings: object) -> Path:
+    """What `quantize` makes of a model by a recipe of these settings."""
+    recipe = output.with_name("recipe.yaml")
+    recipe.write_text(json.dumps({"samples": 4, "sequence_length": 64, **settings}))
+    words = ("quantize", source, "-o", output, "--recipe", recipe, "-q")
+    done = run(sys.executable, "-m", "marlin_convert", *words)
+    assert done.returncode == 0, done.stdout
+    return output
+
+
+def ask(checkpoint: Path, model_type: str, out: Path, **environment: str) -> Answers:
+    """vLLM's answers, in the type that it takes."""
+    dtype = "bfloat16" if model_type in BFLOAT16 else "float16"
+    answers, _ = answer(
+        "vllm", "vllm_generate.py", checkpoint, out, options={"dtype": dtype, **STRICT}, **environment
+    )
+    return answers
+
+
+def tolerance(model_type: str) -> float:
+    """Numbers of bfloat16 are eight times coarser."""
+    return 8 * TOLERANCE if model_type in BFLOAT16 else TOLERANCE
+
+
+@pytest.mark.parametrize("format", ["gptq", "compressed-tensors", "marlin"])
+@pytest.mark.parametrize("model_type", served_models.CHANGES)
+def test_vllm_answers_right_of_a_type(model_type, format, source, plugin, deviation, tmp_path):
+    if model_type in ON_TORCHVISION and not has_torchvision():
+        pytest.skip(
+            "no torchvision beside vLLM, whose models with a tower import it: build .interop/vllm anew"
+        )
+    checkpoint = convert(source(model_type), tmp_path / format, format=format)
+    answers = ask(checkpoint, model_type, tmp_path, **(plugin if format == "marlin" else {}))
+    assert deviation(answers, checkpoint) < tolerance(model_type)
+
+
+@pytest.mark.parametrize("format", ["gptq", "compressed-tensors"])
+def test_vllm_answers_right_of_a_mixer_with_groups_of_its_own(format, source, deviation, tmp_path):
+    if not has_torchvision():
+        pytest.skip("no torchvision beside vLLM, whose Qwen3.5 imports it: build .interop/vllm anew")
+    overrides = {"*.linear_attn.*": {"group_size": 64}}
+    checkpoint = convert(source("qwen3_5_text"), tmp_path / format, format=format, overrides=overrides)
+    answers = ask(checkpoint, "qwen3_5_text", tmp_path)
+    assert deviation(answers, checkpoint) < tolerance("qwen3_5_text")
