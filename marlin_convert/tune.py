@@ -244,7 +244,8 @@ class Tune:
             layer = self._layer(fate, tensors)
             if self._student is not None:
                 codes, scales = self._student.matrices[fate.name].result()
-                layer = QuantizedLinear(codes, scales, layer.group_size, layer.bits, kept=layer.kept)
+                mask = None if layer.kept is None else layer.kept.to(codes.device)
+                layer = QuantizedLinear(codes, scales, layer.group_size, layer.bits, kept=mask)
             yield pack(fate, layer, self._plan), row
 
 
