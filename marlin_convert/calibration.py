@@ -48,11 +48,28 @@ _LEFT_OUT = {
 
 
 @dataclass(frozen=True)
+class TuningText:
+    """Token ids (windows, length) int64 to tune on and, apart from them, to judge by what came of it."""
+
+    ids: Tensor
+    held_out: Tensor
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of all ids."""
+        return hashlib.sha256(torch.cat((self.ids, self.held_out)).numpy().tobytes()).hexdigest()
+
+
+@dataclass(frozen=True)
 class Calibration:
-    """Token ids (samples, length) int64, with the sha256 of those ids as their identity."""
+    """Token ids (samples, length) int64, with the sha256 of those ids as their identity.
+
+    `tuning` is what to tune on afterwards, if that is to be done.
+    """
 
     ids: Tensor
     source: str
+    tuning: TuningText | None = None
 
     @property
     def digest(self) -> str:
@@ -150,13 +167,7 @@ def calibrate(
     by the seed until there are enough tokens; of a longer text the windows are drawn by the seed.
     `held_out` takes the part of the builtin text that calibration never sees.
     """
-    documents = list(_documents(source, held_out))
-    random.Random(seed).shuffle(documents)
-    ids: list[int] = []
-    for document in documents:
-        ids += _tokenize(tokenizer, document)
-        if len(ids) >= samples * length:
-            break
+    ids = _tokens(tokenizer, source, seed, held_out, samples * length)
     windows = len(ids) // length
     if windows < samples:
         raise ConvertError(
@@ -166,9 +177,64 @@ def calibrate(
             if windows
             else "pass a smaller --sequence-length, or more text.",
         )
-    chosen = sorted(random.Random(seed).sample(range(windows), samples))
-    rows = [ids[at * length : (at + 1) * length] for at in chosen]
-    return Calibration(torch.tensor(rows, dtype=torch.int64), shown(source))
+    chosen = _drawn(windows, samples, seed)
+    return Calibration(_windows(ids, chosen, length), shown(source))
+
+
+def tuning_text(
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    *,
+    samples: int,
+    length: int,
+    seed: int,
+    tokens: int,
+    held_out: int,
+) -> TuningText:
+    """What `calibrate` draws of a text, and as much beyond it as there is: about `tokens` in all to tune on.
+
+    About `held_out` tokens more, at most an eighth of the text, are to judge by: windows that were not drawn,
+    as long as there are any. ConvertError for a text of one window.
+    """
+    calibrated = len(_tokens(tokenizer, source, seed, False, samples * length)) // length
+    drawn = _drawn(calibrated, samples, seed)
+    ids = _tokens(tokenizer, source, seed, False, max(samples * length, tokens) + held_out)
+    windows = len(ids) // length
+    if windows < 2:
+        raise ConvertError(
+            f"calibration text {shown(source)} has one window of {length} tokens: none is left to judge by.",
+            "pass a smaller --sequence-length, or more text.",
+        )
+    order = [*drawn, *sorted(set(range(windows)) - set(drawn))]
+    judging = max(1, min(held_out // length, windows // 8))
+    tuning = min(len(order) - judging, max(samples, tokens // length))
+    return TuningText(
+        _windows(ids, order[:tuning], length), _windows(ids, order[len(order) - judging :], length)
+    )
+
+
+def _tokens(
+    tokenizer: PreTrainedTokenizerBase, source: str, seed: int, held_out: bool, enough: int
+) -> list[int]:
+    """The tokens of a text's documents, joined in an order drawn by the seed until there are enough."""
+    documents = list(_documents(source, held_out))
+    random.Random(seed).shuffle(documents)
+    ids: list[int] = []
+    for document in documents:
+        ids += _tokenize(tokenizer, document)
+        if len(ids) >= enough:
+            break
+    return ids
+
+
+def _drawn(windows: int, samples: int, seed: int) -> list[int]:
+    """The windows that are calibrated on."""
+    return sorted(random.Random(seed).sample(range(windows), samples))
+
+
+def _windows(ids: list[int], chosen: list[int], length: int) -> Tensor:
+    """Some windows of a text as rows, (windows, length) int64."""
+    return torch.tensor([ids[at * length : (at + 1) * length] for at in chosen], dtype=torch.int64)
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, document: str | list[dict[str, Any]]) -> list[int]:

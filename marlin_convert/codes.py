@@ -1,10 +1,11 @@
 """Codes of a block, wherever they come from, and how a matrix is packed with them.
 
-They are solved on calibration text (solve.py) or kept from a quantized source (repack.py). Weights that are
-only pruned come the same way as codes.
+They are solved on calibration text (solve.py), tuned after that (tune.py), or kept from a quantized source
+(repack.py). Weights that are only pruned come the same way as codes.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -18,11 +19,25 @@ from marlin_convert.quantized import QuantizedLinear, same_codes
 Packed = tuple[dict[str, Tensor], dict[str, Any]]  # tensors of a linear, and what the manifest says of it
 
 
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning has changed beside codes and scales, and what is to be said of it.
+
+    `norms` take the places of tensors of the source, by name; `record` is for the manifest; `seconds` is how
+    long it took in this run.
+    """
+
+    norms: dict[str, Tensor]
+    record: dict[str, Any]
+    seconds: float
+
+
 class Codes(Protocol):
-    """Where the codes of a block come from: solved, or unpacked from a quantized source."""
+    """Where the codes of a block come from: solved, tuned, or unpacked from a quantized source."""
 
     replayed: int
     divergence: float | None  # of what left the last block from what left the original's, where it is known
+    tuned: Tuned | None  # None where nothing was
 
     def block(self, number: int) -> Iterator[Packed]:
         """Every packed linear of a block."""

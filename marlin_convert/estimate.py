@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 from marlin_convert.models.blocks import bf16_units, rounding_linear
-from marlin_convert.models.hidden import TOKENS
+from marlin_convert.models.hidden import TOKENS as BATCH
 from marlin_convert.models.memory import memory_for_activations
 from marlin_convert.plan import Plan
 from marlin_convert.solvers import gptq
 from marlin_convert.solvers.hessian import Hessian
+from marlin_convert.solvers.straight_through import POSITIONS
+from marlin_convert.tune import DENSE, SPARSE, STEP, TOKENS
 
 # How far the parts that are no large matrix product stretch the whole on a GPU, seen on an H200.
 OVERHEAD = 2.0
@@ -79,23 +81,77 @@ def estimate(plan: Plan, device: torch.device) -> Estimate:
         seconds *= PRUNING
     width = max(fate.n for fate in block)
     held = 24.0 * max(k * n for k, n in stages.items()) + 12.0 * max(stages) ** 2
-    return Estimate(seconds, hidden + held + 2.0 * work.weights + 12.0 * TOKENS[device.type] * width)
+    memory = hidden + held + 2.0 * work.weights + 12.0 * BATCH[device.type] * width
+    if plan.tunes:
+        seconds += _tuning(plan, device)
+        memory = max(memory, tuning_memory(plan, device))
+    return Estimate(seconds, memory)
+
+
+def tuning_memory(plan: Plan, device: torch.device) -> float:
+    """Bytes on the device at the most while a model is tuned there (tune.py).
+
+    Of Llama-3-8B on a GPU, 8 sequences of 1024 tokens a step, in GB: of 6.98e9 packed weights 14.0 for the
+    original, 14.0 for latents and 27.9 for their moments, and 0.9 for scales (a mask of 2:4 7.0 more); 4.2
+    for the embedding and the head; 4.6 for what enters its 32 blocks; 2.7 for one block computed again and
+    2.1 for its weights and the largest of them moved; 1.7 for the logits of one sequence. In all 72.
+    """
+    bytes_of = 2 if device.type == "cuda" else 4  # of what is multiplied; the rest is float32
+    weights = sum(
+        fate.k * fate.n * (bytes_of + (2 if fate.layout.bits == 4 else 4) + 4 + fate.layout.sparse)
+        for fate in plan.packed
+    )
+    groups = sum(
+        fate.n * (1 if fate.layout.group_size == -1 else fate.k // fate.layout.group_size)
+        for fate in plan.packed
+    )
+    narrow = {f"{fate.name}.weight" for fate in plan.dense}
+    others = sum(
+        spec.nbytes // spec.dtype.itemsize * (bytes_of if spec.name in narrow else 4)
+        for spec in plan.specs
+        if spec.name not in plan.owner and spec.name not in plan.structure.idle
+    )
+    block = plan.worked_on_in(0) or plan.packed
+    length = plan.recipe.sequence_length
+    tokens, hidden = max(STEP, length), block[0].k
+    entering = 4 * tokens * hidden * (plan.blocks + 2)
+    again = 2 * bytes_of * tokens * sum(fate.k + fate.n for fate in block)
+    moved = 28 * max(fate.k * fate.n for fate in plan.packed) + bytes_of * sum(
+        fate.k * fate.n for fate in block
+    )
+    logits = plan.vocabulary * (4 * bytes_of * length + 20 * min(POSITIONS, length))
+    return float(weights + 16 * groups + others + entering + again + moved + logits)
+
+
+def _tuning(plan: Plan, device: torch.device) -> float:
+    """Seconds that tuning takes: a forward of the original, two of the student, and its backward of two."""
+    epochs = (SPARSE if plan.sparsity else DENSE).epochs
+    tokens = epochs * max(TOKENS, plan.recipe.samples * plan.recipe.sequence_length)
+    weights = sum(fate.k * fate.n for fate in plan.fates.values()) + plan.vocabulary * plan.packed[0].k
+    return OVERHEAD * 5 * tokens * weights / _rate(device)
 
 
 def _on_gpu(plan: Plan, work: _Work, device: torch.device) -> float:
     """Seconds of a block where products in 16 bits are nearly all there is to do."""
-    size = 8192
-    a = torch.randn(size, size, dtype=torch.bfloat16, device=device)
-
-    def product() -> None:
-        a @ a
-        torch.cuda.synchronize(device)
-
-    rate = size**3 / _seconds(product)
+    rate = _rate(device)
     solving = sum((0.5 + plan.recipe.sweeps) * k * k * n for k, n in work.stages.items())
     walks = 2 if plan.compensates else 1
     sums = 2 * work.hessians + (work.products if plan.compensates else 0)
     return OVERHEAD * (walks * work.tokens * work.weights + sums + solving) / rate
+
+
+def _rate(device: torch.device) -> float:
+    """Multiply-adds a second of the products that a model is tuned with."""
+    on_gpu = device.type == "cuda"
+    size = 8192 if on_gpu else SIZE
+    a = torch.randn(size, size, dtype=torch.bfloat16 if on_gpu else torch.float32, device=device)
+
+    def product() -> None:
+        a @ a
+        if on_gpu:
+            torch.cuda.synchronize(device)
+
+    return size**3 / _seconds(product)
 
 
 def _on_cpu(plan: Plan, work: _Work, device: torch.device) -> float:

@@ -32,7 +32,7 @@ def html(manifest: dict[str, Any]) -> str:
         f"{PAGE}<title>{title}</title><style>{_STYLE}</style>"
         f"<h1>{title}</h1><p>{markup.escape(manifest['tool'])}, "
         f"{manifest['bits_per_weight']} bits per weight.</p>"
-        f"{_divergence(manifest['divergence'])}{_errors(rows)}"
+        f"{_tuning(manifest.get('tuning'))}{_divergence(manifest['divergence'])}{_errors(rows)}"
         f"<p>Left dense: {'' if dense else 'nothing'}</p><ul>{dense}</ul>"
         f"<p>Left out, or not as asked: {'' if left else 'nothing'}</p><ul>{left}</ul>"
         f"<p>Copied, no part of the model that is built: {'' if beside else 'nothing'}</p><ul>{beside}</ul>"
@@ -47,6 +47,17 @@ _STYLE = (
     "svg{width:100%;height:auto}"
 )
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999933")
+
+
+def _tuning(said: dict[str, Any] | None) -> str:
+    """What tuning has made of the answers; the figures that follow are those of the solver."""
+    if not said or not said["kept"]:
+        return ""
+    before, after = said["held_out_divergence"]["solved"], said["held_out_divergence"]["tuned"]
+    return (
+        f"<p>Tuned in {said['steps']} steps: KL divergence from the original's answers on text held out "
+        f"{before:.5f}, now {after:.5f}. What follows was found before that.</p>"
+    )
 
 
 def _divergence(after: list[float]) -> str:

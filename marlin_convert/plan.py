@@ -83,6 +83,11 @@ class Plan:
         solved = bool(self.packed) or self.recipe.method == "sparsegpt"
         return solved and not self.repack and self.recipe.effort != "fast"
 
+    @property
+    def tunes(self) -> bool:
+        """Whether codes, scales and norms are tuned once all are solved."""
+        return self.recipe.effort == "high"
+
     @cached_property
     def dense(self) -> list[Fate]:
         """The matrices that are left as they are."""
@@ -187,6 +192,7 @@ def make_plan(
         recipe = _as_stored(recipe, weights, group_size)
     else:
         recipe = _within_positions(recipe, model)
+    refusals.check_effort(recipe, repack=repack)
     claimed = set(weights.sparse_linears(manifests.load(checkpoint.directory)))
     refusals.check_sparsity(weights, recipe, claimed, repack=repack)
 

@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import transformers
 from torch import Tensor
 
 from marlin_convert import __version__, provenance
-from marlin_convert.calibration import Calibration, calibrate, load_tokenizer, shown
+from marlin_convert.calibration import Calibration, TuningText, calibrate, load_tokenizer, shown, tuning_text
 from marlin_convert.card import read_facts
 from marlin_convert.checkpoint import manifest as manifests
 from marlin_convert.checkpoint import remote_code
@@ -38,13 +38,17 @@ from marlin_convert.checkpoint.writer import (
 )
 from marlin_convert.codes import Codes
 from marlin_convert.errors import ConvertError, FormatError, SourceError, reading
+from marlin_convert.estimate import tuning_memory
 from marlin_convert.hub import Source
+from marlin_convert.matrix import Fate
 from marlin_convert.models.blocks import bf16_units
+from marlin_convert.models.memory import free_memory
 from marlin_convert.page import html
 from marlin_convert.plan import Plan, make_plan
 from marlin_convert.recipe import Recipe, to_yaml
 from marlin_convert.repack import Repack
 from marlin_convert.solve import Solve
+from marlin_convert.tune import HELD_OUT, TOKENS, Tune, kept_bytes
 
 log = logging.getLogger("marlin_convert")
 
@@ -83,6 +87,7 @@ class Report:
     plan: Plan
     seconds: float
     replayed: int  # times a part of a block was computed again for want of memory, over all micro-batches
+    tuned: float = 0.0  # seconds of them that were spent on tuning
 
 
 def plan_job(job: Job) -> tuple[Weights, Plan]:
@@ -95,6 +100,8 @@ def plan_job(job: Job) -> tuple[Weights, Plan]:
     if not plan.worked_on:
         raise ConvertError("nothing is left to do: every linear stays as it is.", "skip fewer of them.")
     _check_output(job, plan)
+    if plan.tunes:
+        _check_memory(job, plan)
     return weights, plan
 
 
@@ -117,14 +124,15 @@ def quantize(
     calibration = None if plan.repack else _calibration(job, plan)
     settings = _settings(job, plan, weights, calibration)
     done = run.earlier(settings, resume=job.resume, discard=job.overwrite)
-    replayed = 0
+    replayed, tuned = 0, 0.0
     manifest = run.published() if job.resume else None
     try:
         if manifest is None:
             run.begin(settings, done)
-            files, found, replayed = _convert(job, plan, weights, calibration, settings, done, progress)
+            files, found, codes = _convert(job, plan, weights, calibration, settings, done, progress)
+            replayed, tuned = codes.replayed, codes.tuned.seconds if codes.tuned else 0.0
             manifest = _assemble(job, plan, weights, settings, found, files)
-            run.complete({"blocks": plan.blocks, "tensors": len(plan.specs), **found})
+            run.complete({"blocks": plan.blocks, "solved": 0, "tensors": len(plan.specs), **found})
             check_replaceable(job.output, job.overwrite)  # again: somebody may have put something there
             publish(run.staging, job.output, job.overwrite)
         if job.report is not None:
@@ -135,7 +143,7 @@ def quantize(
         raise _disk_error(job, error) from error
     finally:
         run.release()
-    return Report(manifest, plan, time.monotonic() - started, replayed)
+    return Report(manifest, plan, time.monotonic() - started, replayed, tuned)
 
 
 def _disk_error(job: Job, error: OSError) -> ConvertError:
@@ -158,48 +166,97 @@ def _convert(
     settings: dict[str, Any],
     done: dict[str, Any],
     progress: Callable[[range, int], Iterable[int]],
-) -> tuple[dict[str, str], dict[str, Any], int]:
-    """Write the shards; returns their sha256, what the manifest says of the work, and the replays."""
+) -> tuple[dict[str, str], dict[str, Any], Codes]:
+    """Write the shards; returns their sha256, what the manifest says of the work, and the codes' origin."""
     rows: list[dict[str, Any]] = done["matrices"]
     divergence: list[float] = done["divergence"]
+    todo = range(done["blocks"], plan.blocks)
+    walk = progress(todo, plan.blocks)
     with ExitStack() as stack:
         writer = stack.enter_context(
             ShardWriter(job.run.staging, plan.specs, job.max_shard_size, weights.on_disk)
         )
         writer.resume(done["tensors"])
         codes: Codes
-        if calibration is not None and done["blocks"] < plan.blocks:
-            codes = Solve(
-                plan, weights, calibration, job.device,
-                directory=job.run.directory, trust_remote_code=job.trust_remote_code,
-            )  # fmt: skip
-            codes.skip(done["blocks"], writer)
+        if calibration is not None and calibration.tuning is not None and todo:
+            codes, walk = _tuned(job, plan, weights, calibration, settings, done, progress), todo
+        elif calibration is not None and todo:
+            codes = _solve(job, plan, weights, calibration)
+            codes.skip(done["blocks"], partial(_written, plan, writer))
         else:
             codes = stack.enter_context(Repack(plan, weights, done["blocks"]))
         names = iter(writer.order[done["tensors"] :])
         name = next(names, None)
         packed: dict[str, Tensor] = {}
-        for number in progress(range(done["blocks"], plan.blocks), plan.blocks):
+        for number in walk:
             for tensors, row in codes.block(number):
                 packed |= tensors
                 rows.append(row)
                 while name in packed or (name is not None and name not in plan.owner):
-                    writer.write(name, packed.pop(name) if name in packed else _dense(weights, plan, name))
+                    tensor = packed.pop(name) if name in packed else _dense(weights, plan, codes, name)
+                    writer.write(name, tensor)
                     name = next(names, None)
             if codes.divergence is not None:
                 divergence.append(codes.divergence)
             finished = {"blocks": number + 1, "matrices": list(rows), "divergence": list(divergence)}
-            if packed:
-                continue  # tensors of odd sizes come last of all: until they are written nothing is finished
+            if packed or plan.tunes:
+                # tensors of odd sizes come last of all: until they are written nothing is finished; and what
+                # is tuned is kept elsewhere
+                continue
             writer.checkpoint(partial(job.run.save, settings, finished))
         while name is not None:
-            writer.write(name, _dense(weights, plan, name))
+            writer.write(name, _dense(weights, plan, codes, name))
             name = next(names, None)
-        return writer.close(), {"matrices": rows, "divergence": divergence}, codes.replayed
+        tuning = codes.tuned.record if codes.tuned else done["tuning"]
+        found = {"matrices": rows, "divergence": divergence, "tuning": tuning}
+        return writer.close(), found, codes
 
 
-def _dense(weights: Weights, plan: Plan, name: str) -> Tensor:
-    """A tensor that is copied from the source, in the type it is written as."""
+def _solve(job: Job, plan: Plan, weights: Weights, calibration: Calibration) -> Solve:
+    return Solve(
+        plan, weights, calibration, job.device,
+        directory=job.run.directory, trust_remote_code=job.trust_remote_code,
+    )  # fmt: skip
+
+
+def _written(plan: Plan, writer: ShardWriter, fate: Fate) -> Tensor:
+    """The weight that an earlier run has written for a matrix."""
+    stored = {suffix: writer.read(f"{fate.name}.{suffix}") for suffix in plan.suffixes(fate)}
+    return stored["weight"] if fate.pruned else plan.unpack(fate, stored).dequantize(plan.dtype)
+
+
+def _tuned(
+    job: Job,
+    plan: Plan,
+    weights: Weights,
+    calibration: Calibration,
+    settings: dict[str, Any],
+    done: dict[str, Any],
+    progress: Callable[[range, int], Iterable[int]],
+) -> Tune:
+    """The codes that tuning makes of the solver's: those of all blocks, before the first is written."""
+    assert calibration.tuning is not None
+    codes = Tune(
+        plan, weights, calibration.tuning, job.device,
+        directory=job.run.directory, trust_remote_code=job.trust_remote_code,
+    )  # fmt: skip
+    if done["solved"] < plan.blocks:
+
+        def note(solved: int, divergence: float | None) -> None:
+            done["solved"] = solved
+            done["divergence"].append(divergence)
+            job.run.save(settings, {key: value for key, value in done.items() if key != "tensors"}, 0)
+
+        blocks = progress(range(done["solved"], plan.blocks), plan.blocks)
+        codes.solve(_solve(job, plan, weights, calibration), blocks, done["solved"], note)
+    codes.tune()
+    return codes
+
+
+def _dense(weights: Weights, plan: Plan, codes: Codes, name: str) -> Tensor:
+    """A tensor that is tuned, or copied from the source, in the type it is written as."""
+    if codes.tuned and name in codes.tuned.norms:
+        return codes.tuned.norms[name]
     tensor = weights.read(name)
     if not _finite(tensor):
         raise SourceError(f"{name} holds NaN or Inf.", "the source is damaged; fetch it again.")
@@ -228,6 +285,12 @@ def _calibration(job: Job, plan: Plan) -> Calibration:
             f"the tokenizer gives id {calibration.ids.max()}, the model has {plan.vocabulary} embeddings.",
             "the tokenizer may be of another model.",
         )
+    if plan.tunes:
+        text = tuning_text(
+            tokenizer, recipe.calibration, samples=recipe.samples, length=recipe.sequence_length,
+            seed=recipe.seed, tokens=TOKENS, held_out=HELD_OUT,
+        )  # fmt: skip
+        calibration = replace(calibration, tuning=text)
     return calibration
 
 
@@ -278,7 +341,12 @@ def _stated(calibration: Calibration | None) -> dict[str, Any] | None:
         "samples": len(calibration.ids),
         "sequence_length": calibration.ids.shape[1],
         "sha256": calibration.digest,
+        **({} if calibration.tuning is None else {"tuning": _stated_tuning(calibration.tuning)}),
     }
+
+
+def _stated_tuning(text: TuningText) -> dict[str, Any]:
+    return {"samples": len(text.ids), "held_out": len(text.held_out), "sha256": text.digest}
 
 
 def processor(device: torch.device) -> dict[str, Any] | None:
@@ -354,10 +422,24 @@ def _check_output(job: Job, plan: Plan) -> None:
     check_replaceable(job.output, job.overwrite)
     place = next(parent for parent in job.output.resolve().parents if parent.exists())
     free = shutil.disk_usage(place).free
-    if plan.output_bytes > free + job.run.staged_bytes:
+    taken = plan.output_bytes + (kept_bytes(plan) if plan.tunes else 0)
+    if taken > free + job.run.staged_bytes:
         raise ConvertError(
-            f"no space left: the output takes {plan.output_bytes:,} bytes, {free:,} are free.",
+            f"no space left: the output takes {plan.output_bytes:,} bytes"
+            + (f", what is solved to be tuned {kept_bytes(plan):,}" if plan.tunes else "")
+            + f", {free:,} are free.",
             "free some, or choose a directory on another disk.",
+        )
+
+
+def _check_memory(job: Job, plan: Plan) -> None:
+    """ConvertError for a model that cannot be tuned as a whole in the memory there is."""
+    needed, free = tuning_memory(plan, job.device), free_memory(job.device)
+    if needed > free:
+        raise ConvertError(
+            f"--effort high takes {needed / 1e9:.1f} GB of memory on {job.device}, for the model twice and "
+            f"what it learns; {free / 1e9:.1f} GB are free.",
+            "--effort default needs one block at a time; or use a device with more memory.",
         )
 
 
@@ -389,6 +471,7 @@ def _assemble(
         "bits_per_weight": round(plan.bits_per_weight, 4),
         "matrices": [*found["matrices"], *(fate.row() for fate in plan.dense)],
         "divergence": found["divergence"],
+        **({"tuning": found["tuning"]} if found["tuning"] else {}),
         "left_out": list(plan.left_out),
         "beside": list(plan.beside),
         "left_behind": left_behind,

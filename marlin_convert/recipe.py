@@ -17,7 +17,7 @@ from marlin_convert.errors import ConvertError
 DEFAULT = "w4a16"
 # "dense" is what sparsify writes
 FORMATS = ("marlin", "marlin-24", "gptq", "compressed-tensors", "dense")
-EFFORTS = ("fast", "default")
+EFFORTS = ("fast", "default", "high")
 METHODS = ("sparsegpt", "wanda", "magnitude")
 # The settings that a repack heeds; the others are about how codes are made.
 REPACKED = ("format", "bits", "group_size", "overrides", "skip", "unpruned", "dtype")

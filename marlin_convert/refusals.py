@@ -37,6 +37,20 @@ def check_patterns(recipe: Recipe, linears: Sequence[str]) -> None:
                 )
 
 
+def check_effort(recipe: Recipe, *, repack: bool) -> None:
+    """ConvertError for an effort that tunes codes where none are made."""
+    if recipe.effort == "high" and recipe.format == "dense":
+        raise ConvertError(
+            "--effort high tunes codes, and pruning alone makes none.",
+            "--effort default; quantize --sparsity 2:4 --effort high prunes, quantizes and tunes at once.",
+        )
+    if recipe.effort == "high" and repack:
+        raise ConvertError(
+            "--effort high tunes codes, and a repack keeps those of the source as they are.",
+            "--effort default; or --requantize, which solves again from the dequantized weights.",
+        )
+
+
 def check_sparsity(weights: Weights, recipe: Recipe, claimed: set[str], *, repack: bool) -> None:
     """ConvertError when what is asked of sparsity is not what a repack, or quantizing, does."""
     if recipe.format == "dense" and weights.scheme is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from marlin_convert.checkpoint.linears import Weights
-from marlin_convert.codes import Packed, pack
+from marlin_convert.codes import Packed, Tuned, pack
 from marlin_convert.matrix import Fate
 from marlin_convert.plan import Plan
 
@@ -27,6 +27,7 @@ class Repack:
 
     replayed = 0
     divergence: float | None = None
+    tuned: Tuned | None = None
 
     def __init__(self, plan: Plan, weights: Weights, done: int):
         """Begin with the linears of block `done`, in the order in which they are written."""

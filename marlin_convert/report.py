@@ -66,11 +66,26 @@ def plan_text(plan: "Plan", job: "Job") -> str:
         )
         beside_it = "; the original runs beside it" if plan.compensates else ""
         lines.append(f"  effort: {recipe.effort}{beside_it}")
+        lines += _tuning(plan)
     needs = estimate(plan, job.device)
     lines.append(f"  on {job.device}: about {_time(needs.seconds)}, {_size(needs.memory)} of memory")
     lines += [f"  {line}" for line in (*left_out(plan), *beside(plan))]
     lines += [f"  note: {note}" for note in plan.notes]
     return "\n".join(lines)
+
+
+def _tuning(plan: "Plan") -> list[str]:
+    """What is tuned, on how much text."""
+    from marlin_convert.tune import DENSE, HELD_OUT, SPARSE, TOKENS
+
+    if not plan.tunes:
+        return []
+    length, epochs = plan.recipe.sequence_length, (SPARSE if plan.sparsity else DENSE).epochs
+    windows = max(plan.recipe.samples, TOKENS // length)
+    return [
+        f"  then codes, scales and norms are tuned: {epochs} epoch{'s' * (epochs > 1)} of at most {windows} "
+        f"x {length} tokens, {max(1, HELD_OUT // length)} x {length} held out"
+    ]
 
 
 def groups(fates: Iterable[Fate]) -> str:
@@ -135,6 +150,7 @@ def summary(done: "Report") -> dict[str, Any]:
         "source_bytes": done.plan.source_bytes,
         "output_bytes": done.plan.output_bytes,
         "replayed": done.replayed,
+        "tuning_seconds": round(done.tuned, 2),
     }
 
 
@@ -145,6 +161,8 @@ def summary_text(done: "Report", job: "Job") -> str:
     # figures of a repack were found by another run
     if done.manifest["divergence"] and not plan.repack:
         lines += _divergence(done.manifest["divergence"])
+    if done.manifest.get("tuning"):
+        lines.append(_tuned(done.manifest["tuning"], done.tuned))
     errors = sorted((row for row in rows if "error" in row), key=lambda row: -row["error"])
     if errors and not plan.repack:
         mean = sum(row["error"] for row in errors) / len(errors)
@@ -174,6 +192,18 @@ def summary_text(done: "Report", job: "Job") -> str:
         source = f"{job.source.name} --source-revision {job.source.commit}"
     lines.append(f"Next: marlin-convert verify {shlex.quote(str(job.output))} --source {source}")
     return "\n".join(lines)
+
+
+def _tuned(tuning: dict[str, Any], seconds: float) -> str:
+    """What tuning was good for; the seconds are of this run, 0 where an earlier one has tuned."""
+    before, after = (
+        "not finite" if one is None else f"{one:.5f}"
+        for one in (tuning["held_out_divergence"]["solved"], tuning["held_out_divergence"]["tuned"])
+    )
+    took = f", {seconds:.1f} s" if seconds else ""
+    kept = "" if tuning["kept"] else ": of no use, the solver's codes are written"
+    said = f"tuned, {tuning['steps']} steps{took}: held-out divergence {before} -> {after}{kept}"
+    return said + ("; above and below are the solver's figures" if tuning["kept"] else "")
 
 
 # Of a curve in a line of text that any terminal and log can show.

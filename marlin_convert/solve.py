@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,7 @@ from torch import Tensor, nn
 from marlin_convert.calibration import Calibration
 from marlin_convert.checkpoint import manifest as manifests
 from marlin_convert.checkpoint.linears import Weights
-from marlin_convert.checkpoint.writer import ShardWriter
-from marlin_convert.codes import Packed, pack
+from marlin_convert.codes import Packed, Tuned, pack
 from marlin_convert.errors import SourceError
 from marlin_convert.matrix import Fate
 from marlin_convert.models.blocks import BlockModel
@@ -27,8 +27,22 @@ from marlin_convert.solvers import gptq, sparsity
 from marlin_convert.solvers.drift import Products, compensated
 from marlin_convert.solvers.gptq import Solution
 from marlin_convert.solvers.hessian import Hessian
+from marlin_convert.solvers.straight_through import residual_latents
 
 log = logging.getLogger("marlin_convert")
+
+
+@dataclass(frozen=True)
+class Solved:
+    """What a matrix has become: codes and scales or, where it is only pruned, a weight (n, k).
+
+    `row` is what the manifest says of it; `latents` (n, k) are where tuning starts, if it follows.
+    """
+
+    fate: Fate
+    found: QuantizedLinear | Tensor
+    row: dict[str, Any]
+    latents: Tensor | None = None
 
 
 class Sums:
@@ -106,9 +120,10 @@ class Solve:
         self._original = HiddenStates(self._model, calibration.ids, directory) if plan.compensates else None
         self.replayed = 0
         self.divergence: float | None = None
+        self.tuned: Tuned | None = None
 
-    def skip(self, done: int, writer: ShardWriter) -> None:
-        """Take the text through the blocks that an earlier run has finished, with the codes it wrote."""
+    def skip(self, done: int, weight: Callable[[Fate], Tensor]) -> None:
+        """Take the text through the blocks that an earlier run has finished, with the weights it found."""
         plan = self._plan
         for number in range(done):
             log.debug("block %d was finished before, running the text through it", number)
@@ -116,22 +131,25 @@ class Solve:
             if self._original:
                 self._original.advance(block, number)
             for fate in plan.worked_on_in(number):
-                stored = {suffix: writer.read(f"{fate.name}.{suffix}") for suffix in plan.suffixes(fate)}
-                if fate.pruned:
-                    weight = stored["weight"]
-                else:
-                    weight = plan.unpack(fate, stored).dequantize(self._model.dtype)
-                self._model.replace(fate.name, weight)
+                self._model.replace(fate.name, weight(fate).to(self._model.dtype))
             self._hidden.advance(block, number)
             self._model.unload(number)
 
     def block(self, number: int) -> Iterator[Packed]:
+        """Every matrix of a block that is worked on, solved and packed."""
+        for one in self.solved(number):
+            if isinstance(one.found, Tensor):
+                yield {f"{one.fate.name}.weight": one.found.cpu()}, one.row
+            else:
+                yield pack(one.fate, one.found, self._plan), one.row
+
+    def solved(self, number: int) -> Iterator[Solved]:
         """Solve the block stage by stage, with the inputs that the stages before leave it."""
         model = self._model
         stages = self._plan.stages(number)
         block = model.load(number)
         sums: dict[Stage, Sums] = {}
-        solved: list[Packed] = []
+        solved: list[Solved] = []
 
         def solve_stage(stage: Stage) -> None:
             linears = [f"{model.name(number)}.{name}" for name in stage]
@@ -180,7 +198,7 @@ class Solve:
             solve, keep_bytes=memory_for_activations(model.device) // share, dtype=model.dtype,
         )  # fmt: skip
 
-    def _solve(self, linears: list[str], sums: Sums) -> Iterator[Packed]:
+    def _solve(self, linears: list[str], sums: Sums) -> Iterator[Solved]:
         """Solve the linears of a stage and put what they have become into the model."""
         if not sums.hessian.isfinite().all():
             raise self._overflow(f"the inputs of {linears[0]} are")
@@ -204,7 +222,7 @@ class Solve:
             raise self._overflow("the original's outputs are")
         return compensated(weight, sums.hessian, wanted, damping=self._recipe.damping, tokens=sums.tokens)
 
-    def _quantize(self, fates: list[Fate], weights: list[Tensor], sums: Sums) -> Iterator[Packed]:
+    def _quantize(self, fates: list[Fate], weights: list[Tensor], sums: Sums) -> Iterator[Solved]:
         recipe, hessian = self._recipe, sums.hessian
         layout = fates[0].layout  # engines load a stage as one: it has one layout
         group_size = len(hessian) if layout.group_size == -1 else layout.group_size
@@ -234,7 +252,13 @@ class Solve:
             row |= _damping(fate, found, recipe.damping)
             self._model.replace(fate.name, layer.dequantize(self._model.dtype))
             log.debug("%s: relative output error %.4f", fate.name, row["error"])
-            yield pack(fate, layer, self._plan), row
+            latents = None
+            if self._plan.tunes:
+                latents = residual_latents(
+                    target[columns], hessian, layer.codes, layer.scales,
+                    bits=layout.bits, damping=found.damping or 1.0, kept=layer.kept,
+                )  # fmt: skip
+            yield Solved(fate, layer, row, latents)
 
     def _mask(self, fates: list[Fate], weights: list[Tensor]) -> Tensor | None:
         """What weights that are 2:4 keep, None if they are not; SourceError if they are said to be."""
@@ -251,7 +275,7 @@ class Solve:
                 )
         return None
 
-    def _prune(self, fates: list[Fate], weights: list[Tensor], sums: Sums) -> Iterator[Packed]:
+    def _prune(self, fates: list[Fate], weights: list[Tensor], sums: Sums) -> Iterator[Solved]:
         recipe, hessian = self._recipe, sums.hessian
         if recipe.method == "sparsegpt":
             target = self._target(weights, sums).to(weights[0].dtype)
@@ -265,7 +289,7 @@ class Solve:
             row = fate.row() | {"error": _error(hessian, old, written)}
             self._model.replace(fate.name, written.to(self._model.dtype))
             log.debug("%s: relative output error %.4f", fate.name, row["error"])
-            yield {f"{fate.name}.weight": written.cpu()}, row
+            yield Solved(fate, written, row)
 
 
 def _error(hessian: Tensor, weight: Tensor, written: Tensor) -> float:

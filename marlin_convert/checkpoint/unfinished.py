@@ -19,6 +19,8 @@ PROGRESS = "progress.json"
 LOCK = "lock"
 # Of models/hidden.py, which unlinks it as soon as it is there; a kill may come between the two.
 HIDDEN_STATES = "hidden_states.bin"
+# Of tune.py: what the solver has found, block by block, and how far its tuning is.
+SOLVED, TUNING = "solved", "tuning"
 
 
 class UnfinishedRun:
@@ -38,13 +40,17 @@ class UnfinishedRun:
 
     @property
     def blocks(self) -> int:
-        """How many blocks are finished and safely on disk."""
-        return json_file(self.directory, PROGRESS)["done"]["blocks"] if self._progress.exists() else 0
+        """How many blocks are finished, or solved to be tuned, and safely on disk."""
+        if not self._progress.exists():
+            return 0
+        done = json_file(self.directory, PROGRESS)["done"]
+        return done["blocks"] or done.get("solved", 0)
 
     @property
     def staged_bytes(self) -> int:
         """Bytes that are already taken on the disk."""
-        return sum(path.stat().st_size for path in self.staging.glob("*")) if self.staging.is_dir() else 0
+        places = (self.staging, self.directory / SOLVED)
+        return sum(path.stat().st_size for place in places if place.is_dir() for path in place.glob("*"))
 
     def check_ours(self) -> None:
         """ConvertError if what stands in the directory's place is not what a run leaves, and nothing else."""
@@ -65,7 +71,7 @@ class UnfinishedRun:
             names = {path.name for path in self.directory.iterdir()}
         known = {LOCK, PROGRESS + ".tmp"}
         if PROGRESS in names:
-            known |= {PROGRESS, self.staging.name, REPLACED, HIDDEN_STATES}
+            known |= {PROGRESS, self.staging.name, REPLACED, HIDDEN_STATES, SOLVED, TUNING, TUNING + ".tmp"}
             try:
                 noted = json_file(self.directory, PROGRESS)
             except SourceError as error:
@@ -102,7 +108,9 @@ class UnfinishedRun:
 
         ConvertError if an earlier run would be lost without `discard`, or was started with other settings.
         """
-        nothing: dict[str, Any] = {"blocks": 0, "tensors": 0, "matrices": [], "divergence": []}
+        nothing: dict[str, Any] = {
+            "blocks": 0, "solved": 0, "tensors": 0, "matrices": [], "divergence": [], "tuning": None,
+        }  # fmt: skip
         if not self.blocks:
             return nothing
         progress = json_file(self.directory, PROGRESS)
@@ -122,7 +130,7 @@ class UnfinishedRun:
                 _way_on(name, then),
             )
         log.info("resuming at block %d", self.blocks)
-        return progress["done"]
+        return nothing | progress["done"]
 
     def begin(self, settings: dict[str, Any], done: dict[str, Any]) -> None:
         """Make the directory, for this process alone; what an abandoned run left there goes."""
@@ -137,6 +145,9 @@ class UnfinishedRun:
         self.save(settings, finished, done["tensors"])
         if not done["blocks"]:
             remove(self.staging)
+        if not done.get("solved"):
+            remove(self.directory / SOLVED)
+            remove(self.directory / TUNING)
         self.staging.mkdir(exist_ok=True)
         for leftover in self.staging.glob("*.tmp"):
             leftover.unlink()

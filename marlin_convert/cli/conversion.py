@@ -47,9 +47,10 @@ def conversion_options(command: Callable) -> Callable:
         ),
         click.option(
             "--effort",
-            type=click.Choice(["fast", "default"]),
+            type=click.Choice(["fast", "default", "high"]),
             help="default: the original runs beside the quantized model, and codes make up for what those "
-            "before them have lost; fast: without.",
+            "before them have lost; fast: without; high: then codes, scales and norms are tuned as a whole, "
+            "which takes a GPU that holds the model twice, and some minutes more.",
         ),
         click.option("--seed", type=int, help="Draws the calibration windows.  [default: 0]"),
         click.option(

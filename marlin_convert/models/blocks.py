@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from marlin_convert.checkpoint.linears import Weights
@@ -247,11 +248,14 @@ class BlockModel:
             self.model(input_ids=ids.to(self.device), use_cache=False)
         return entering[0], calls
 
-    @torch.no_grad()
-    def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
-        """Logits (batch, length, vocabulary) from what left the last block for the same ids."""
+    def logits(self, ids: Tensor, hidden: Tensor, other: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Logits (batch, length, vocabulary) from what left the last block for the same ids.
+
+        `other` has tensors, by name, that are taken in place of the model's own.
+        """
+        text = {"input_ids": ids.to(self.device), "use_cache": False}
         with self._blocks_replaced(lambda *_: hidden):
-            return self.model(input_ids=ids.to(self.device), use_cache=False).logits
+            return functional_call(self.model, dict(other or {}), kwargs=text).logits
 
     @contextmanager
     def _blocks_replaced(

@@ -1,0 +1,47 @@
+"""Tensors that a run keeps for itself until its output is complete: whole on disk, or not there."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def keep(path: Path, tensors: Mapping[str, Tensor], said: Any) -> None:
+    """Put tensors, and what is said of them (JSON), in a safetensors file."""
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    save_file(
+        {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
+        temporary,
+        metadata={"said": json.dumps(said)},
+    )
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def kept(path: Path) -> tuple[dict[str, Tensor], Any]:
+    """The tensors of a file of `keep`, and what is said of them."""
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
+        return tensors, json.loads(file.metadata()["said"])
+
+
+def keep_all(directory: Path, files: Iterable[tuple[str, Mapping[str, Tensor]]], said: Any) -> None:
+    """Put files of tensors in a directory, in the place of those that an earlier call put there.
+
+    One after another is made and written, so that no memory need hold them all.
+    """
+    begun = directory.with_name(directory.name + ".tmp")
+    shutil.rmtree(begun, ignore_errors=True)
+    begun.mkdir()
+    for name, tensors in files:
+        keep(begun / name, tensors, said)
+    shutil.rmtree(directory, ignore_errors=True)
+    begun.replace(directory)
