@@ -106,14 +106,14 @@ def test_what_came_into_an_output_meanwhile_is_not_lost(
 ) -> None:
     """Somebody puts a file into the earlier output while the new one is made."""
     earlier_output(tmp_path / "out")
-    assemble = story._assemble
+    assemble = story.assemble
 
     def and_a_notebook(*args: Any) -> dict[str, Any]:
         (tmp_path / "out" / "notebook.ipynb").write_text("what came of it")
         return assemble(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(story, "_assemble", and_a_notebook)
+        patch.setattr(story, "assemble", and_a_notebook)
         refused = quantize("--overwrite")
     assert refused.exit_code == 1 and "'notebook.ipynb' is not in the manifest" in refused.stderr
     (tmp_path / "out" / "notebook.ipynb").rename(tmp_path / "notebook.ipynb")
