@@ -53,7 +53,7 @@ engines: $(READY)  ## vLLM and transformers load and run what we write (gigabyte
 
 archs: $(READY)  ## every type of model that transformers has, tiny, through conversion and verify (40 minutes)
 	$(BIN)/python benchmarks/architectures/run.py --write benchmarks/ARCHITECTURES.md
-	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target build/oldest transformers==5.15.0
+	$(BIN)/python -m pip install --quiet --upgrade --target build/oldest transformers==5.15.0 huggingface_hub==1.31.0
 	PYTHONPATH=build/oldest $(BIN)/python benchmarks/architectures/run.py --sample
 
 real: $(READY)  ## a real model, SmolLM2-135M, through every command and format

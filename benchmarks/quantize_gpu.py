@@ -1,6 +1,6 @@
 """Seconds per decoder layer of a Llama-3-8B-shaped random model on one GPU: W4 g128, 128 x 2048 tokens.
 
-usage: python benchmarks/quantize_gpu.py [--layers 2,6] [--peer] [--parts]
+usage: python benchmarks/quantize_gpu.py [--layers 2,6] [--efforts fast,default] [--peer] [--parts]
 
 Whole commands are timed at two layer counts; their slope is what a layer costs, and 32 of them with what is
 left over make an 8B model. `--parts` runs once more with every part of the work timed (the GPU is waited for
@@ -63,7 +63,7 @@ def save_tokens(model: Path, path: Path) -> None:
     save_file({"input_ids": ids}, path)
 
 
-def time_ours(model: Path, output: Path) -> dict:
+def time_ours(model: Path, output: Path, effort: str) -> dict:
     """The whole command, as a user runs it."""
     started = time.perf_counter()
     done = subprocess.run(
@@ -79,6 +79,8 @@ def time_ours(model: Path, output: Path) -> dict:
             str(SAMPLES),
             "--sequence-length",
             str(LENGTH),
+            "--effort",
+            effort,
             "--json",
             "-q",
         ],
@@ -117,15 +119,16 @@ def time_peer(model: Path, tokens: Path, output: Path) -> dict:
     return {"command": time.perf_counter() - started}
 
 
-def parts(model: Path, output: Path) -> None:
+def parts(model: Path, output: Path, effort: str) -> None:
     """One conversion with the GPU waited for around every part."""
-    import marlin_convert.codes as codes
-    import marlin_convert.models.stages as stages
     import marlin_convert.quantize as story
+    import marlin_convert.solve as solve
+    import marlin_convert.solvers.drift as drift
     import marlin_convert.solvers.gptq as gptq
     from marlin_convert import recipe
     from marlin_convert.hub import resolve
     from marlin_convert.models.blocks import BlockModel
+    from marlin_convert.models.hidden import HiddenStates
     from marlin_convert.solvers.hessian import Hessian
 
     spent: dict[str, float] = defaultdict(float)
@@ -145,26 +148,35 @@ def parts(model: Path, output: Path) -> None:
 
         setattr(owner, name, call)
 
-    timed(stages.BlockWalk, "run", "forwards")
+    timed(HiddenStates, "forward", "forwards")
+    timed(HiddenStates, "divergence", "divergence")
     timed(Hessian, "add", "hessians: products")
     timed(Hessian, "mean", "hessians: mirror")
-    timed(codes, "solve", "solve: rest")
+    timed(drift.Products, "add", "drift: products")
+    timed(solve.Sums, "wanted", "drift: wanted")
+    timed(solve, "compensated", "drift: regression")
+    timed(drift, "factorise", "drift: cholesky")
+    timed(gptq, "solve", "solve: rest")
     timed(gptq, "search_scales", "solve: scale search")
-    timed(gptq, "_factorise", "solve: cholesky")
+    timed(gptq, "factorise", "solve: cholesky")
     timed(gptq, "_descent", "solve: descent matrix")
-    timed(gptq, "_sweep", "solve: sweeps")
-    timed(codes, "_pack", "pack and compare")
+    timed(gptq, "sweep", "solve: sweeps")
+    timed(solve, "_error", "error")
+    timed(BlockModel, "unchanging", "copy of the block")
+    timed(solve, "pack", "pack and compare")
     timed(story, "_dense", "dense tensors")
     timed(BlockModel, "load", "load block")
     timed(BlockModel, "__init__", "model outside blocks")
     timed(BlockModel, "replace", "dequantized weights in")
-    timed(codes, "HiddenStates", "embed")
+    timed(HiddenStates, "__init__", "embed")
     timed(story.ShardWriter, "write", "hand to writer")
     timed(story.ShardWriter, "close", "wait for disk")
     job = story.Job(
         resolve(str(model)),
         output,
-        recipe.load(recipe.DEFAULT).changed({"samples": SAMPLES, "sequence_length": LENGTH}),
+        recipe.load(recipe.DEFAULT).changed(
+            {"samples": SAMPLES, "sequence_length": LENGTH, "effort": effort}
+        ),
         torch.device("cuda:0"),
     )
     blocks = []
@@ -181,7 +193,7 @@ def parts(model: Path, output: Path) -> None:
     # the first block also compiles kernels and warms the allocator up
     first, last = marks[1], marks[-1]
     layers = len(blocks) - 1
-    print(f"\nparts, seconds per layer (layers 1 to {layers})")
+    print(f"\n{effort}: parts, seconds per layer (layers 1 to {layers})")
     total = 0.0
     for label in sorted(last[1], key=lambda label: first[1].get(label, 0.0) - last[1][label]):
         each = (last[1][label] - first[1].get(label, 0.0)) / layers
@@ -196,18 +208,21 @@ def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", default="2,6")
+    parser.add_argument("--efforts", default="fast,default")
     parser.add_argument("--peer", action="store_true")
     parser.add_argument("--parts", action="store_true")
     chosen = parser.parse_args()
+    efforts = chosen.efforts.split(",")
     counts = [int(count) for count in chosen.layers.split(",")]
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
     with tempfile.TemporaryDirectory() as temporary, contextlib.chdir(HERE.parent):
         here = Path(temporary)
-        results: dict[str, dict[int, dict]] = {"ours": {}, "llm-compressor": {}}
+        results: dict[str, dict[int, dict]] = {name: {} for name in (*efforts, "llm-compressor")}
         for count in counts:
             model = make_model(here / f"model-{count}", count)
-            results["ours"][count] = time_ours(model, here / f"ours-{count}")
-            print(f"ours, {count} layers: {results['ours'][count]}", flush=True)
+            for effort in efforts:
+                results[effort][count] = time_ours(model, here / f"{effort}-{count}", effort)
+                print(f"{effort}, {count} layers: {results[effort][count]}", flush=True)
             if chosen.peer:
                 save_tokens(model, here / "tokens.safetensors")
                 results["llm-compressor"][count] = time_peer(
@@ -221,10 +236,10 @@ def main() -> None:
                 slopes[who] = (runs[high]["command"] - runs[low]["command"]) / (high - low)
                 whole = runs[low]["command"] + slopes[who] * (32 - low)
                 print(f"{who}: {slopes[who]:.2f} s per layer, {whole:.0f} s for 32 layers")
-        if len(slopes) == 2:
-            print(f"ratio llm-compressor / ours, per layer: {slopes['llm-compressor'] / slopes['ours']:.1f}")
-        if chosen.parts:
-            parts(here / f"model-{high}", here / "parts")
+        for who, slope in slopes.items():
+            print(f"{who} / {efforts[0]}, per layer: {slope / slopes[efforts[0]]:.2f}")
+        for effort in efforts if chosen.parts else ():
+            parts(here / f"model-{high}", here / f"parts-{effort}", effort)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,13 @@ one pass (joint) or two (separate), scales searched on the kept weights.
 import argparse
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from marlin_convert.calibration import calibrate, load_tokenizer
 from marlin_convert.checkpoint.linears import Weights
@@ -25,11 +26,11 @@ from marlin_convert.checks.divergence import compare
 from marlin_convert.hub import Source
 from marlin_convert.models.blocks import BlockModel
 from marlin_convert.models.hidden import HiddenStates
-from marlin_convert.models.stages import BlockWalk
+from marlin_convert.models.stages import BlockWalk, Reached
 from marlin_convert.models.structure import Stage
+from marlin_convert.solve import Sums
 from marlin_convert.solvers import sparsity
-from marlin_convert.solvers.drift import Drift, compensated
-from marlin_convert.solvers.hessian import Hessian
+from marlin_convert.solvers.drift import compensated
 
 CPU = torch.device("cpu")
 GROUP = 128
@@ -123,45 +124,45 @@ def convert(source: Path, ids: Tensor, solver: Solver, *, drift: bool, together:
     `drift` counts the inputs' errors in; `together` solves the linears of a stage as one matrix.
     """
     weights = SolvedWeights(Checkpoint.open(source))
-    models = [BlockModel(weights, CPU, fast=False) for _ in range(2 if drift else 1)]
-    hidden = [HiddenStates(model, ids) for model in models]
-    model = models[0]
+    model = BlockModel(weights, CPU, fast=False)
+    hidden, original = HiddenStates(model, ids), HiddenStates(model, ids)
     for number in range(len(model)):
-        sums: dict[Stage, tuple[Hessian, Drift]] = {}
+        sums: dict[Stage, Sums] = {}
 
         def solve(stage: Stage, number: int = number, sums: dict = sums) -> None:
-            hessian, away = (found.mean() for found in sums.pop(stage))
+            found = sums.pop(stage)
             linears = [f"{model.name(number)}.{name}" for name in stage]
             old = [model.model.get_parameter(f"{linear}.weight") for linear in linears]
             todo = [torch.cat(old)] if together else old
             if drift:
-                todo = [compensated(weight, hessian, away, damping=DAMPING) for weight in todo]
-            new = torch.cat([solver(weight, hessian) for weight in todo]).split([len(w) for w in old])
+                todo = [
+                    compensated(
+                        weight, found.hessian, found.wanted(weight), damping=DAMPING, tokens=found.tokens
+                    )
+                    for weight in todo
+                ]
+            new = torch.cat([solver(weight, found.hessian) for weight in todo]).split([len(w) for w in old])
             for linear, weight in zip(linears, new, strict=True):
                 model.replace(linear, weight)
                 weights.solved[f"{linear}.weight"] = weight.contiguous()
 
-        walks = [
-            _walk(one, states, number, action)
-            for one, states, action in zip(models, hidden, (solve, lambda stage: None), strict=False)
-        ]
-        for (stage, x), *original in zip(*walks, strict=True):
-            hessian, away = sums.setdefault(stage, (Hessian(x.shape[-1], CPU), Drift(x.shape[-1], CPU)))
-            hessian.add(x)
-            for _, before in original:
-                away.add(x, before)
-        for one in models:
-            one.unload(number)
+        block = model.load(number)
+        walk = _walk(model, hidden, block, number, solve)
+        beside = _walk(model, original, model.unchanging(block), number, None) if drift else repeat(None)
+        for one, before in zip(walk, beside, strict=drift):
+            sums.setdefault(one.stage, Sums(None)).add(one, before, bf16_units=False)
+        model.unload(number)
     return weights
 
 
-def _walk(model: BlockModel, hidden: HiddenStates, number: int, solve: Callable[[Stage], None]):
-    block = model.load(number)
+def _walk(
+    model: BlockModel, hidden: HiddenStates, block: nn.Module, number: int, solve: Callable | None
+) -> Iterator[Reached]:
     walk = BlockWalk(
         block, model.structure.parts[number], len(hidden), lambda i: hidden.forward(i, block, number),
-        lambda stage, x: None, solve, keep_bytes=4 << 30, dtype=torch.float32,
+        solve, keep_bytes=4 << 30, dtype=torch.float32,
     )  # fmt: skip
-    return walk.inputs(model.structure.stages(number), hidden.put)
+    return walk.reach(model.structure.stages(number), hidden.put)
 
 
 # solver, whether the drift of the inputs is counted in

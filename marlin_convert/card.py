@@ -333,6 +333,12 @@ def _making(published: Published) -> str:
     unpruned = {fate.name: fate.reason for fate in fates if fate.packed and fate.reason}
     if manifests.sparsity(manifest):
         rows["sparsity"] = f"2:4 in {len(done) - len(unpruned)} of the {what} linears"
+    after = manifest.get("divergence")
+    if after:
+        rows["hidden states"] = (
+            f"{after[-1]:.4f} from the original's after the last of {len(after)} blocks, relative, on the "
+            "calibration text"
+        )
     errors = [row["error"] for row in done if "error" in row]
     if errors:
         rows["error"] = (

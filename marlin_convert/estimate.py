@@ -19,8 +19,8 @@ from marlin_convert.solvers.hessian import Hessian
 # How far the parts that are no large matrix product stretch the whole on a GPU, seen on an H200.
 OVERHEAD = 2.0
 
-# How much longer pruning takes: six masks for every quad, and the original model walks along.
-PRUNING = 2.0
+# How much longer pruning takes: six masks for every quad.
+PRUNING = 1.5
 
 # Bytes a second that a repack reads, packs and writes.
 REPACKED = 0.5e9
@@ -56,6 +56,11 @@ class _Work:
         """Multiply-adds of x^T x, of which half is the mirror of the other."""
         return self.tokens * sum(k * (k + 512) / 2 for k in self.stages)
 
+    @property
+    def products(self) -> float:
+        """Multiply-adds of what is wanted of the inputs, x^T x0 or x^T y0."""
+        return self.tokens * sum(k * min(k, n) for k, n in self.stages.items())
+
 
 def estimate(plan: Plan, device: torch.device) -> Estimate:
     """Seconds from the work counted and the speeds measured; memory from the largest things held."""
@@ -69,9 +74,9 @@ def estimate(plan: Plan, device: torch.device) -> Estimate:
     work = _Work(recipe.samples * recipe.sequence_length, recipe.sequence_length, stages, heads)
     of_a_block = _on_gpu if device.type == "cuda" else _on_cpu
     seconds = plan.blocks * of_a_block(plan, work, device)
-    hidden = 2.0 * work.tokens * min(stages)
+    hidden = 2.0 * work.tokens * min(stages) * (2 if plan.compensates else 1)
     if plan.sparsity:
-        seconds, hidden = PRUNING * seconds, 2 * hidden
+        seconds *= PRUNING
     width = max(fate.n for fate in block)
     held = 24.0 * max(k * n for k, n in stages.items()) + 12.0 * max(stages) ** 2
     return Estimate(seconds, hidden + held + 2.0 * work.weights + 12.0 * TOKENS[device.type] * width)
@@ -88,7 +93,9 @@ def _on_gpu(plan: Plan, work: _Work, device: torch.device) -> float:
 
     rate = size**3 / _seconds(product)
     solving = sum((0.5 + plan.recipe.sweeps) * k * k * n for k, n in work.stages.items())
-    return OVERHEAD * (work.tokens * work.weights + 2 * work.hessians + solving) / rate
+    walks = 2 if plan.compensates else 1
+    sums = 2 * work.hessians + (work.products if plan.compensates else 0)
+    return OVERHEAD * (walks * work.tokens * work.weights + sums + solving) / rate
 
 
 def _on_cpu(plan: Plan, work: _Work, device: torch.device) -> float:
@@ -110,7 +117,9 @@ def _on_cpu(plan: Plan, work: _Work, device: torch.device) -> float:
     again = 1 + max(0.0, 1 - kept)
     elementwise = work.tokens * sum(8 * k + 2 * n for k, n in work.stages.items())
     forward = again * (work.tokens * work.weights * product + attention + elementwise * between)
-    return forward + work.hessians * squares + _solving(plan, work)
+    if not plan.compensates:
+        return forward + work.hessians * squares + _solving(plan, work)
+    return 2 * forward + (work.hessians + work.products) * squares + _solving(plan, work)
 
 
 def _solving(plan: Plan, work: _Work) -> float:

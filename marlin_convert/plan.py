@@ -74,6 +74,15 @@ class Plan:
         """The matrices that are packed, or pruned and written dense."""
         return [fate for fate in self.fates.values() if fate.worked_on]
 
+    @property
+    def compensates(self) -> bool:
+        """Whether the original model walks along, so that codes make up for what those before have lost.
+
+        Wanda and magnitude, ways to prune only, leave the weights that they keep as they are.
+        """
+        solved = bool(self.packed) or self.recipe.method == "sparsegpt"
+        return solved and not self.repack and self.recipe.effort != "fast"
+
     @cached_property
     def dense(self) -> list[Fate]:
         """The matrices that are left as they are."""

@@ -89,8 +89,8 @@ def recipe_of_codes(own: Mapping[str, Any], before: list[dict[str, Any]]) -> dic
 def carried(stated: dict[str, Any], directory: Path) -> dict[str, Any]:
     """What the manifest of a repack states, with what that of its source says of the same linears.
 
-    Errors and the damping come with the codes, reasons with what was left dense, and the names of the tensors
-    left out before with those left out now.
+    Errors, the damping and the divergence come with the codes, reasons with what was left dense, and the
+    names of the tensors left out before with those left out now.
     """
     source = manifests.load(directory) or {}
     rows = {row["name"]: row for row in source.get("matrices", ())}
@@ -102,7 +102,8 @@ def carried(stated: dict[str, Any], directory: Path) -> dict[str, Any]:
             more["reason"] = known["reason"]
         matrices.append(row | more)
     before = [name for name in _list(source.get("left_out")) if isinstance(name, str)]
-    return {"matrices": matrices, "left_out": [*before, *stated["left_out"]]}
+    after = [one for one in _list(source.get("divergence")) if isinstance(one, float)]
+    return {"matrices": matrices, "left_out": [*before, *stated["left_out"]], "divergence": after}
 
 
 def _list(value: Any) -> list[Any]:

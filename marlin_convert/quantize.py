@@ -36,13 +36,15 @@ from marlin_convert.checkpoint.writer import (
     write_json,
     write_report,
 )
-from marlin_convert.codes import Codes, Repack, Solve
+from marlin_convert.codes import Codes
 from marlin_convert.errors import ConvertError, FormatError, SourceError, reading
 from marlin_convert.hub import Source
 from marlin_convert.models.blocks import bf16_units
+from marlin_convert.page import html
 from marlin_convert.plan import Plan, make_plan
 from marlin_convert.recipe import Recipe, to_yaml
-from marlin_convert.report import html
+from marlin_convert.repack import Repack
+from marlin_convert.solve import Solve
 
 log = logging.getLogger("marlin_convert")
 
@@ -120,9 +122,9 @@ def quantize(
     try:
         if manifest is None:
             run.begin(settings, done)
-            files, rows, replayed = _convert(job, plan, weights, calibration, settings, done, progress)
-            manifest = _assemble(job, plan, weights, settings, rows, files)
-            run.complete({"blocks": plan.blocks, "tensors": len(plan.specs), "matrices": rows})
+            files, found, replayed = _convert(job, plan, weights, calibration, settings, done, progress)
+            manifest = _assemble(job, plan, weights, settings, found, files)
+            run.complete({"blocks": plan.blocks, "tensors": len(plan.specs), **found})
             check_replaceable(job.output, job.overwrite)  # again: somebody may have put something there
             publish(run.staging, job.output, job.overwrite)
         if job.report is not None:
@@ -156,9 +158,10 @@ def _convert(
     settings: dict[str, Any],
     done: dict[str, Any],
     progress: Callable[[range, int], Iterable[int]],
-) -> tuple[dict[str, str], list[dict[str, Any]], int]:
-    """Write the shards; returns their sha256, the manifest's rows of what was worked on, and the replays."""
+) -> tuple[dict[str, str], dict[str, Any], int]:
+    """Write the shards; returns their sha256, what the manifest says of the work, and the replays."""
     rows: list[dict[str, Any]] = done["matrices"]
+    divergence: list[float] = done["divergence"]
     with ExitStack() as stack:
         writer = stack.enter_context(
             ShardWriter(job.run.staging, plan.specs, job.max_shard_size, weights.on_disk)
@@ -183,14 +186,16 @@ def _convert(
                 while name in packed or (name is not None and name not in plan.owner):
                     writer.write(name, packed.pop(name) if name in packed else _dense(weights, plan, name))
                     name = next(names, None)
-            finished = {"blocks": number + 1, "matrices": list(rows)}
+            if codes.divergence is not None:
+                divergence.append(codes.divergence)
+            finished = {"blocks": number + 1, "matrices": list(rows), "divergence": list(divergence)}
             if packed:
                 continue  # tensors of odd sizes come last of all: until they are written nothing is finished
             writer.checkpoint(partial(job.run.save, settings, finished))
         while name is not None:
             writer.write(name, _dense(weights, plan, name))
             name = next(names, None)
-        return writer.close(), rows, codes.replayed
+        return writer.close(), {"matrices": rows, "divergence": divergence}, codes.replayed
 
 
 def _dense(weights: Weights, plan: Plan, name: str) -> Tensor:
@@ -361,7 +366,7 @@ def _assemble(
     plan: Plan,
     weights: Weights,
     settings: dict[str, Any],
-    rows: list[dict[str, Any]],
+    found: dict[str, Any],
     files: dict[str, str],
 ) -> dict[str, Any]:
     """Put everything but the weights into the output: config, tokenizer, licences, recipe, manifest."""
@@ -382,7 +387,8 @@ def _assemble(
         **settings,
         "source": {**source, "card": read_facts(job.source.directory)},
         "bits_per_weight": round(plan.bits_per_weight, 4),
-        "matrices": [*rows, *(fate.row() for fate in plan.dense)],
+        "matrices": [*found["matrices"], *(fate.row() for fate in plan.dense)],
+        "divergence": found["divergence"],
         "left_out": list(plan.left_out),
         "beside": list(plan.beside),
         "left_behind": left_behind,

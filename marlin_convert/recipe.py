@@ -17,6 +17,7 @@ from marlin_convert.errors import ConvertError
 DEFAULT = "w4a16"
 # "dense" is what sparsify writes
 FORMATS = ("marlin", "marlin-24", "gptq", "compressed-tensors", "dense")
+EFFORTS = ("fast", "default")
 METHODS = ("sparsegpt", "wanda", "magnitude")
 # The settings that a repack heeds; the others are about how codes are made.
 REPACKED = ("format", "bits", "group_size", "overrides", "skip", "unpruned", "dtype")
@@ -62,6 +63,7 @@ class Recipe:
     samples: int = 256
     sequence_length: int = 2048
     seed: int = 0
+    effort: str = "default"
     damping: float = 0.1
     sweeps: int = 2
 
@@ -78,6 +80,7 @@ class Recipe:
             "samples": (1 <= self.samples <= MOST, f"must be at least 1, at most {MOST}"),
             "sequence_length": (1 <= self.sequence_length <= MOST, f"must be at least 1, at most {MOST}"),
             "seed": (-(2**63) <= self.seed < 2**63, "must fit in 64 bits"),
+            "effort": (self.effort in EFFORTS, f"must be one of {', '.join(EFFORTS)}"),
             "damping": (0 < self.damping <= 1, "must be above 0, at most 1"),
             "sweeps": (0 <= self.sweeps <= MOST, f"must be at least 0, at most {MOST}"),
         }

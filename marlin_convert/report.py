@@ -1,14 +1,12 @@
-"""What a conversion says of itself: the plan before, the table after, the page with a picture."""
+"""What a conversion says of itself: the plan before, the table after."""
 
-import html as markup
 import re
 import shlex
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from marlin_convert.checkpoint.manifest import PAGE
-from marlin_convert.matrix import Fate, fate_of
+from marlin_convert.matrix import Fate
 from marlin_convert.recipe import REPACKED
 
 if TYPE_CHECKING:
@@ -51,7 +49,7 @@ def plan_text(plan: "Plan", job: "Job") -> str:
     else:
         lines = [
             f"{'Repack' if plan.repack else 'Quantize'} {job.source.name} to {recipe.format}, "
-            f"{_groups(plan.fates.values())}",
+            f"{groups(plan.fates.values())}",
             f"  {_worked_on(plan)}",
         ]
     lines += [
@@ -66,6 +64,8 @@ def plan_text(plan: "Plan", job: "Job") -> str:
             f"  calibration: {recipe.calibration}, {recipe.samples} x {recipe.sequence_length} tokens, "
             f"seed {recipe.seed}"
         )
+        beside_it = "; the original runs beside it" if plan.compensates else ""
+        lines.append(f"  effort: {recipe.effort}{beside_it}")
     needs = estimate(plan, job.device)
     lines.append(f"  on {job.device}: about {_time(needs.seconds)}, {_size(needs.memory)} of memory")
     lines += [f"  {line}" for line in (*left_out(plan), *beside(plan))]
@@ -73,7 +73,7 @@ def plan_text(plan: "Plan", job: "Job") -> str:
     return "\n".join(lines)
 
 
-def _groups(fates: Iterable[Fate]) -> str:
+def groups(fates: Iterable[Fate]) -> str:
     """The bits and group sizes of what is packed."""
     layouts = [fate.layout for fate in fates if fate.packed]
     bits = " and ".join(map(str, sorted({layout.bits for layout in layouts})))
@@ -142,8 +142,11 @@ def summary_text(done: "Report", job: "Job") -> str:
     """The table at the end of a run: worst linears, sizes, seconds, and the next command to type."""
     plan, rows = done.plan, done.manifest["matrices"]
     lines = []
+    # figures of a repack were found by another run
+    if done.manifest["divergence"] and not plan.repack:
+        lines += _divergence(done.manifest["divergence"])
     errors = sorted((row for row in rows if "error" in row), key=lambda row: -row["error"])
-    if errors and not plan.repack:  # those of a repack were found by another run
+    if errors and not plan.repack:
         mean = sum(row["error"] for row in errors) / len(errors)
         lines.append(f"{'linear':48} {'inputs':>7} {'outputs':>7} {'error':>8}")
         lines += [f"{row['name']:48} {row['k']:7} {row['n']:7} {row['error']:8.4f}" for row in errors[:WORST]]
@@ -171,6 +174,21 @@ def summary_text(done: "Report", job: "Job") -> str:
         source = f"{job.source.name} --source-revision {job.source.commit}"
     lines.append(f"Next: marlin-convert verify {shlex.quote(str(job.output))} --source {source}")
     return "\n".join(lines)
+
+
+# Of a curve in a line of text that any terminal and log can show.
+_HEIGHTS = ".:-=+*#@"
+
+
+def _divergence(after: list[float]) -> list[str]:
+    """How far the hidden states are from the original's, as a curve over the blocks and as numbers."""
+    most = max(after) or 1.0
+    curve = "".join(_HEIGHTS[round(one / most * (len(_HEIGHTS) - 1))] for one in after)
+    return [
+        "hidden states, relative distance from the original's, block by block:",
+        f"  {curve}  {after[0]:.4f} after block 0, {after[-1]:.4f} after block {len(after) - 1}, "
+        f"at most {max(after):.4f}",
+    ]
 
 
 def push_json(done: "Outcome", job: "PushJob") -> dict[str, Any]:
@@ -215,88 +233,6 @@ def push_text(done: "Outcome", job: "PushJob") -> str:
         revision = "" if job.branch == "main" else f" --revision {job.branch}"
         lines.append(f"Next: marlin-convert verify {job.repository}{revision}")
     return "\n".join(lines)
-
-
-def html(manifest: dict[str, Any]) -> str:
-    """One self-contained page: the error of every linear as a plot, by kind over the blocks, and a table."""
-    rows = [row for row in manifest["matrices"] if "error" in row]
-    source, recipe = manifest["source"], manifest["recipe"]
-    table = "".join(
-        f"<tr><td>{markup.escape(row['name'])}<td>{row['k']}<td>{row['n']}"
-        f"<td>{row['error']:.4f}<td>{'rounded to nearest' if row.get('rounded_to_nearest') else ''}"
-        for row in rows
-    )
-    fates = [fate_of(row) for row in manifest["matrices"]]
-    dense = "".join(
-        f"<li>{markup.escape(fate.name)}: {markup.escape(str(fate.reason))}"
-        for fate in fates
-        if not fate.worked_on
-    )
-    behind = [f"tensor {name}" for name in manifest["left_out"]] + manifest["left_behind"]
-    behind += [f"{fate.name} is not 2:4 ({fate.reason})" for fate in fates if fate.packed and fate.reason]
-    left = "".join(f"<li>{markup.escape(name)}" for name in behind)
-    beside = "".join(f"<li>{markup.escape(name)}" for name in manifest["beside"])
-    title = markup.escape(f"{source['name']} in {recipe['format']}, {_groups(fates)}")
-    return (
-        f"{PAGE}<title>{title}</title><style>{_STYLE}</style>"
-        f"<h1>{title}</h1><p>{markup.escape(manifest['tool'])}, "
-        f"{manifest['bits_per_weight']} bits per weight. "
-        f"Error: ||x(W - W<sub>q</sub>)|| / ||xW|| on the calibration text.</p>{_plot(rows)}"
-        f"<p>Left dense: {'' if dense else 'nothing'}</p><ul>{dense}</ul>"
-        f"<p>Left out, or not as asked: {'' if left else 'nothing'}</p><ul>{left}</ul>"
-        f"<p>Copied, no part of the model that is built: {'' if beside else 'nothing'}</p><ul>{beside}</ul>"
-        f"<table><tr><th>linear<th>inputs<th>outputs<th>error<th>{table}</table></html>\n"
-    )
-
-
-_STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}"
-    "table{border-collapse:collapse;font-variant-numeric:tabular-nums}"
-    "td,th{text-align:right;padding:.1rem .8rem;border-bottom:1px solid #ddd}td:first-child{text-align:left}"
-    "svg{width:100%;height:auto}"
-)
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999933")
-
-
-def _plot(rows: list[dict[str, Any]]) -> str:
-    """An SVG of error over block number, a line for every kind of linear."""
-    if not rows:
-        return "<p>The codes are the source's own: there is no error to plot.</p>"
-    width, height, left, bottom = 900, 320, 60, 40
-    kinds: dict[str, list[tuple[int, float]]] = {}
-    for row in rows:
-        block = next(int(part) for part in row["name"].split(".") if part.isdigit())
-        kinds.setdefault(row["name"].rpartition(".")[2], []).append((block, row["error"]))
-    last = max(block for points in kinds.values() for block, _ in points) or 1
-    top = max(row["error"] for row in rows) * 1.05 or 1.0
-
-    def at(block: int, error: float) -> str:
-        x = left + (width - left - 150) * block / last
-        y = (height - bottom) * (1 - error / top) + 5
-        return f"{x:.1f},{y:.1f}"
-
-    parts = []
-    for step in range(5):
-        error = top * step / 4
-        y = at(0, error).split(",")[1]
-        parts.append(
-            f'<line x1="{left}" x2="{width - 150}" y1="{y}" y2="{y}" stroke="#ddd"/>'
-            f'<text x="{left - 6}" y="{y}" text-anchor="end" dominant-baseline="middle">{error:.3f}</text>'
-        )
-    for number, (kind, points) in enumerate(kinds.items()):
-        colour = _COLOURS[number % len(_COLOURS)]
-        line = " ".join(at(*point) for point in points)
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts += [
-            f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>'
-            for x, y in (at(*point).split(",") for point in points)
-        ]
-        parts.append(
-            f'<text x="{width - 140}" y="{20 + 20 * number}" fill="{colour}">{markup.escape(kind)}</text>'
-        )
-    middle = (left + width - 150) / 2
-    parts.append(f'<text x="{middle}" y="{height - 8}" text-anchor="middle">block (0 to {last})</text>')
-    return f'<svg viewBox="0 0 {width} {height}" font-size="13" role="img">{"".join(parts)}</svg>'
 
 
 def _size(nbytes: float) -> str:

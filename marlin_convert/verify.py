@@ -262,9 +262,10 @@ def _figures(source: str, checkpoint: str, text: dict[str, Any]) -> list[str]:
     return [
         "",
         f"{'on ' + text['name']:24}{source:>{width}}{checkpoint:>{width}}",
-        f"{'perplexity':24}{shown(text['source_perplexity']):>{width}}{shown(text['perplexity']):>{width}}",
         f"{'KL divergence':24}{'':{width}}{shown(text['divergence']):>{width}}",
+        f"{'perplexity':24}{shown(text['source_perplexity']):>{width}}{shown(text['perplexity']):>{width}}",
         f"{'same likeliest token':24}{'':{width}}{shown(text['agreement']):>{width}}",
+        f"{'hidden states off by':24}{'':{width}}{shown(text['hidden'][-1]):>{width}}",
         f"({text['tokens']} predicted tokens, {text['samples']} x {text['sequence_length']})",
         "",
     ]

@@ -1,7 +1,9 @@
 """What quantizing a Llama one linear after another means, in plain torch and transformers: nothing of ours.
 
-GPTQ is that of arXiv 2210.17323: columns in order of falling diag(H), the Cholesky factor of the inverse; a
-group's scale is the one of a grid with the least squared error of its weights, weighed with diag(H).
+The original runs beside it, so that a weight makes up for what its inputs, and what its outputs are added to,
+have become. GPTQ is that of arXiv 2210.17323: columns in order of falling diag(H), the Cholesky factor of
+the inverse; a group's scale is the one of a grid with the least squared error of its weights, weighed with
+diag(H).
 """
 
 from collections.abc import Callable
@@ -24,24 +26,59 @@ def load(directory: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 
 
+def seen_by(
+    model: PreTrainedModel, ids: Tensor, number: int, stage: tuple[str, ...]
+) -> tuple[Tensor, Tensor]:
+    """The inputs (tokens, k) of a stage of a layer, and what its outputs are added to, or 0."""
+    layer, seen = model.model.layers[number], {}
+    norm = {ATTENTION + "o_proj": "input_layernorm", MLP + "down_proj": "post_attention_layernorm"}
+    watched = {"x": stage[0], "residual": norm.get(stage[0], "input_layernorm")}
+    hooks = [
+        layer.get_submodule(path).register_forward_pre_hook(
+            lambda _, given, what=what: seen.__setitem__(what, given[0].flatten(0, 1).double())
+        )
+        for what, path in watched.items()
+    ]
+    model(ids)
+    for hook in hooks:
+        hook.remove()
+    return seen["x"], seen["residual"] if stage[0] in norm else torch.zeros(())
+
+
 @torch.no_grad()
-def walk(model: PreTrainedModel, ids: Tensor, solve: Callable[[str, Tensor, Tensor], Tensor]) -> dict:
-    """Give every linear the weight solve(name, W, x), x what all linears before leave it; relative errors."""
-    errors, seen = {}, []
+def walk(
+    model: PreTrainedModel,
+    ids: Tensor,
+    solve: Callable[[str, Tensor, Tensor, Tensor], Tensor],
+    original: PreTrainedModel,
+) -> dict:
+    """Give every linear the weight solve(name, W, x, y); relative errors.
+
+    x are the inputs that all linears before leave it, y the outputs with which the sum that they go into
+    would be the original's.
+    """
+    errors = {}
     for number, layer in enumerate(model.model.layers):
         for stage in STAGES:
-            seen.clear()
-            first = layer.get_submodule(stage[0])
-            hook = first.register_forward_pre_hook(lambda _, given: seen.append(given[0].flatten(0, 1)))
-            model(ids)
-            hook.remove()
+            (x, residual), (before, added_to) = (
+                seen_by(one, ids, number, stage) for one in (model, original)
+            )
             for path in stage:
-                linear, x = layer.get_submodule(path), seen[0].double()
-                new = solve(f"model.layers.{number}.{path}", linear.weight.clone(), x).float()
-                off, whole = x @ (linear.weight - new).double().T, x @ linear.weight.double().T
-                errors[f"model.layers.{number}.{path}"] = (off.norm() / whole.norm()).item()
+                linear, name = layer.get_submodule(path), f"model.layers.{number}.{path}"
+                weight = original.get_submodule(name).weight.double()
+                new = solve(name, linear.weight.clone(), x, before @ weight.T + added_to - residual).float()
+                off, whole = x @ (weight - new).T, x @ weight.T
+                errors[name] = (off.norm() / whole.norm()).item()
                 linear.weight.copy_(new)
     return errors
+
+
+def compensated(weight: Tensor, x: Tensor, y: Tensor, damping: float = 0.1) -> Tensor:
+    """The weight (n, k) moved towards the ridge regression of y on x, the less the fewer tokens there are."""
+    share = 0.75 / (1 + 16 * x.shape[1] / len(x))
+    ridge = (damping * x.square().mean() * len(x)).sqrt() * torch.eye(x.shape[1], dtype=torch.float64)
+    right = torch.cat((y, ridge @ weight.double().T))
+    return torch.lerp(weight.double(), torch.linalg.lstsq(torch.cat((x, ridge)), right).solution.T, share)
 
 
 def gptq(weight: Tensor, x: Tensor, group: int = 128, damping: float = 0.1) -> Tensor:

@@ -418,8 +418,8 @@ PRODUCTS = """
 import torch
 from marlin_convert.kernels.matmul import matmul
 
-for k, n in ((1024, 768), (512, 320)):
-    s = torch.full((k // 128, n), 0.01, dtype=torch.half, device="cuda")
+for k, n, groups in ((1024, 768, 8), (512, 320, 4), (192, 320, 1), (576, 768, 1)):
+    s = torch.full((groups, n), 0.01, dtype=torch.half, device="cuda")
     B = torch.full((k // 16, 2 * n), 0x12345678, dtype=torch.int32, device="cuda")
     B_24 = torch.full((k // 32, 2 * n), 0x12345678, dtype=torch.int32, device="cuda")
     B_meta = torch.full((k // 32, 2 * n), 0x4444, dtype=torch.int16, device="cuda")

@@ -19,7 +19,7 @@ from marlin_convert.models.blocks import BlockModel
 from marlin_convert.models.discover import NOT_FOR_TEXT, discover
 from marlin_convert.models.hidden import HiddenStates
 from marlin_convert.models.stages import BlockWalk
-from marlin_convert.models.structure import Part, Stage, Structure
+from marlin_convert.models.structure import Part, Residual, Stage, Structure
 from marlin_convert.plan import Plan, make_plan
 from marlin_convert.recipe import Recipe
 
@@ -27,16 +27,19 @@ CPU = torch.device("cpu")
 IDS = torch.randint(5, 400, (5, 24), generator=torch.Generator().manual_seed(1))
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+BEFORE, BETWEEN = Residual("input_layernorm"), Residual("post_attention_layernorm")
 SPLIT = (
-    Part("self_attn", (QKV, ("self_attn.o_proj",)), pair=True),
-    Part("mlp", (("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))),
+    Part("self_attn", (QKV, ("self_attn.o_proj",)), pair=True, residual=BEFORE),
+    Part("mlp", (("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)), residual=BETWEEN),
 )
 FUSED = (
-    Part("self_attn", (("self_attn.qkv_proj",), ("self_attn.o_proj",)), pair=True),
-    Part("mlp", (("mlp.gate_up_proj",), ("mlp.down_proj",))),
+    Part("self_attn", (("self_attn.qkv_proj",), ("self_attn.o_proj",)), pair=True, residual=BEFORE),
+    Part("mlp", (("mlp.gate_up_proj",), ("mlp.down_proj",)), residual=BETWEEN),
 )
 LINEAR_ATTENTION = Part(
-    "linear_attn", (("linear_attn.in_proj_qkv", "linear_attn.in_proj_z"), ("linear_attn.out_proj",))
+    "linear_attn",
+    (("linear_attn.in_proj_qkv", "linear_attn.in_proj_z"), ("linear_attn.out_proj",)),
+    residual=BEFORE,
 )
 
 ZAMBA = ["hybrid"]
@@ -92,9 +95,10 @@ def test_block_after_block_the_logits_are_those_of_the_whole_model(model_type: s
             walk = BlockWalk(
                 block, model.structure.parts[number], len(hidden),
                 lambda i, b=block, n=number, h=hidden: h.forward(i, b, n),
-                lambda stage, x: None, seen.append, keep_bytes=keep_bytes, dtype=model.dtype,
+                seen.append, keep_bytes=keep_bytes, dtype=model.dtype,
             )  # fmt: skip
-            walk.run(model.structure.stages(number), hidden.put)
+            for _ in walk.reach(model.structure.stages(number), hidden.put):
+                pass
             assert tuple(seen) == model.structure.stages(number) != ()
             model.unload(number)
         for i, (ids, logits) in enumerate(zip(hidden.batches, expected, strict=True)):

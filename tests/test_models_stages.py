@@ -59,21 +59,19 @@ def walk_blocks(
         parts = model.structure.parts[number]
         block = model.load(number)
 
-        def observe(stage: Stage, x: Tensor, number: int = number) -> None:
-            hessian = seen.hessians.setdefault((number, stage), Hessian(x.shape[-1], x.device))
-            hessian.add(x)
-            seen.inputs.setdefault((number, stage), []).append(x.clone())
-
         def solve(stage: Stage, number: int = number) -> None:
             seen.order.append((number, stage))
             for linear in (f"{model.name(number)}.{name}" for name in stage):
                 model.replace(linear, rounded(model.model.get_submodule(linear).weight))
 
         walk = BlockWalk(
-            block, parts, len(hidden), lambda i, b=block, n=number: hidden.forward(i, b, n), observe, solve,
+            block, parts, len(hidden), lambda i, b=block, n=number: hidden.forward(i, b, n), solve,
             keep_bytes=keep_bytes, dtype=model.dtype,
         )  # fmt: skip
-        walk.run(stages([stage for part in parts for stage in part.stages]), hidden.put)
+        for one in walk.reach(stages([stage for part in parts for stage in part.stages]), hidden.put):
+            hessian = seen.hessians.setdefault((number, one.stage), Hessian(one.x.shape[-1], one.x.device))
+            hessian.add(one.x)
+            seen.inputs.setdefault((number, one.stage), []).append(one.x.clone())
         seen.replayed += walk.replayed
         model.unload(number)
     seen.hidden = torch.cat([hidden.state(i) for i in range(len(hidden))])
@@ -177,39 +175,40 @@ def test_stages_can_be_passed_over(keep_bytes: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("keep_bytes", [1 << 40, 0])
 def test_the_original_can_be_walked_beside_what_it_becomes(keep_bytes: int, tmp_path: Path) -> None:
-    (model, hidden), (original, unchanged) = (
-        open_model("llama", torch.float32, tmp_path / name) for name in ("model", "original")
-    )
+    model, hidden = open_model("llama", torch.float32, tmp_path / "model")
     alone = walk_blocks(*open_model("llama", torch.float32, tmp_path / "alone"), keep_bytes)
-    plain = HiddenStates(original, IDS)
+    original, plain = open_model("llama", torch.float32, tmp_path / "original")
+    unchanged = HiddenStates(model, IDS)
     for number in range(len(model)):
 
         def solve(stage: Stage, number: int = number) -> None:
             for linear in (f"{model.name(number)}.{name}" for name in stage):
                 model.replace(linear, rounded(model.model.get_submodule(linear).weight))
 
-        def ignore(stage: Stage) -> None:
-            pass
-
-        walks = []
-        for one, states, action in ((model, hidden, solve), (original, unchanged, ignore)):
-            block = one.load(number)
-            walk = BlockWalk(
-                block, one.structure.parts[number], len(states),
-                lambda i, b=block, s=states, n=number: s.forward(i, b, n),
-                lambda stage, x: None, action, keep_bytes=keep_bytes, dtype=one.dtype,
-            )  # fmt: skip
-            walks.append(walk.inputs(one.structure.stages(number), states.put))
+        block = model.load(number)
+        walks = [
+            BlockWalk(
+                one, model.structure.parts[number], len(states),
+                lambda i, b=one, s=states, n=number: s.forward(i, b, n),
+                action, keep_bytes=keep_bytes, dtype=model.dtype,
+            ).reach(model.structure.stages(number), states.put)
+            for one, states, action in (
+                (block, hidden, solve), (model.unchanging(block), unchanged, None),
+            )
+        ]  # fmt: skip
         seen: dict[Stage, list[Tensor]] = {}
-        for (stage, x), (beside, before) in zip(*walks, strict=True):
-            assert stage == beside and x.shape == before.shape
-            seen.setdefault(stage, []).append(x.clone())
+        for one, before in zip(*walks, strict=True):
+            assert one.stage == before.stage and one.x.shape == before.x.shape
+            seen.setdefault(one.stage, []).append(one.x.clone())
         for stage, found in seen.items():
             assert all(map(torch.equal, found, alone.inputs[number, stage]))
-        plain.advance(original.blocks[number], number)
+        plain.advance(original.load(number), number)
     assert torch.equal(alone.hidden, torch.cat([hidden.state(i) for i in range(SAMPLES)]))
     for i in range(SAMPLES):
         assert torch.equal(unchanged.state(i), plain.state(i))
+    shares = (alone.hidden - torch.cat([plain.state(i) for i in range(SAMPLES)])).square().sum(-1)
+    shares /= torch.cat([plain.state(i) for i in range(SAMPLES)]).square().sum(-1)
+    assert hidden.divergence(unchanged) == pytest.approx(shares.mean().sqrt().item(), rel=1e-5)
 
 
 def test_the_modules_of_a_block_are_left_as_they_were(tmp_path: Path) -> None:
@@ -247,11 +246,12 @@ def test_a_model_that_computes_otherwise_than_was_found_is_refused(
     model, hidden = open_model("llama", torch.float32, tmp_path)
     block = model.load(0)
     walk = BlockWalk(
-        block, parts, len(hidden), lambda i: hidden.forward(i, block, 0), lambda stage, x: None,
+        block, parts, len(hidden), lambda i: hidden.forward(i, block, 0),
         lambda stage: None, keep_bytes=1 << 40, dtype=model.dtype,
     )  # fmt: skip
     with pytest.raises(SourceError, match=why) as refused:
-        walk.run([stage for part in parts for stage in part.stages], hidden.put)
+        for _ in walk.reach([stage for part in parts for stage in part.stages], hidden.put):
+            pass
     assert "--skip" in (refused.value.hint or "")
 
 

@@ -218,7 +218,14 @@ def test_what_is_printed(done: tuple[Path, Result, Path], tinypy: Path) -> None:
     output, result, _ = done
     lines = result.stdout.splitlines()
     errors = sorted((row["error"] for row in rows.worked_on(manifest_of(output))), reverse=True)
-    assert [float(line.split()[-1]) for line in lines[1:6]] == [round(error, 4) for error in errors[:5]]
+    after = manifest_of(output)["divergence"]
+    assert len(after) == 4 and after == sorted(after) and 0.01 < after[0] < after[3] < 0.2
+    assert lines[0].startswith("hidden states, relative distance from the original's")
+    assert (
+        lines[1].split()[1:4] == [f"{after[0]:.4f}", "after", "block"]
+        and f"{after[3]:.4f} after block 3" in lines[1]
+    )
+    assert [float(line.split()[-1]) for line in lines[3:8]] == [round(error, 4) for error in errors[:5]]
     assert "left dense: model.layers.2.mlp.down_proj (skipped by '*.down_proj')" in lines
     assert any("24 linears at 4.125 bits per weight" in line and " -> " in line for line in lines)
     assert lines[-1] == f"Next: marlin-convert verify {output} --source {output.with_name('source')}"
@@ -243,8 +250,8 @@ def test_the_report_is_one_page_that_needs_nothing_else(done: tuple[Path, Result
     assert not outside and "@import" not in page and "url(" not in page
     manifest = manifest_of(output)
     assert all(row["name"] in page for row in rows.worked_on(manifest))
-    assert page.count("<circle") == 24
-    assert page.count("<polyline") == 6
+    assert page.count("<circle") == 4 + 24
+    assert page.count("<polyline") == 1 + 6
     assert any("skipped by '*.down_proj'" in text for text in texts)
     assert str(output.parent) not in page
 

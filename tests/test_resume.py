@@ -513,7 +513,7 @@ def test_another_process_at_work_is_left_alone(
     """Also before its first block is finished, when there is nothing yet that a resume could use."""
     output = tmp_path / "out"
     other = UnfinishedRun(output)
-    other.begin({}, {"blocks": 0, "tensors": 0, "matrices": []})
+    other.begin({}, {"blocks": 0, "tensors": 0, "matrices": [], "divergence": []})
     (other.staging / "model.safetensors").write_bytes(b"begun")
     with pytest.raises(ConvertError, match="another process is at work"):
         story.quantize(job(tinypy, output, text))

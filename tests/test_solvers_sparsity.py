@@ -8,7 +8,7 @@ from test_solvers import K, N, damped, indefinite, nearest, objective, problem
 from torch import Tensor
 
 from marlin_convert.solvers import gptq
-from marlin_convert.solvers.drift import SHARE, Drift, compensated
+from marlin_convert.solvers.drift import SHARE, Products, compensated
 from marlin_convert.solvers.hessian import Hessian
 from marlin_convert.solvers.sparsity import choose_mask, complete_mask, prune, solve
 
@@ -269,13 +269,15 @@ def test_a_weight_is_moved_to_the_least_squares_fit_of_the_original_outputs() ->
     random = torch.Generator().manual_seed(3)
     original = torch.randn(400, 32, generator=random)
     x = original + 0.3 * torch.randn(400, 32, generator=random) @ torch.randn(32, 32, generator=random)
-    hessian, drift = Hessian(32, x.device), Drift(32, x.device)
+    hessian, wanted = Hessian(32, x.device), Products(32, 8, x.device)
     for part in (slice(0, 100), slice(100, 400)):
         hessian.add(x[part].view(2, -1, 32))
-        drift.add(x[part].view(2, -1, 32), original[part].view(2, -1, 32))
-    moved = compensated(weight, hessian.mean(), drift.mean(), damping=1e-6)
+        wanted.add(x[part].view(2, -1, 32), original[part].view(2, -1, 32) @ weight.T)
+    moved = compensated(weight, hessian.mean(), wanted.mean(), damping=1e-6, tokens=400)
     fit = torch.linalg.lstsq(x.double(), original.double() @ weight.double().T).solution.T
-    torch.testing.assert_close(moved.double(), weight + SHARE * (fit - weight), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        moved.double(), weight + SHARE / (1 + 16 * 32 / 400) * (fit - weight), rtol=1e-3, atol=1e-3
+    )
 
 
 def test_most_of_what_drift_costs_is_made_up_for() -> None:
@@ -284,16 +286,18 @@ def test_most_of_what_drift_costs_is_made_up_for() -> None:
     random = torch.Generator().manual_seed(3)
     original = torch.randn(400, 32, generator=random)
     x = original @ (torch.eye(32) + 0.1 * torch.randn(32, 32, generator=random))
-    hessian, drift = Hessian(32, x.device), Drift(32, x.device)
+    hessian, wanted = Hessian(32, x.device), Products(32, 8, x.device)
     hessian.add(x)
-    drift.add(x, original)
-    moved = compensated(weight, hessian.mean(), drift.mean(), damping=1e-6)
+    wanted.add(x, original @ weight.T)
+    moved = compensated(weight, hessian.mean(), wanted.mean(), damping=1e-6, tokens=10**6)
     left, before = (x @ moved.T - original @ weight.T).norm(), (x @ weight.T - original @ weight.T).norm()
     assert 0.1 < left / before < 0.5
 
 
 def test_without_drift_or_without_inputs_the_weight_stays() -> None:
     weight, hessian = problem(32, 8)
+    torch.testing.assert_close(
+        compensated(weight, hessian, hessian @ weight.T, damping=0.05, tokens=400), weight
+    )
     nothing = torch.zeros(32, 32)
-    assert torch.equal(compensated(weight, hessian, nothing, damping=0.05), weight)
-    assert torch.equal(compensated(weight, nothing, nothing, damping=0.05), weight)
+    assert torch.equal(compensated(weight, nothing, nothing @ weight.T, damping=0.05, tokens=400), weight)

@@ -207,7 +207,7 @@ def test_the_plan_and_inspect(model, pruned, tmp_path, cli):
 
 
 def test_an_interrupted_run_ends_the_same(model, pruned, tmp_path, monkeypatch, cli):
-    from marlin_convert.codes import Solve
+    from marlin_convert.solve import Solve
 
     block = Solve.block
 

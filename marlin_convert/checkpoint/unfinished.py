@@ -102,7 +102,7 @@ class UnfinishedRun:
 
         ConvertError if an earlier run would be lost without `discard`, or was started with other settings.
         """
-        nothing: dict[str, Any] = {"blocks": 0, "tensors": 0, "matrices": []}
+        nothing: dict[str, Any] = {"blocks": 0, "tensors": 0, "matrices": [], "divergence": []}
         if not self.blocks:
             return nothing
         progress = json_file(self.directory, PROGRESS)
@@ -133,7 +133,8 @@ class UnfinishedRun:
             replaced.rename(self.output)
         remove(replaced)
         # first the note, then what it is about: what is noted as done is there at any moment
-        self.save(settings, {"blocks": done["blocks"], "matrices": done["matrices"]}, done["tensors"])
+        finished = {key: value for key, value in done.items() if key != "tensors"}
+        self.save(settings, finished, done["tensors"])
         if not done["blocks"]:
             remove(self.staging)
         self.staging.mkdir(exist_ok=True)

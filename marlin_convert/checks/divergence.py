@@ -22,7 +22,8 @@ class Comparison:
     """A model against the one it was made from, over the predicted tokens of a text.
 
     `divergence` is KL(source || model) in nats a token, `agreement` the share of tokens where both find the
-    same one likeliest; `margin` is the most, in nats, by which the source prefers its own where they do not.
+    same one likeliest; `margin` is the most, in nats, by which the source prefers its own where they do not;
+    `hidden` is how far the hidden states are from the source's after every block.
     """
 
     tokens: int
@@ -31,6 +32,7 @@ class Comparison:
     divergence: float
     agreement: float
     margin: float
+    hidden: tuple[float, ...]
 
 
 def compare(
@@ -41,15 +43,17 @@ def compare(
 ) -> Comparison:
     """Run ids (samples, length) through two models of one architecture, block after block."""
     pair = [(one, HiddenStates(one, ids)) for one in (source, model)]
+    hidden = []
     for number in progress(range(len(model)), len(model)):
-        for one, hidden in pair:
-            hidden.advance(one.load(number), number)
+        for one, states in pair:
+            states.advance(one.load(number), number)
             one.unload(number)
+        hidden.append(pair[1][1].divergence(pair[0][1]))
 
     sums, margin = torch.zeros(4, dtype=torch.float64), 0.0
     for i, batch in enumerate(pair[0][1].batches):
-        states = zip(*(hidden.samples(i) for _, hidden in pair), strict=True)
-        for sample, both in zip(batch.split(1), states, strict=True):
+        samples = zip(*(states.samples(i) for _, states in pair), strict=True)
+        for sample, both in zip(batch.split(1), samples, strict=True):
             p, q = (one.logits(sample, state)[0, :-1] for (one, _), state in zip(pair, both, strict=True))
             found, most = _sums(p, q, sample[0, 1:].to(p.device))
             sums += found
@@ -57,7 +61,9 @@ def compare(
     tokens = ids.shape[0] * (ids.shape[1] - 1)
     mean = sums / tokens
     perplexity = mean[:2].exp().tolist()
-    return Comparison(tokens, perplexity[0], perplexity[1], mean[2].item(), mean[3].item(), margin)
+    return Comparison(
+        tokens, perplexity[0], perplexity[1], mean[2].item(), mean[3].item(), margin, tuple(hidden)
+    )
 
 
 def log_probabilities(model: BlockModel, ids: Tensor) -> Tensor:

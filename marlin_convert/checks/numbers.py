@@ -1,6 +1,7 @@
 """Products of the packed linears and, beside the source, weights and predictions."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -24,6 +25,8 @@ PRUNED_WEIGHT_ERROR = 0.9
 OUTPUT_ERROR = 1.0
 # How far perplexity may rise over the source's.
 PERPLEXITY = 2.0
+# How far hidden states may be from the source's after a block, relative, and with half of the weights gone.
+HIDDEN, PRUNED_HIDDEN = 0.5, 0.8
 
 
 @reporting
@@ -37,8 +40,12 @@ def check(
     strict: bool,
 ) -> Check:
     """Compare products, and beside the source weights and what is predicted of its text."""
-    rounded = manifests.rounded_to_nearest(subject.manifest or {})
-    problems += [f"{name} was rounded to nearest" for name in rounded] if strict else []
+    manifest = subject.manifest or {}
+    rounded = manifests.rounded_to_nearest(manifest)
+    if strict:
+        sparse = bool(subject.weights.sparse_linears(subject.manifest))
+        problems += [f"{name} was rounded to nearest" for name in rounded]
+        problems += _hidden_problems(manifest.get("divergence", []), sparse, "the calibration text")
     if original is None and not subject.weights.packed_linears():
         return Check("skipped", "no linear is packed, and no --source was given")
     rows, unreadable = _compare_weights(problems, subject, original, tolerance)
@@ -59,6 +66,8 @@ def check(
                 problems.append(str(error))
             else:
                 problems += overflows + _text_problems(text)
+                problems += _hidden_problems(text.hidden, sparse, "the text") if strict else []
+                summary = f"divergence {text.divergence:.4f} nats a token; {summary}"
                 details["text"] = {**original.text, **json_numbers(asdict(text))}
     if rounded:
         summary += f"; {len(rounded)} linears rounded to nearest"
@@ -183,3 +192,15 @@ def _text_problems(found: Comparison) -> list[str]:
             f"at most {PERPLEXITY} times as much"
         ]
     return []
+
+
+def _hidden_problems(after: Sequence[float], sparse: bool, text: str) -> list[str]:
+    """What is wrong with the distance of hidden states from the source's, block by block."""
+    limit = PRUNED_HIDDEN if sparse else HIDDEN
+    block = next((block for block, one in enumerate(after) if not one <= limit), None)
+    if block is None:
+        return []
+    return [
+        f"hidden states after block {block} are {after[block]:.2f} from the source's on {text}, relative; "
+        f"at most {limit}"
+    ]

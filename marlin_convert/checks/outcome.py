@@ -61,7 +61,9 @@ def verdict(problems: list[str], summary: str, **details: Any) -> Check:
 
 
 def json_number(value: Any) -> Any:
-    """Six digits of a float, None where JSON has no number for it."""
+    """Six digits of a float, None where JSON has no number for it; a list for a tuple of them."""
+    if isinstance(value, tuple):
+        return [json_number(one) for one in value]
     if not isinstance(value, float):
         return value
     return float(f"{value:.6g}") if math.isfinite(value) else None

@@ -45,6 +45,12 @@ def conversion_options(command: Callable) -> Callable:
         click.option(
             "--sequence-length", type=click.IntRange(1), help="Tokens per sequence.  [default: 2048]"
         ),
+        click.option(
+            "--effort",
+            type=click.Choice(["fast", "default"]),
+            help="default: the original runs beside the quantized model, and codes make up for what those "
+            "before them have lost; fast: without.",
+        ),
         click.option("--seed", type=int, help="Draws the calibration windows.  [default: 0]"),
         click.option(
             "--dtype",

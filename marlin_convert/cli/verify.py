@@ -37,7 +37,11 @@ def parse_checks(context: click.Context, parameter: click.Parameter, value: str)
     help="Checks to run.",
 )
 @click.option("--require-kernel", is_flag=True, help="Exit 1 if the kernel check cannot run.")
-@click.option("--strict", is_flag=True, help="Fail if a linear was rounded to nearest.")
+@click.option(
+    "--strict",
+    is_flag=True,
+    help="Fail if a linear was rounded to nearest, or hidden states are far from the source's.",
+)
 @click.option(
     "--tolerance",
     type=click.FloatRange(min=0, min_open=True),

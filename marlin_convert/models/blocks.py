@@ -1,5 +1,6 @@
 """A model taken apart: everything outside its decoder blocks in memory, its blocks loaded one at a time."""
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -214,6 +215,12 @@ class BlockModel:
         """Give a linear of the loaded block another weight (n, k)."""
         module = self.model.get_submodule(linear)
         module.weight = nn.Parameter(weight.to(self.device, self._product_dtype), requires_grad=False)
+
+    def unchanging(self, block: nn.Module) -> nn.Module:
+        """A copy of a loaded block with the tensors that it has now, whatever `replace` gives it later."""
+        kept: list[Any] = [*block.parameters(), *block.buffers()]
+        kept += [module.config for module in block.modules() if hasattr(module, "config")]
+        return copy.deepcopy(block, {id(one): one for one in kept})
 
     def unload(self, i: int) -> None:
         """Free the weights of block i."""

@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import pairwise
 from typing import Any
@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from marlin_convert.errors import SourceError
-from marlin_convert.models.structure import Part, Stage, Structure
+from marlin_convert.models.structure import Part, Residual, Stage, Structure
 
 # Samples and tokens of the run. No model has five of anything, so the samples are found again in a shape.
 SHAPE = 5, 24
@@ -66,11 +66,20 @@ class _Call:
 
 
 @dataclass
+class _Operation:
+    """One operation on tensors, and what it gave."""
+
+    kind: Any
+    args: tuple[Any, ...]
+    given: Any
+
+
+@dataclass
 class _Reads(TorchDispatchMode):
-    """What every storage was computed from, as long as the mode is on."""
+    """What every storage was computed from and what was computed from it, as long as the mode is on."""
 
     of: dict[int, set[int]] = field(default_factory=dict)
-    kept: list[Any] = field(default_factory=list)  # or another storage may get the same place
+    readers: dict[int, list[_Operation]] = field(default_factory=dict)  # kept: storages keep their places
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -83,8 +92,10 @@ class _Reads(TorchDispatchMode):
                 raise
             # a value decides, as the last position does in dynamic rope: there is none, and 0 will do
             given = 0.0 if args[0].dtype.is_floating_point else 0
-        self.kept.append(given)
         read = {_storage(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        called = _Operation(operation, args, given)
+        for one in read or {0}:
+            self.readers.setdefault(one, []).append(called)
         for x in tree_leaves(given):
             if isinstance(x, Tensor):
                 self.of.setdefault(_storage(x), set()).update(read - {_storage(x)})
@@ -98,6 +109,29 @@ class _Reads(TorchDispatchMode):
             found |= todo
             todo = set().union(*(self.of.get(one, set()) for one in todo)) - found
         return found
+
+    def added_to(self, x: Tensor) -> tuple[Tensor, float] | None:
+        """The r and m of the sum r + m x that x goes into and nowhere else, None if there is none."""
+        aten, multiplier = torch.ops.aten, 1.0
+        while True:
+            readers = [
+                one
+                for one in self.readers.get(_storage(x), ())
+                if one.kind._schema.is_mutable or not _is_view_of(one.given, x)
+            ]
+            if len(readers) != 1 or readers[0].kind._schema.is_mutable:
+                return None
+            (reader,) = readers
+            match reader.kind, reader.args:
+                case aten.add.Tensor, (Tensor() as one, Tensor() as other) if one.shape == other.shape:
+                    return (other if _storage(one) == _storage(x) else one), multiplier
+                case aten.mul.Tensor, (_, float() | int() as factor):
+                    multiplier *= factor
+                case ((aten._to_copy.default | aten.clone.default), _):
+                    pass
+                case _:
+                    return None
+            x = reader.given
 
 
 def discover(model: PreTrainedModel) -> Structure:
@@ -123,7 +157,7 @@ def discover(model: PreTrainedModel) -> Structure:
             dense[name] = why or f"has only {linear.out_features} outputs"
     _check_linears(model, blocks, inside, dense, calls)
     parts = tuple(
-        tuple(_parts(call.path, [one for one in calls if one.path.startswith(f"{call.path}.")], dense))
+        tuple(_parts(call.path, [one for one in calls if one.path.startswith(f"{call.path}.")], dense, reads))
         for call in of_blocks
     )
     called = {call.path for call in calls}
@@ -176,6 +210,11 @@ def _storage(x: Tensor) -> int:
     return x.untyped_storage()._cdata
 
 
+def _is_view_of(one: Any, x: Tensor) -> bool:
+    """Whether this is x seen in another way and not computed from it."""
+    return isinstance(one, Tensor) and _storage(one) == _storage(x)
+
+
 def _same_memory(one: Any, other: Any) -> bool:
     """Whether two tensors are one, or views of one that show the same."""
     return (
@@ -206,6 +245,8 @@ def _run(model: PreTrainedModel) -> tuple[list[_Call], _Reads, dict[str, int]]:
         running.pop().output = output
 
     with ExitStack() as stack:
+        for module in model.modules():  # some keep tensors from call to call, here without values
+            stack.callback(vars(module).update, dict(vars(module)))
         for path, module in model.named_modules():
             for handle in (
                 module.register_forward_pre_hook(begins(path), with_kwargs=True),
@@ -353,7 +394,7 @@ def _check_linears(
         )
 
 
-def _parts(block: str, calls: Sequence[_Call], dense: dict[str, str]) -> Iterator[Part]:
+def _parts(block: str, calls: Sequence[_Call], dense: dict[str, str], reads: _Reads) -> Iterator[Part]:
     """The parts of a block, from the calls inside of it."""
     stages: dict[tuple[Any, ...], list[str]] = {}
     output_of: dict[str, Tensor] = {}
@@ -374,7 +415,26 @@ def _parts(block: str, calls: Sequence[_Call], dense: dict[str, str]) -> Iterato
         )
         mine, ordered = ordered[:count], ordered[count:]
         whole = [call for call in calls if call.path == f"{block}.{child}"]
-        yield _part(child, tuple(mine), whole, output_of, ordered)
+        part = _part(child, tuple(mine), whole, output_of, ordered)
+        if part.module:
+            residual = _residual(part, block, calls, reads.added_to(output_of[part.last[0]]))
+            part = replace(part, residual=residual)
+        yield part
+
+
+def _residual(
+    part: Part, block: str, calls: Sequence[_Call], added: tuple[Tensor, float] | None
+) -> Residual | None:
+    """Where to find what the output of a part is added to: a module of the block reads it before."""
+    if added is None:
+        return None
+    for call in calls:
+        path = call.path.removeprefix(f"{block}.")
+        if path == part.last[0]:
+            break
+        if call.args and _same_memory(call.args[0], added[0]) and "." not in path:
+            return Residual(path, added[1])
+    return None
 
 
 def _part(

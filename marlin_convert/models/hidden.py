@@ -1,5 +1,6 @@
 """The hidden states of a text between two decoder blocks, kept where there is room for them."""
 
+import math
 import os
 from collections.abc import Iterator
 from mmap import mmap
@@ -121,6 +122,18 @@ class HiddenStates:
     def finite(self) -> bool:
         """Whether no micro-batch holds NaN or infinity."""
         return all(bool(torch.stack(torch.aminmax(state)).isfinite().all()) for state in self._states)
+
+    def divergence(self, original: "HiddenStates") -> float:
+        """How far the states h are from those of the original model, h0.
+
+        The root of the mean over tokens of ||h - h0||^2 / ||h0||^2.
+        """
+        shares = [
+            (self.state(i) - original.state(i)).float().square().sum(-1)
+            / original.state(i).float().square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+            for i in range(len(self))
+        ]
+        return math.sqrt(torch.cat([share.flatten() for share in shares]).mean().item())
 
     def advance(self, block: nn.Module, number: int) -> None:
         """Take every micro-batch through a block."""

@@ -18,6 +18,7 @@ stopped in, twice to four times what is kept here.
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -28,19 +29,33 @@ from marlin_convert.errors import SourceError
 from marlin_convert.models.structure import Part, Stage
 
 
-class _Reached(BaseException):
+class _BrokenOff(BaseException):
     """Breaks off a forward at the stage it was run for; a BaseException so that no model code catches it."""
 
     def __init__(self, x: Tensor):
         self.x = x
 
 
+@dataclass(frozen=True)
+class Reached:
+    """What a micro-batch brings to a stage: x (..., k).
+
+    Where the stage is the last of a part that is added to a `residual`, also that, over its multiplier; in a
+    block in which nothing is solved the stage's `output` (..., n) too.
+    """
+
+    stage: Stage
+    x: Tensor
+    residual: Tensor | None = None
+    output: Tensor | None = None
+
+
 class BlockWalk:
     """The walk of all micro-batches through one block.
 
-    `forward(i)` computes the block's output of micro-batch i; `observe(stage, x)` sees the input x (..., k)
-    that every micro-batch brings to a stage; then `solve(stage)` replaces the weights of the stage's linears.
-    At most about `keep_bytes` of activations are kept, in `dtype`.
+    `forward(i)` computes the block's output of micro-batch i; `solve(stage)` replaces the weights of the
+    stage's linears, once all micro-batches have reached it. Without `solve` the block stays as it is. At most
+    about `keep_bytes` of activations are kept, in `dtype`.
     """
 
     def __init__(
@@ -49,8 +64,7 @@ class BlockWalk:
         parts: Sequence[Part],
         batches: int,
         forward: Callable[[int], Tensor],
-        observe: Callable[[Stage, Tensor], None],
-        solve: Callable[[Stage], None],
+        solve: Callable[[Stage], None] | None,
         *,
         keep_bytes: int,
         dtype: torch.dtype,
@@ -60,7 +74,6 @@ class BlockWalk:
         self.batches = batches
         self.replayed = 0  # times that a part was computed again because nothing of it was kept
         self._forward = forward
-        self._observe = observe
         self._solve = solve
         self._room = keep_bytes
         self._dtype = dtype
@@ -69,37 +82,36 @@ class BlockWalk:
         self._inputs: dict[int, Tensor] = {}  # of the last stage of the part being walked, by micro-batch
         self._outputs: dict[tuple[str, int], Tensor] = {}  # of finished parts
 
-    def run(self, stages: Sequence[Stage], finish: Callable[[int, Tensor], None]) -> None:
-        """Solve `stages`, in order; `finish(i, output)` takes the block's output of every micro-batch."""
-        for stage, x in self.inputs(stages, finish):
-            self._observe(stage, x)
-
     @torch.no_grad()
-    def inputs(
-        self, stages: Sequence[Stage], finish: Callable[[int, Tensor], None]
-    ) -> Iterator[tuple[Stage, Tensor]]:
-        """What `run` lets `observe` see, one after another: so two blocks can be walked side by side."""
+    def reach(self, stages: Sequence[Stage], finish: Callable[[int, Tensor], None]) -> Iterator[Reached]:
+        """What every micro-batch brings to every one of `stages`, in order.
+
+        `finish(i, output)` takes the block's output of every micro-batch. Two blocks can be walked side by
+        side.
+        """
         self._stages = stages
         with self._finished_parts() as finished:
             for part in self.parts:
                 for stage in part.stages:
                     if stage in stages:
-                        keep_inputs = bool(part.module) and stage == part.last
-                        yield from self._walk_stage(stage, keep_inputs=keep_inputs)
+                        yield from self._walk_stage(
+                            stage, part if part.module and stage == part.last else None
+                        )
                 if part.module:
                     finished(part)
             for i in range(self.batches):
                 self._current = i
                 finish(i, self._forward(i))
 
-    def _walk_stage(self, stage: Stage, *, keep_inputs: bool) -> Iterator[tuple[Stage, Tensor]]:
+    def _walk_stage(self, stage: Stage, part: Part | None) -> Iterator[Reached]:
+        """Run every micro-batch to a stage, the last one of `part` if that is given."""
         for i in range(self.batches):
             self._current = i
             # the first one tells whether the model does what was found without values
-            with self._broken_off_at(stage, confirm=i == 0) as called:
+            with self._broken_off_at(stage, confirm=i == 0) as called, self._added_to(part) as read:
                 try:
                     self._forward(i)
-                except _Reached as reached:
+                except _BrokenOff as reached:
                     x = reached.x.to(self._dtype)
                     reached.__traceback__ = None  # it holds every local of the forward
                 else:
@@ -109,11 +121,40 @@ class BlockWalk:
                         f"{len(stage)} linears that should read one input {len(called)} are.",
                         "its model computes otherwise than was found; leave these linears dense with --skip.",
                     )
-            if keep_inputs and self._fits(x):
-                self._inputs[i] = x
-            yield stage, x
-            del x
-        self._solve(stage)
+            residual = read.pop() if read else None
+            if part is None:
+                yield Reached(stage, x)
+            elif self._solve is None:
+                output = self.block.get_submodule(stage[0])(x).to(self._dtype)
+                if self._fits(output):
+                    self._outputs[part.module, i] = output
+                yield Reached(stage, x, residual, output)
+                del output
+            else:
+                if self._fits(x):
+                    self._inputs[i] = x
+                yield Reached(stage, x, residual)
+            del x, residual
+        if self._solve is not None:
+            self._solve(stage)
+
+    @contextmanager
+    def _added_to(self, part: Part | None) -> Iterator[list[Tensor]]:
+        """Filled with what the output of a part will be added to, where that is known."""
+        found: list[Tensor] = []
+        if part is None or part.residual is None:
+            yield found
+            return
+        multiplier = part.residual.multiplier
+
+        def read(_: nn.Module, args: Any) -> None:
+            found[:] = [args[0] if multiplier == 1 else args[0] / multiplier]
+
+        hook = self.block.get_submodule(part.residual.module).register_forward_pre_hook(read)
+        try:
+            yield found
+        finally:
+            hook.remove()
 
     @contextmanager
     def _broken_off_at(self, stage: Stage, *, confirm: bool) -> Iterator[Collection[str]]:
@@ -129,7 +170,7 @@ class BlockWalk:
                     "its model computes otherwise than was found; leave these linears dense with --skip.",
                 )
             if not confirm or len(found) == len(stage):
-                raise _Reached(x)
+                raise _BrokenOff(x)
 
         hooks = [
             self.block.get_submodule(name).register_forward_pre_hook(partial(reached, name))

@@ -9,16 +9,29 @@ Stage = tuple[str, ...]
 
 
 @dataclass(frozen=True)
+class Residual:
+    """The sum that a linear's output goes into, and nowhere else: residual + multiplier * output.
+
+    `module` is the path inside the block of what reads the residual earlier, in Llama a norm.
+    """
+
+    module: str
+    multiplier: float = 1.0
+
+
+@dataclass(frozen=True)
 class Part:
     """A submodule of a block whose last operation is its last linear; stages run in order.
 
     `pair` says that the submodule returns (output, attention weights) and not the output alone. Stages that
-    no submodule ends with make a part whose `module` is "".
+    no submodule ends with make a part whose `module` is "". `residual` is what the output is added to; it is
+    None where something stands between, as the norms of Gemma 2.
     """
 
     module: str
     stages: tuple[Stage, ...]
     pair: bool = False
+    residual: Residual | None = None
 
     @property
     def last(self) -> Stage:

@@ -1,49 +1,63 @@
 """A weight that makes up for its inputs: what they have become in the quantized model, not what they were.
 
-Where the blocks before have lost much, as pruned ones have, a linear's inputs x are no longer the original
-model's x0. The weight V that gives x V^T closest to x0 W^T, the original output, is W + W C^T (H + d)^-1, C
-the mean of x^T (x0 - x) and d the damping (asymmetric calibration: GPTAQ, arXiv 2504.02692). Solving for V in
-place of W is all that is left to do: the rest of the error does not depend on what is solved for.
+The inputs x of a linear are no longer the original model's x0, and what its output is added to is no longer
+what it was. The weight V wanted gives the original outputs y0 from the inputs there are: it is the ridge
+regression (H + d)^-1 (x^T y0 + d W), H the mean of x^T x, which falls back on W where the text says nothing
+(asymmetric calibration: GPTAQ, arXiv 2504.02692). Solving for V in place of W is all that is left to do: the
+rest of the error does not depend on what is solved for.
 """
 
 import torch
 from torch import Tensor
 
-from marlin_convert.solvers.hessian import product
+from marlin_convert.solvers.gptq import factorise
+from marlin_convert.solvers.hessian import bf16_products, product
 
-# How far to go from W to V, by measurement (benchmarks/RESULTS.md): V fits the calibration text.
+# How far to go from W to V, by measurement (benchmarks/RESULTS.md): V fits the calibration text, and fits it
+# too well where there are few tokens for each of its inputs.
 SHARE = 0.75
+OVERFIT = 16
 
 
-class Drift:
-    """Sums x^T (x0 - x), (k, k) float32: the inputs x of a linear, and x0 of the original model's."""
+class Products:
+    """Sums x^T y, (k, n) float32, over all inputs x of a linear and what is wanted of them, y.
 
-    def __init__(self, k: int, device: torch.device):
-        self.sum = torch.zeros(k, k, dtype=torch.float32, device=device)
+    `bf16_units` says that the CPU has some.
+    """
+
+    def __init__(self, k: int, n: int, device: torch.device, *, bf16_units: bool = False):
+        self._bf16_units = bf16_units
+        self.sum = torch.zeros(k, n, dtype=torch.float32, device=device)
         self.tokens = 0
 
-    def add(self, x: Tensor, original: Tensor) -> None:
-        """Add the inputs x (..., k) and what they were."""
-        x, original = x.reshape(-1, x.shape[-1]), original.reshape(-1, x.shape[-1])
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Add the inputs x (..., k) and y (..., n), of one type."""
+        x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
         self.tokens += len(x)
-        # a CPU has no product of 16-bit tensors with a float32 result
-        x, away = (t if t.is_cuda else t.float() for t in (x, original - x))
-        self.sum += product(x.T, away)
+        with bf16_products(x.dtype == torch.bfloat16 and self._bf16_units):
+            # a CPU has no product of 16-bit tensors with a float32 result
+            x, y = (t if t.is_cuda else t.float() for t in (x, y))
+            self.sum += product(x.T, y)
 
     def mean(self) -> Tensor:
-        """The mean over all tokens, (k, k) float32; the sum is given up."""
+        """The mean over all tokens, (k, n) float32; the sum is given up."""
         return self.sum.div_(max(self.tokens, 1))
 
 
-def compensated(weight: Tensor, hessian: Tensor, drift: Tensor, *, damping: float) -> Tensor:
+def compensated(weight: Tensor, hessian: Tensor, wanted: Tensor, *, damping: float, tokens: int) -> Tensor:
     """`weight` (n, k) moved towards what gives the original outputs, (n, k) float32.
 
-    hessian, drift (k, k): the means of x^T x and of x^T (x0 - x); `damping` is a share of the mean diagonal.
+    hessian (k, k) and wanted (k, n): the means of x^T x and of x^T y0 over so many tokens; `damping` is a
+    share of the mean diagonal, raised as for the solver.
     """
     weight = weight.float()
-    damped = hessian.clone()
-    damped.diagonal().add_(damping * hessian.diagonal().mean())
-    factor, info = torch.linalg.cholesky_ex(damped)
-    if info:  # no inputs, or not finite sums: the weight as it is
+    used, upper = factorise(hessian, damping)
+    if (
+        used is None or upper is None
+    ):  # no inputs, or sums that are not finite: the solver rounds, and says so
         return weight
-    return weight + SHARE * torch.cholesky_solve(drift @ weight.T, factor).T
+    ridge = used * hessian.diagonal().mean()
+    right = torch.addcmul(wanted, weight.T, ridge)
+    half = torch.linalg.solve_triangular(upper, right, upper=True)
+    share = SHARE / (1 + OVERFIT * weight.shape[1] / tokens)
+    return weight.lerp(torch.linalg.solve_triangular(upper.T, half, upper=False).T, share)

@@ -25,7 +25,7 @@ class Hessian:
         """Add the inputs x (..., k)."""
         x = x.reshape(-1, x.shape[-1])
         self.tokens += x.shape[0]
-        with _bf16_products(x.dtype == torch.bfloat16 and self._bf16_units):
+        with bf16_products(x.dtype == torch.bfloat16 and self._bf16_units):
             # a CPU has no product of 16-bit tensors with a float32 result
             x = x if x.is_cuda else x.float()
             # block columns down to the diagonal: the rest of the matrix is their mirror
@@ -46,7 +46,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 @contextmanager
-def _bf16_products(wanted: bool) -> Iterator[None]:
+def bf16_products(wanted: bool) -> Iterator[None]:
     """Let oneDNN multiply float32 tensors in bfloat16, which loses nothing where they came from it."""
     switch: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = switch.fp32_precision
