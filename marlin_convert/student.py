@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from marlin_convert.checkpoint.linears import Weights
+from marlin_convert.errors import SourceError
 from marlin_convert.models.blocks import Arguments, BlockModel
 from marlin_convert.solvers.straight_through import Adam, TunedMatrix, TunedVector, divergence
 
@@ -163,7 +164,10 @@ class Student:
 
 @contextmanager
 def repeatable() -> Iterator[None]:
-    """Gradients that are the same every time on one device: deterministic kernels, of attention too."""
+    """Gradients that are the same every time on one device: deterministic kernels, of attention too.
+
+    SourceError where an operation of the model has none.
+    """
     before = torch.are_deterministic_algorithms_enabled()
     only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
     fill, torch.utils.deterministic.fill_uninitialized_memory = (  # type: ignore[attr-defined]
@@ -172,11 +176,18 @@ def repeatable() -> Iterator[None]:
     )
     # what cuBLAS wants to be told before it computes the same every time
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # an operation that has no such kernel says so in a warning
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
     try:
         with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
             yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        operation = str(error).partition(" ")[0]
+        raise SourceError(
+            f"{operation}, which the model is computed with, has no deterministic kernel on this device.",
+            "it cannot be tuned to the same result twice: use --effort default.",
+        ) from error
     finally:
         torch.use_deterministic_algorithms(before, warn_only=only_warns)
         torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]

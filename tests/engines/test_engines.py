@@ -130,6 +130,7 @@ def mixture(tinypy, tmp_path_factory) -> Callable[[str], Path]:
             "overrides": {"*.self_attn.*": {"group_size": 64}},
             "samples": 4,
             "sequence_length": 128,
+            "effort": "fast",
         }
         (directory / "recipe.yaml").write_text(json.dumps(recipe))
         words = ["quantize", tinypy, "-o", directory / format, "--recipe", directory / "recipe.yaml", "-q"]
