@@ -299,3 +299,19 @@ def test_the_plan_and_the_summary_tell_of_it(
     assert f"{held_out['solved']:.5f} -> {held_out['tuned']:.5f}" in summary_text(
         done, replace(one, output=output)
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("more", [{}, {"sparsity": "2:4", "format": "marlin-24"}], ids=["dense", "2:4"])
+def test_on_a_gpu_it_is_the_same_every_time(
+    more: dict[str, str], tinypy: Path, text: Path, tmp_path: Path
+) -> None:
+    """Where it is not asked for, attention's gradients are summed up in any order."""
+    found = []
+    for name in ("one", "other"):
+        todo = replace(job(tinypy, tmp_path / name, text, **more), device=torch.device("cuda:0"))
+        report = story.quantize(todo)
+        assert report.manifest["tuning"]["steps"] > 10
+        found.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert found[0] == found[1]

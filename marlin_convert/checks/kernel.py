@@ -22,7 +22,7 @@ BATCHES = (1, 16, 17, 64, 257, 2048)
 # Nats a token between the checkpoint on the kernel and the same weights dequantized, both in 16 bits.
 KERNEL_DIVERGENCE = 2e-3
 
-# Nats by which the dequantized model may prefer its likeliest token to the one the kernel finds likeliest. What
+# Nats by which the dequantized model may prefer its likeliest token to the one that the kernel finds; what
 # bfloat16 rounds makes 0.12 where a model with half of its weights gone reads random tokens.
 KERNEL_MARGIN = 0.25
 
