@@ -1,5 +1,6 @@
 """What is found by running a model without values, and that blocks run one after another give its logits."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +73,46 @@ def opened(model: PreTrainedModel, directory: Path) -> BlockModel:
 def test_of_known_families_the_parts_are_found(family: str) -> None:
     found = discover(on_meta(tiny_models.build(family)))
     assert found.blocks == "model.layers"
-    assert found.parts == 2 * ((FUSED if family == "phi3" else SPLIT),)
+    parts = FUSED if family == "phi3" else SPLIT
+    if family in ("gemma2", "gemma3_text", "olmo2"):  # a norm stands before the sum
+        parts = tuple(replace(part, residual=None) for part in parts)
+    elif family == "granite":
+        parts = tuple(replace(part, residual=replace(part.residual, multiplier=0.22)) for part in parts)
+    assert found.parts == 2 * (parts,)
     assert found.returns == (0, 0)
     assert not found.dense and not found.idle
+
+
+@pytest.mark.parametrize("model_type", DIVERSE)
+def test_what_is_added_to_a_residual_gives_the_sum_that_was_found(model_type: str, tmp_path: Path) -> None:
+    """The original's residual and output make what a module of the block, or the next block, is handed."""
+    whole = diverse_models.build(model_type)
+    model = opened(whole, tmp_path)
+    hidden = HiddenStates(model, IDS)
+    for number in range(len(model)):
+        block, handed = model.load(number), []
+
+        def hand(_: torch.nn.Module, args: Any, handed: list[Tensor] = handed) -> None:
+            handed.extend(x for x in args[:1] if isinstance(x, Tensor))
+
+        hooks = [module.register_forward_pre_hook(hand) for module in block.modules()]
+        handed.append(hidden.forward(0, block, number))
+        for hook in hooks:
+            hook.remove()
+        walk = BlockWalk(
+            block, model.structure.parts[number], len(hidden),
+            lambda i, b=block, n=number: hidden.forward(i, b, n), None, keep_bytes=1 << 40, dtype=model.dtype,
+        )  # fmt: skip
+        multiplier = {part.last: part.residual.multiplier for part in walk.parts if part.residual}
+        seen = set()
+        for one in walk.reach(model.structure.stages(number), hidden.put):
+            if one.residual is not None and one.output is not None and one.stage not in seen:
+                seen.add(one.stage)
+                total = multiplier[one.stage] * (one.residual + one.output)
+                same = [x for x in handed if x.numel() == total.numel()]
+                assert any(torch.allclose(x.flatten(), total.flatten(), atol=1e-5) for x in same)
+        assert seen == multiplier.keys()
+        model.unload(number)
 
 
 @pytest.mark.parametrize("model_type", DIVERSE)

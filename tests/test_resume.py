@@ -65,7 +65,7 @@ def check_finished(output: Path, whole: dict[str, bytes]) -> None:
 
 
 PROGRESS = ("marlin_convert.checkpoint.unfinished:UnfinishedRun.save", 3)
-COPY = ("marlin_convert.quantize:reading", -1)
+COPY = ("marlin_convert.assemble:reading", -1)
 
 
 def test_killed_twice_it_goes_on_to_the_same_bytes(
@@ -103,7 +103,7 @@ PLACES = [
     ("marlin_convert.checkpoint.writer:ShardWriter.close", 1),
     ("os:fsync", 4),
     ("os:fsync", -9),
-    ("marlin_convert.quantize:reading", 2),
+    ("marlin_convert.assemble:reading", 2),
     ("marlin_convert.quantize:publish", -1),
     ("marlin_convert.quantize:publish", 1),
 ]

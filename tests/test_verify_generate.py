@@ -17,7 +17,7 @@ def test_transformers_finds_the_same_tokens(format, tinypy, tmp_path, cli):
     assert result.exit_code == 0, result.output
     assert "generate pass     32 greedy tokens by transformers" in result.output
     report = json.loads((tmp_path / "out" / "marlin_convert_verify.json").read_text())
-    assert report["checks"]["generate"]["details"]["difference"] < 0.05
+    assert report["checks"]["generate"]["details"]["difference"] < 0.1
     assert "generate" not in cli("verify", tmp_path / "out").output
 
 

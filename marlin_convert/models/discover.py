@@ -110,13 +110,14 @@ class _Reads(TorchDispatchMode):
             todo = set().union(*(self.of.get(one, set()) for one in todo)) - found
         return found
 
-    def added_to(self, x: Tensor) -> tuple[Tensor, float] | None:
-        """The r and m of the sum r + m x that x goes into and nowhere else, None if there is none."""
+    def added_to(self, x: Tensor) -> tuple[Tensor, float, Tensor] | None:
+        """The r and m of the sum r + m x that x goes into and nowhere else, and the sum; None if not so."""
         aten, multiplier = torch.ops.aten, 1.0
         while True:
             readers = [
                 one
                 for one in self.readers.get(_storage(x), ())
+                if isinstance(one.given, Tensor)
                 if one.kind._schema.is_mutable or not _is_view_of(one.given, x)
             ]
             if len(readers) != 1 or readers[0].kind._schema.is_mutable:
@@ -124,7 +125,7 @@ class _Reads(TorchDispatchMode):
             (reader,) = readers
             match reader.kind, reader.args:
                 case aten.add.Tensor, (Tensor() as one, Tensor() as other) if one.shape == other.shape:
-                    return (other if _storage(one) == _storage(x) else one), multiplier
+                    return (other if _storage(one) == _storage(x) else one), multiplier, reader.given
                 case aten.mul.Tensor, (_, float() | int() as factor):
                     multiplier *= factor
                 case ((aten._to_copy.default | aten.clone.default), _):
@@ -157,7 +158,7 @@ def discover(model: PreTrainedModel) -> Structure:
             dense[name] = why or f"has only {linear.out_features} outputs"
     _check_linears(model, blocks, inside, dense, calls)
     parts = tuple(
-        tuple(_parts(call.path, [one for one in calls if one.path.startswith(f"{call.path}.")], dense, reads))
+        tuple(_parts(call, [one for one in calls if one.path.startswith(f"{call.path}.")], dense, reads))
         for call in of_blocks
     )
     called = {call.path for call in calls}
@@ -394,8 +395,9 @@ def _check_linears(
         )
 
 
-def _parts(block: str, calls: Sequence[_Call], dense: dict[str, str], reads: _Reads) -> Iterator[Part]:
-    """The parts of a block, from the calls inside of it."""
+def _parts(whole: _Call, calls: Sequence[_Call], dense: dict[str, str], reads: _Reads) -> Iterator[Part]:
+    """The parts of a block, from its call and those inside of it."""
+    block = whole.path
     stages: dict[tuple[Any, ...], list[str]] = {}
     output_of: dict[str, Tensor] = {}
     for call in calls:
@@ -414,26 +416,34 @@ def _parts(block: str, calls: Sequence[_Call], dense: dict[str, str], reads: _Re
             (i for i, stage in enumerate(ordered) if stage[0].partition(".")[0] != child), len(ordered)
         )
         mine, ordered = ordered[:count], ordered[count:]
-        whole = [call for call in calls if call.path == f"{block}.{child}"]
-        part = _part(child, tuple(mine), whole, output_of, ordered)
+        of_child = [call for call in calls if call.path == f"{block}.{child}"]
+        part = _part(child, tuple(mine), of_child, output_of, ordered)
         if part.module:
-            residual = _residual(part, block, calls, reads.added_to(output_of[part.last[0]]))
+            residual = _residual(part, whole, calls, reads.added_to(output_of[part.last[0]]))
             part = replace(part, residual=residual)
         yield part
 
 
 def _residual(
-    part: Part, block: str, calls: Sequence[_Call], added: tuple[Tensor, float] | None
+    part: Part, block: _Call, calls: Sequence[_Call], added: tuple[Tensor, float, Tensor] | None
 ) -> Residual | None:
-    """Where to find what the output of a part is added to: a module of the block reads it before."""
+    """Where to find what the output of a part is added to: a module of the block reads it before.
+
+    None where something else is added to the sum, as in blocks whose attention and MLP run side by side: it
+    must be what a module reads, or what the block gives.
+    """
     if added is None:
         return None
+    residual, multiplier, total = added
+    handed = [call.args[0] for call in calls if call.args]
+    if not any(_is_view_of(x, total) for x in (*handed, block.given)):
+        return None
     for call in calls:
-        path = call.path.removeprefix(f"{block}.")
+        path = call.path.removeprefix(f"{block.path}.")
         if path == part.last[0]:
             break
-        if call.args and _same_memory(call.args[0], added[0]) and "." not in path:
-            return Residual(path, added[1])
+        if call.args and _same_memory(call.args[0], residual) and "." not in path:
+            return Residual(path, multiplier)
     return None
 
 
