@@ -531,6 +531,19 @@ def test_linears_rounded_to_nearest(copy, report, cli):
     fails(report(directory, "--strict"), "numbers", found[3]["name"])
 
 
+def test_hidden_states_far_from_the_originals(copy, report, tinypy):
+    """By what the manifest says of the calibration text, and by the text that is run here."""
+    directory = copy("marlin")
+    manifest = json.loads((directory / MANIFEST).read_text())
+    assert len(manifest["divergence"]) == 4
+    words = ("--source", tinypy, *SMALL_TEXT, "--strict")
+    text = report(directory, *words)["checks"]["numbers"]["details"]["text"]
+    assert len(text["hidden"]) == 4 and 0.01 < text["hidden"][0] < text["hidden"][-1] < 0.5
+    edit_json(directory / MANIFEST, divergence=[0.1, 0.2, 0.61, 0.3])
+    fails(report(directory, "--strict"), "numbers", "after block 2 are 0.61", "the calibration text")
+    assert report(directory)["checks"]["numbers"]["status"] == "pass"
+
+
 def test_a_model_compared_with_itself(tmp_path):
     """Block by block, the perplexity is the one that transformers computes."""
     model = tiny_models.build("qwen3")
