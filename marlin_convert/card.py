@@ -333,7 +333,7 @@ def _making(published: Published) -> str:
     unpruned = {fate.name: fate.reason for fate in fates if fate.packed and fate.reason}
     if manifests.sparsity(manifest):
         rows["sparsity"] = f"2:4 in {len(done) - len(unpruned)} of the {what} linears"
-    after = manifest.get("divergence")
+    after = manifest["divergence"]
     if after:
         rows["hidden states"] = (
             f"{after[-1]:.4f} from the original's after the last of {len(after)} blocks, relative, on the "

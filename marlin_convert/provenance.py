@@ -102,8 +102,8 @@ def carried(stated: dict[str, Any], directory: Path) -> dict[str, Any]:
             more["reason"] = known["reason"]
         matrices.append(row | more)
     before = [name for name in _list(source.get("left_out")) if isinstance(name, str)]
-    after = [one for one in _list(source.get("divergence")) if isinstance(one, float)]
-    return {"matrices": matrices, "left_out": [*before, *stated["left_out"]], "divergence": after}
+    left_out = [*before, *stated["left_out"]]
+    return {"matrices": matrices, "left_out": left_out, "divergence": source.get("divergence", [])}
 
 
 def _list(value: Any) -> list[Any]:

@@ -44,6 +44,9 @@ def test_no_manifest(tmp_path):
         '{"files": {"a": {"size": 1}}}',
         '{"files": {"a": {"size": "1", "sha256": ""}}}',
         '{"files": {"a": {"size": true, "sha256": ""}}}',
+        '{"files": {}, "matrices": {}}',
+        '{"files": {}, "divergence": 0.1}',
+        '{"files": {}, "divergence": [0.1, "0.2"]}',
         "[" * 100_000,
     ],
 )

@@ -48,6 +48,9 @@ def load(directory: Path) -> dict[str, Any] | None:
     rows = manifest.setdefault("matrices", [])
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise SourceError(f"'{path}' is not a manifest: its matrices are no list of rows.")
+    after = manifest.setdefault("divergence", [])
+    if not isinstance(after, list) or not all(type(one) in (int, float) for one in after):
+        raise SourceError(f"'{path}' is not a manifest: its divergence is no list of numbers.")
     for row in rows:
         try:
             fate_of(row)

@@ -45,7 +45,7 @@ def check(
     if strict:
         sparse = bool(subject.weights.sparse_linears(subject.manifest))
         problems += [f"{name} was rounded to nearest" for name in rounded]
-        problems += _hidden_problems(manifest.get("divergence", []), sparse, "the calibration text")
+        problems += _hidden_problems(manifest.get("divergence", ()), sparse, "the calibration text")
     if original is None and not subject.weights.packed_linears():
         return Check("skipped", "no linear is packed, and no --source was given")
     rows, unreadable = _compare_weights(problems, subject, original, tolerance)
