@@ -128,12 +128,12 @@ class HiddenStates:
 
         The root of the mean over tokens of ||h - h0||^2 / ||h0||^2.
         """
-        shares = [
-            (self.state(i) - original.state(i)).float().square().sum(-1)
-            / original.state(i).float().square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
-            for i in range(len(self))
-        ]
-        return math.sqrt(torch.cat([share.flatten() for share in shares]).mean().item())
+        shares = []
+        for i in range(len(self)):
+            before = original.state(i)  # from wherever it is kept, so once
+            size = before.float().square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+            shares.append(((self.state(i) - before).float().square().sum(-1) / size).flatten())
+        return math.sqrt(torch.cat(shares).mean().item())
 
     def advance(self, block: nn.Module, number: int) -> None:
         """Take every micro-batch through a block."""
