@@ -79,3 +79,5 @@ def cli() -> Iterator[Callable[..., Result]]:
     for handler in logging.getLogger().handlers[:]:
         if isinstance(handler, AboveBars):
             logging.getLogger().removeHandler(handler)
+    logging.setLogRecordFactory(logging.LogRecord)
+    logging.captureWarnings(False)

@@ -489,3 +489,19 @@ def test_a_stream_that_is_closed_ends_nothing_and_is_no_file_of_ours(closed, qua
     done = subprocess.run(["bash", "-c", f"{command} 3</dev/null {closed}"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert int(seen.read_text()) > 3
+
+
+@pytest.mark.parametrize("ci", ["", "1"])  # where CI is set, transformers hands its lines on to our handler
+def test_no_library_moves_the_cursor_with_what_a_file_says(ci, quantized):
+    program = (
+        "import logging, sys, warnings, transformers, marlin_convert.inspect as story\n"
+        "from marlin_convert.cli.main import main\n"
+        "def text(*_, **more):\n"
+        "    warnings.warn('one\\x1b[2J')\n"
+        "    logging.getLogger('transformers').warning('two %s', '\\x1b[2J')\n"
+        "    return 'three'\n"
+        "story.text = text; main(['inspect', sys.argv[1]])"
+    )
+    done = python("-c", program, str(quantized("marlin")), CI=ci)
+    assert (done.returncode, done.stdout) == (0, "three\n")
+    assert "one\\x1b[2J" in done.stderr and "two \\x1b[2J" in done.stderr and "\x1b" not in done.stderr

@@ -32,6 +32,7 @@ def set_up_logging(quiet: bool, verbose: int) -> None:
         handlers=[terminal.AboveBars()], format="%(message)s", level=logging.WARNING, force=True
     )
     log.setLevel(level)
+    terminal.show_every_letter_of_lines()
 
 
 def block_progress(quiet: bool) -> Callable[[range, int], Iterable[int]]:

@@ -7,7 +7,9 @@ import sys
 import threading
 from contextlib import nullcontext, suppress
 from types import FrameType, TracebackType
-from typing import NoReturn
+from typing import Any, NoReturn
+
+from marlin_convert.errors import printable
 
 
 class AboveBars(logging.StreamHandler):
@@ -18,6 +20,21 @@ class AboveBars(logging.StreamHandler):
         bars = getattr(sys.modules.get("tqdm"), "tqdm", None)  # not imported: there is no bar
         with bars.external_write_mode(file=self.stream) if bars else nullcontext():
             super().emit(record)
+
+
+def show_every_letter_of_lines() -> None:
+    """Escape what would move the cursor in every log line and warning from now on, of any library.
+
+    Libraries put names out of a model's files into their lines, and have handlers of their own.
+    """
+
+    def record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        made = logging.LogRecord(*args, **kwargs)
+        made.msg, made.args = "\n".join(map(printable, made.getMessage().split("\n"))), None
+        return made
+
+    logging.setLogRecordFactory(record)
+    logging.captureWarnings(True)
 
 
 def stand_in_for_closed() -> None:
