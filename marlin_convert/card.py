@@ -105,6 +105,10 @@ SERVING = {
     "gptq": _STOCK % "optimum gptqmodel",
     "compressed-tensors": _STOCK % "compressed-tensors",
 }
+SCALES = {
+    "signed": "signed: some are negative, which kernels that take every scale for positive read wrong",
+    "positive": "all positive",
+}
 # Those that need marlin-convert.
 OURS = ("marlin", "marlin-24")
 
@@ -333,6 +337,8 @@ def _making(published: Published) -> str:
     unpruned = {fate.name: fate.reason for fate in fates if fate.packed and fate.reason}
     if manifests.sparsity(manifest):
         rows["sparsity"] = f"2:4 in {len(done) - len(unpruned)} of the {what} linears"
+    if scales := manifests.scales(manifest):
+        rows["scales"] = SCALES[scales]
     after = manifest["divergence"]
     if after:
         rows["hidden states"] = (

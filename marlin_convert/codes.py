@@ -44,10 +44,13 @@ class Codes(Protocol):
         ...
 
 
-def pack(fate: Fate, layer: QuantizedLinear, plan: Plan, memory: Tensor | None = None) -> dict[str, Tensor]:
+def pack(
+    fate: Fate, layer: QuantizedLinear, plan: Plan, row: dict[str, Any], memory: Tensor | None = None
+) -> Packed:
     """The tensors of a packed linear by full name; what was packed is unpacked again and compared.
 
-    The codes it is compared with are put in `memory`, if that is given.
+    With its `row` of the manifest, which says of what signs its scales are. The codes it is compared with are
+    put in `memory`, if that is given.
     """
     try:
         packed = plan.pack(fate, layer)
@@ -67,4 +70,5 @@ def pack(fate: Fate, layer: QuantizedLinear, plan: Plan, memory: Tensor | None =
         raise RuntimeError(
             f"{fate.name} does not survive {fate.layout.format}; this is a bug, nothing was published"
         )
-    return {f"{fate.name}.{suffix}": tensor for suffix, tensor in packed.items()}
+    tensors = {f"{fate.name}.{suffix}": tensor for suffix, tensor in packed.items()}
+    return tensors, row | {"scales": layer.signs}

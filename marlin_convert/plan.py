@@ -193,6 +193,7 @@ def make_plan(
     else:
         recipe = _within_positions(recipe, model)
     refusals.check_effort(recipe, repack=repack)
+    refusals.check_scales(recipe, repack=repack)
     claimed = set(weights.sparse_linears(manifests.load(checkpoint.directory)))
     refusals.check_sparsity(weights, recipe, claimed, repack=repack)
 

@@ -47,6 +47,11 @@ class QuantizedLinear:
         if self.kept is not None and (self.kept.shape != (k, n) or self.kept.dtype != torch.bool):
             raise ValueError(f"kept must be {k, n} bool, is {tuple(self.kept.shape)} {self.kept.dtype}")
 
+    @property
+    def signs(self) -> str:
+        """ "signed" if any scale is negative, else "positive"."""
+        return "signed" if bool((self.scales < 0).any()) else "positive"
+
     @classmethod
     def normalized(
         cls,

@@ -17,6 +17,7 @@ from marlin_convert.errors import ConvertError
 DEFAULT = "w4a16"
 # "dense" is what sparsify writes
 FORMATS = ("marlin", "marlin-24", "gptq", "compressed-tensors", "dense")
+SCALES = ("signed", "positive")
 EFFORTS = ("fast", "default", "high")
 METHODS = ("sparsegpt", "wanda", "magnitude")
 # The settings that a repack heeds; the others are about how codes are made.
@@ -54,6 +55,7 @@ class Recipe:
     bits: int = 4
     group_size: int | str = "auto"
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    scales: str = "signed"
     skip: tuple[str, ...] = ()
     sparsity: str = "none"
     method: str = "sparsegpt"
@@ -73,6 +75,7 @@ class Recipe:
             "bits": (self.bits in BITS, "must be 4 or 8"),
             "group_size": (self.group_size in GROUP_SIZES, "must be auto, 128, 64, 32 or -1"),
             "overrides": (all(map(_is_override, self.overrides.values())), _OVERRIDE),
+            "scales": (self.scales in SCALES, "must be signed or positive"),
             "sparsity": (self.sparsity in ("none", "2:4"), "must be none or 2:4"),
             "method": (self.method in METHODS, f"must be one of {', '.join(METHODS)}"),
             "dtype": (self.dtype in ("auto", "float16", "bfloat16"), "must be auto, float16 or bfloat16"),

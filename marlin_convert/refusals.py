@@ -51,6 +51,20 @@ def check_effort(recipe: Recipe, *, repack: bool) -> None:
         )
 
 
+def check_scales(recipe: Recipe, *, repack: bool) -> None:
+    """ConvertError where positive scales are asked of what finds none."""
+    if recipe.scales == "positive" and recipe.format == "dense":
+        raise ConvertError(
+            "pruning alone makes no scales, positive or signed.",
+            "leave scales out of the recipe; quantize --sparsity 2:4 --scales positive prunes and quantizes.",
+        )
+    if recipe.scales == "positive" and repack:
+        raise ConvertError(
+            "--scales positive is about scales that are searched, and a repack keeps those of the source.",
+            "--requantize, which solves again from the dequantized weights; verify says which signs they have.",
+        )
+
+
 def check_sparsity(weights: Weights, recipe: Recipe, claimed: set[str], *, repack: bool) -> None:
     """ConvertError when what is asked of sparsity is not what a repack, or quantizing, does."""
     if recipe.format == "dense" and weights.scheme is not None:

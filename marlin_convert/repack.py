@@ -65,6 +65,6 @@ class Repack:
         memory = self._memory.get()
         try:
             layer = self._weights.quantized(fate.name, memory[0])
-            return pack(fate, layer, self._plan, memory[1]), fate.row()
+            return pack(fate, layer, self._plan, fate.row(), memory[1])
         finally:
             self._memory.put(memory)

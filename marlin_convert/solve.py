@@ -141,7 +141,7 @@ class Solve:
             if isinstance(one.found, Tensor):
                 yield {f"{one.fate.name}.weight": one.found.cpu()}, one.row
             else:
-                yield pack(one.fate, one.found, self._plan), one.row
+                yield pack(one.fate, one.found, self._plan, one.row)
 
     def solved(self, number: int) -> Iterator[Solved]:
         """Solve the block stage by stage, with the inputs that the stages before leave it."""
@@ -232,6 +232,7 @@ class Solve:
             "group_size": group_size,
             "damping": recipe.damping,
             "sweeps": recipe.sweeps,
+            "positive": recipe.scales == "positive",
         }
         if layout.sparse:
             found = sparsity.solve(target, hessian, mask=self._mask(fates, weights), **settings)

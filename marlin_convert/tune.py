@@ -246,7 +246,7 @@ class Tune:
                 codes, scales = self._student.matrices[fate.name].result()
                 mask = None if layer.kept is None else layer.kept.to(codes.device)
                 layer = QuantizedLinear(codes, scales, layer.group_size, layer.bits, kept=mask)
-            yield pack(fate, layer, self._plan), row
+            yield pack(fate, layer, self._plan, row)
 
 
 def kept_bytes(plan: Plan) -> int:

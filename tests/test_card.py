@@ -142,6 +142,18 @@ def test_the_metadata(published: card.Published) -> None:
     assert set(yaml.safe_load(unknown.split("---\n")[1])) == {"library_name", "pipeline_tag", "tags"}
 
 
+def test_the_signs_of_the_scales_are_said(published: card.Published) -> None:
+    """Where every row says them; those of an earlier version do not."""
+    rows = [row for row in published.manifest["matrices"] if row["format"] != "dense"]
+    for said, text in (("signed", "some are negative"), ("positive", "all positive"), (None, None)):
+        for row in rows:
+            row["scales"] = said
+        assert ("| scales |" in card.write(published, FACTS)) == (text is not None)
+        assert text is None or text in card.write(published, FACTS)
+    rows[0]["scales"] = []
+    assert "| scales |" not in card.write(published, FACTS)
+
+
 def test_a_part_that_is_sparse(quantized: Callable[[str], Path], tmp_path: Path, cli: Cli) -> None:
     words = ("--format", "marlin-24", "--unpruned", "*.3.mlp.*", "-q")
     assert cli("quantize", quantized("marlin-24"), "-o", tmp_path / "out", *words).exit_code == 0

@@ -86,6 +86,24 @@ def test_all_formats_hold_the_same_codes_and_scales(quantize: Callable[..., Resu
             assert torch.equal(scales, other[linear][1])
 
 
+@pytest.mark.parametrize("format", ["marlin", "marlin-24", "gptq", "compressed-tensors"])
+def test_positive_scales_are_written_said_and_kept(
+    format: str, quantize: Callable[..., Result], cli: Cli, tmp_path: Path
+) -> None:
+    made, again = tmp_path / "made", tmp_path / "again"
+    sparse = ["--sparsity", "2:4"] if format == "marlin-24" else []
+    result = quantize("--format", format, *sparse, "--scales", "positive", output=made)
+    assert result.exit_code == 0, result.stderr
+    assert all((scales > 0).all() for _, scales in stored_codes(made).values())
+    assert "scales positive" in cli("verify", made, "--checks", "files").stdout
+    assert {row["scales"] for row in rows.worked_on(manifest_of(made))} == {"positive"}
+
+    refused = cli("quantize", made, "-o", again, "--format", "gptq", "--scales", "positive")
+    assert refused.exit_code == 1 and "--requantize" in refused.stderr and not again.exists()
+    assert cli("quantize", made, "-o", again, "--format", "gptq").exit_code == 0
+    assert {row["scales"] for row in rows.worked_on(manifest_of(again))} == {"positive"}
+
+
 @pytest.fixture(scope="module")
 def done(tinypy: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result, Path]:
     """One run with most options: its output, what it printed, its report."""

@@ -229,6 +229,18 @@ def test_scales_take_the_sign_of_the_longer_side() -> None:
     assert (found.scales < 0).any() and (found.scales > 0).any()
 
 
+def test_positive_scales_hold_both_sides() -> None:
+    weight = torch.full((2, 128), 1e-3)
+    weight[0, 5], weight[1, 5] = 4.0, -4.0
+    scales = search_scales(weight.T.contiguous(), torch.ones(128), 128, 4, positive=True)
+    torch.testing.assert_close(scales, torch.tensor([[4 / 7, 4 / 8]]), rtol=0.03, atol=0)
+    weight, hessian = problem()
+    settings = {"bits": 4, "group_size": 128, "damping": 0.05, "sweeps": 1}
+    signed, positive = (solve(weight, hessian, positive=one, **settings) for one in (False, True))
+    assert (positive.scales > 0).all()
+    assert signed.error.sum() < positive.error.sum() < 1.2 * signed.error.sum()
+
+
 def test_the_scale_search_is_never_worse_than_the_plain_scale() -> None:
     weight, hessian = problem()
     wt, importance = weight.T.contiguous(), hessian.diagonal()

@@ -28,7 +28,8 @@ def inputs(tokens: int, k: int) -> torch.Tensor:
     ("k", "n", "group_size"), [(512, 256, 128), (1536, 320, 128), (896, 64, 64), (256, 100, 256)]
 )
 @pytest.mark.parametrize("sweeps", [0, 2])
-def test_solution_is_the_cpu_s(k: int, n: int, group_size: int, sweeps: int) -> None:
+@pytest.mark.parametrize("positive", [False, True])
+def test_solution_is_the_cpu_s(k: int, n: int, group_size: int, sweeps: int, positive: bool) -> None:
     x = inputs(4096, k)
     weight = torch.randn(n, k, generator=torch.Generator().manual_seed(1)) * 0.02
     found = {}
@@ -37,8 +38,9 @@ def test_solution_is_the_cpu_s(k: int, n: int, group_size: int, sweeps: int) -> 
         for batch in x.split(1000):
             hessian.add(batch.to(device))
         found[device] = solve(
-            weight.to(device), hessian.mean(), bits=4, group_size=group_size, damping=0.05, sweeps=sweeps
-        )
+            weight.to(device), hessian.mean(),
+            bits=4, group_size=group_size, damping=0.05, sweeps=sweeps, positive=positive,
+        )  # fmt: skip
     cpu, gpu = found["cpu"], found["cuda"]
     assert torch.equal(gpu.scales.cpu(), cpu.scales) or (gpu.scales.cpu() != cpu.scales).float().mean() < 1e-3
     # one code off moves the later ones of its output, so codes agree mostly and the error to a hair

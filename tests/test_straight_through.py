@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from marlin_convert.solvers import gptq, straight_through
+from marlin_convert.solvers.scales import SMALLEST
 from marlin_convert.solvers.straight_through import Adam, TunedMatrix, TunedVector, divergence
 
 GROUP = 16
@@ -85,6 +86,15 @@ def test_a_mask_is_kept_however_far_codes_move() -> None:
     codes, _ = matrix.result()
     assert not (codes.T[~kept].int() - 8).any()
     assert (codes.T[kept].int() - 8).any()
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_scale_that_would_cross_zero_stays_on_its_side(sign: float) -> None:
+    matrix, *_ = random_matrix(4)
+    matrix.scales = matrix.scales.abs() * sign
+    matrix.state["shifts"].fill_(-1.5)
+    matrix.settle()
+    assert (matrix.scales == sign * SMALLEST).all()
 
 
 def test_a_vector_moves_by_shares_and_settles_on_its_type() -> None:

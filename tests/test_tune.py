@@ -127,6 +127,13 @@ def test_scales_and_norms_are_tuned_and_nothing_else(
     assert all(weights.dtype(name) == torch.bfloat16 for name in changed)
 
 
+def test_positive_scales_stay_positive(made: Callable[..., tuple[Path, Report]]) -> None:
+    output, done = made(scales="positive")
+    weights = Weights(Checkpoint.open(output))
+    assert all((weights.quantized(name).scales > 0).all() for name in weights.packed_linears())
+    assert done.manifest["tuning"]["steps"] > 10
+
+
 @pytest.mark.parametrize(
     "settings",
     [{}, SPARSE, {"format": "gptq", "bits": 8}, {"format": "compressed-tensors", "group_size": 64}],

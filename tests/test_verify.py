@@ -421,6 +421,7 @@ def test_what_engines_fuse_is_in_one_layout(pruned, report):
         ({"group_size": 64}, "is stored as gptq 4 128 by config.json, gptq 4 64 by the manifest"),
         ({"format": "marlin"}, "gptq 4 128 by config.json, marlin 4 128 by the manifest"),
         ({"format": "dense"}, "is packed, the manifest says that it is dense"),
+        ({"scales": "positive"}, "are signed, the manifest says positive"),
         ({"k": 512}, "with 512 inputs and 256 outputs, as the manifest says"),
         ({"name": "model.layers.0.self_attn.z_proj"}, "z_proj is not packed, the manifest says that it is"),
         ({"name": "model.layers.0.self_attn.z_proj"}, f"{Q} is packed, and the manifest has no row of it"),

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Build the environment of one peer at DIR/NAME, or leave it alone if it is already complete.
 #
-#   environments.sh NAME DIR      NAME: llmc | gptqm | autogptq | transformers | vllm
+#   environments.sh NAME DIR      NAME: llmc | gptqm | autoround | autogptq | transformers | vllm
 #
 # One environment each: the peers' requirements exclude one another. All use the same torch; none needs a GPU.
 # The Python is `python3.11` (AutoGPTQ's wheel is for no other); PYTHON names another one. On Linux the torch of
@@ -15,7 +15,7 @@ install() { "$environment/bin/python" -m pip install --quiet --disable-pip-versi
 
 # llm-compressor: all requirements can be met.
 llmc() {
-    install llmcompressor==0.14.0 compressed-tensors==0.19.0 transformers==5.17.0 accelerate==1.15.0 \
+    install llmcompressor==0.14.0.1 compressed-tensors==0.19.0 transformers==5.17.0 accelerate==1.15.0 \
         datasets==5.0.1
 }
 
@@ -31,6 +31,11 @@ gptqm() {
     GPTQMODEL_TORCH_EXTENSIONS_DIR="$environment/torch_extensions" \
         "$environment/bin/python" -c 'from gptqmodel import extension; extension.load("pack_block_cpu")' ||
         echo "GPTQModel's C++ packer did not compile; it will pack in Python" >&2
+}
+
+# auto-round: all requirements can be met.
+autoround() {
+    install auto-round==0.16.1 transformers==5.17.0 accelerate==1.15.0 datasets==5.0.1
 }
 
 # AutoGPTQ, last released in 2024: versions of its requirements that it still imports and runs with.
@@ -69,8 +74,8 @@ PYTHON
         >"${named%/*}/vllm-0.32.0+cpu.dist-info/METADATA"
 }
 
-case "${1:-}" in llmc | gptqm | autogptq | transformers | vllm) ;; *) set -- ;; esac
-[ $# = 2 ] || { echo "usage: $0 llmc|gptqm|autogptq|transformers|vllm DIR" >&2; exit 2; }
+case "${1:-}" in llmc | gptqm | autoround | autogptq | transformers | vllm) ;; *) set -- ;; esac
+[ $# = 2 ] || { echo "usage: $0 llmc|gptqm|autoround|autogptq|transformers|vllm DIR" >&2; exit 2; }
 mkdir -p "$2"
 environment=$(cd "$2" && pwd)/$1
 if [ -e "$environment/complete" ]; then

@@ -117,6 +117,14 @@ def rounded_to_nearest(manifest: Mapping[str, Any]) -> list[str]:
     return [row["name"] for row in manifest.get("matrices", ()) if row.get("rounded_to_nearest")]
 
 
+def scales(manifest: Mapping[str, Any]) -> str | None:
+    """Of what signs the scales of all packed matrices are; None where that is not said of every one."""
+    said = [row.get("scales") for row in manifest.get("matrices", ()) if row["format"] != "dense"]
+    if not said or not all(one in ("signed", "positive") for one in said):
+        return None
+    return "signed" if "signed" in said else "positive"
+
+
 def sparsity(manifest: Mapping[str, Any] | None) -> str | None:
     """What a manifest says that its matrices are, but for the unpruned ones: 2:4, or nothing special."""
     return SPARSITY if any(fate.layout.sparse for fate in fates(manifest).values()) else None

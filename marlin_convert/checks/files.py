@@ -26,6 +26,7 @@ def check(
 ) -> Check:
     """Take what was `found` wrong with the files and went `unseen`, and look at every tensor."""
     problems += found
+    scales = None
     counted = [f"{len(manifest['files'])} files" if manifest else "no manifest, so no sha256 to compare"]
     if subject is not None:
         weights = subject.weights
@@ -37,13 +38,21 @@ def check(
         problems += _engine_problems(subject)
         problems += record_problems(subject)
         packed = weights.packed_names()
+        signs: dict[str, str] = {}
         for name in weights.checkpoint.tensors:
             if name not in left_out:
-                problems += _value_problems(weights.checkpoint, name, scale=name in packed)
+                found, least = _values(weights.checkpoint, name, scale=name in packed)
+                problems += found
+                if name in packed and least is not None:
+                    signs[name.rpartition(".")[0]] = "signed" if least < 0 else "positive"
         counted.append(f"{len(weights.checkpoint.tensors)} tensors")
+        if signs:
+            scales = "signed" if "signed" in signs.values() else "positive"
+            counted.append(f"scales {scales}")
+            problems += _sign_problems(manifest, signs)
     if unseen is not None:
         counted.append(unseen)
-    return verdict(problems, ", ".join(counted), manifest=manifest is not None)
+    return verdict(problems, ", ".join(counted), manifest=manifest is not None, scales=scales)
 
 
 def _engine_problems(subject: Subject) -> list[str]:
@@ -64,24 +73,37 @@ def _engine_problems(subject: Subject) -> list[str]:
     return problems
 
 
-def _value_problems(checkpoint: Checkpoint, name: str, *, scale: bool) -> list[str]:
-    """What is wrong with the values of a tensor; of a packed linear, the one with floats is its scales."""
+def _sign_problems(manifest: dict[str, Any] | None, signs: dict[str, str]) -> list[str]:
+    """Where the scales are not of the signs that the manifest says."""
+    rows = (manifest or {}).get("matrices", ())
+    return [
+        f"the scales of {row['name']} are {signs[row['name']]}, the manifest says {row['scales']}"
+        for row in rows
+        if row["name"] in signs and row.get("scales", signs[row["name"]]) != signs[row["name"]]
+    ]
+
+
+def _values(checkpoint: Checkpoint, name: str, *, scale: bool) -> tuple[list[str], float | None]:
+    """What is wrong with the values of a tensor, and the least of them; None where there are no floats.
+
+    Of a packed linear, the tensor with floats is its scales.
+    """
     info = checkpoint.tensors[name]
     if not info.dtype.is_floating_point:
-        return []
+        return [], None
     try:
         tensor = checkpoint.read(name)
     except SourceError as error:
-        return [str(error)]
+        return [str(error)], None
     if tensor.dtype.itemsize == 1:
         tensor = tensor.float()
     if not tensor.numel():
-        return [f"{name} is empty"]
+        return [f"{name} is empty"], None
     low, high = (value.item() for value in tensor.aminmax())
     if not (math.isfinite(low) and math.isfinite(high)):
-        return [f"{name} holds NaN or Inf"]
+        return [f"{name} holds NaN or Inf"], None
     if max(-low, high) > FLOAT16_MAX:
-        return [f"{name} holds {max(-low, high):g}, which float16 cannot"]
+        return [f"{name} holds {max(-low, high):g}, which float16 cannot"], low
     if scale and (zeros := int((tensor.half() == 0).sum())):
-        return [f"{name} has {zeros} scales of zero (in float16)"]
-    return []
+        return [f"{name} has {zeros} scales of zero (in float16)"], low
+    return [], low

@@ -31,6 +31,12 @@ from marlin_convert.errors import ConvertError
     type=click.Choice(["4", "8"]),
     help="Bits of a weight; 8 in gptq and compressed-tensors.  [default: 4]",
 )
+@click.option(
+    "--scales",
+    type=click.Choice(["signed", "positive"]),
+    help="Signed scales are nearer to the weights; some kernels take every scale for positive.  "
+    "[default: signed]",
+)
 @click.option("--sparsity", type=click.Choice(["2:4"]), help="Prune two weights of every four as well.")
 @click.option(
     "--unpruned",

@@ -33,13 +33,21 @@ class Solution:
 
 
 def solve(
-    weight: Tensor, hessian: Tensor, *, bits: int, group_size: int, damping: float, sweeps: int
+    weight: Tensor,
+    hessian: Tensor,
+    *,
+    bits: int,
+    group_size: int,
+    damping: float,
+    sweeps: int,
+    positive: bool = False,
 ) -> Solution:
     """Codes and scales for `weight` (n, k), any float type, given the Hessian (k, k) float32.
 
     `damping` is the share of the mean diagonal added to it, raised tenfold up to 1 until the Hessian can be
     factorised; `sweeps` of coordinate descent follow. Rows are taken in order of falling diag(H), groups
-    and storage stay in natural order (static activation order). Weights must be finite.
+    and storage stay in natural order (static activation order). Scales take the sign that suits the codes,
+    unless they are to be `positive`. Weights must be finite.
     """
     wt = weight.T.to(torch.float32).contiguous()
     k = wt.shape[0]
@@ -48,7 +56,7 @@ def solve(
     importance = hessian.diagonal() + damping * mean
     if not mean > 0:
         importance = torch.ones_like(importance)
-    scales = search_scales(wt, importance, group_size, bits)
+    scales = search_scales(wt, importance, group_size, bits, positive=positive)
     group_of_row = (torch.arange(k, device=wt.device) // group_size)[order]
 
     ordered, w = hessian[order][:, order], wt[order]

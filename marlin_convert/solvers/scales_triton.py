@@ -12,8 +12,8 @@ from triton.language.extra import libdevice
 @triton.jit
 def _kernel(
     weight, importance, fractions, scales, n, group_size,
-    COUNT: tl.constexpr, LOW: tl.constexpr, NORM: tl.constexpr, SMALLEST: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    COUNT: tl.constexpr, LOW: tl.constexpr, POSITIVE: tl.constexpr, NORM: tl.constexpr,
+    SMALLEST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(1)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -27,11 +27,14 @@ def _kernel(
         w = tl.load(weight + at, mask=(row < group_size)[:, None] & inside[None, :], other=0.0)
         largest = tl.maximum(largest, tl.max(w, axis=0))
         smallest = tl.minimum(smallest, tl.min(w, axis=0))
-    extreme = tl.where(largest > -smallest, largest, smallest)
+    if POSITIVE:
+        widest = tl.maximum(tl.div_rn(smallest, LOW), tl.div_rn(largest, -LOW - 1))
+    else:
+        widest = tl.div_rn(tl.where(largest > -smallest, largest, smallest), LOW)
     best_error = tl.full((COLUMNS,), float("inf"), tl.float32)
     best = tl.full((COLUMNS,), float("inf"), tl.float32)
     for candidate in range(COUNT):
-        scale = extreme * tl.load(fractions + candidate)
+        scale = widest * tl.load(fractions + candidate)
         scale = tl.where(tl.abs(scale) < SMALLEST, SMALLEST, scale).to(tl.float16).to(tl.float32)
         error = tl.zeros((COLUMNS,), tl.float32)
         for start in range(0, group_size, ROWS):
@@ -55,6 +58,7 @@ def search_scales(
     group_size: int,
     bits: int,
     *,
+    positive: bool,
     candidates: Sequence[float],
     norm: float,
     smallest: float,
@@ -63,12 +67,12 @@ def search_scales(
     k, n = weight.shape
     low = -(2 ** (bits - 1))
     scales = torch.empty(k // group_size, n, dtype=torch.float32, device=weight.device)
-    fractions = torch.tensor([fraction / low for fraction in candidates], device=weight.device)
+    fractions = torch.tensor(candidates, device=weight.device)
     columns = 32
     with torch.cuda.device_of(weight):  # Triton launches on the current device, whatever it is given
         _kernel[(triton.cdiv(n, columns), k // group_size)](
             weight, importance, fractions, scales, n, group_size,
-            COUNT=len(candidates), LOW=low, NORM=norm, SMALLEST=smallest,
+            COUNT=len(candidates), LOW=low, POSITIVE=positive, NORM=norm, SMALLEST=smallest,
             ROWS=min(triton.next_power_of_2(group_size), 128), COLUMNS=columns, num_warps=4,
         )  # fmt: skip
     return scales

@@ -83,6 +83,7 @@ def solve(
     group_size: int,
     damping: float,
     sweeps: int,
+    positive: bool = False,
     mask: Tensor | None = None,
 ) -> Solution:
     """Mask, codes and scales for `weight` (n, k) at once, as `gptq.solve` finds codes and scales.
@@ -94,7 +95,7 @@ def solve(
     quads = _Quads(weight, hessian, damping, mask)
     quads.solve(None, sweeps=0)
     pruned = quads.natural(quads.w - quads.errors)
-    scales = search_scales(pruned, quads.importance, group_size, bits)
+    scales = search_scales(pruned, quads.importance, group_size, bits, positive=positive)
     scale = scales[torch.arange(k, device=weight.device)[quads.order] // group_size]
     quads.solve(scale, sweeps, bits)
     # what is kept is code * scale up to rounding, so this finds the codes again

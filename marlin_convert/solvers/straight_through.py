@@ -178,10 +178,10 @@ class TunedMatrix:
         self.state["shifts"].add_(self._adam.change(gradient, *moments), alpha=self._rates[1])
 
     def settle(self) -> None:
-        """Round the scales to the float16 that they are written as."""
-        moved = self._moved()
-        moved = torch.where(moved.abs() < SMALLEST, moved.sign() * SMALLEST, moved)
-        self.scales = moved.half().float()
+        """Round the scales to the float16 that they are written as; none has changed its sign."""
+        sign = self.scales.sign()
+        moved = (self._moved() * sign).clamp_(min=SMALLEST)
+        self.scales = (moved * sign).half().float()
         self.state["shifts"].zero_()
 
     def result(self) -> tuple[Tensor, Tensor]:
