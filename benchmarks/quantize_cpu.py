@@ -1,11 +1,13 @@
-"""Quality, CPU seconds and peak memory of W4 g128 quantization on a CPU, ours and the peers in one run.
+"""Quality, CPU seconds and peak memory of W4 quantization on a CPU, ours and the peers in one run.
 
-usage: python benchmarks/quantize_cpu.py MODEL ENVIRONMENTS [--text FILE] [--samples 128] [--length 1024]
-           [--runs ours,llmc:default,llmc:best,gptqm:default,gptqm:best]
+usage: python benchmarks/quantize_cpu.py MODEL ENVIRONMENTS [--text FILE] [--ids FILE.safetensors:NAME]
+           [--samples 128] [--length 1024] [--group-size 128]
+           [--runs ours,ours:fast,llmc:default,llmc:best,gptqm:default,gptqm:best,gptqm:gptaq,gptqm:foem]
 
-ENVIRONMENTS is a directory with what `benchmarks/peers/environments.sh llmc|gptqm` made. Everybody gets the
-same token ids, the builtin calibration text, and two threads. Quality is measured on 64 x 1024 tokens of
---text (default: the builtin text that calibration leaves out) with one evaluation for all, in float32.
+ENVIRONMENTS is a directory with what `benchmarks/peers/environments.sh llmc|gptqm|autoround` made; runs of
+autoround:default and autoround:best take hours on a CPU. Everybody gets the same token ids, the builtin
+calibration text, and two threads. Quality is measured on 64 x 1024 tokens of --text (default: the builtin
+text that calibration leaves out), or on --ids, with one evaluation for all, in float32.
 """
 
 import argparse
@@ -18,18 +20,17 @@ import tempfile
 from pathlib import Path
 
 import torch
+from quality import held_out, judged
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from marlin_convert.calibration import calibrate
-from marlin_convert.checkpoint.linears import Weights
-from marlin_convert.checkpoint.reader import Checkpoint
-from marlin_convert.checks.divergence import Comparison, compare
-from marlin_convert.models.blocks import BlockModel
+from marlin_convert.hub import Source
 
 HERE = Path(__file__).resolve().parent
 FORMATTER = argparse.RawDescriptionHelpFormatter
-RUNNERS = {"llmc": "llm_compressor.py", "gptqm": "gptqmodel_.py"}
+RUNNERS = {"llmc": "llm_compressor.py", "gptqm": "gptqmodel_.py", "autoround": "auto_round_.py"}
+RUNS = "ours,ours:fast,llmc:default,llmc:best,gptqm:default,gptqm:best,gptqm:gptaq,gptqm:foem"
 THREADS = "2"
 
 
@@ -58,13 +59,20 @@ def run(command: list[str]) -> dict[str, float]:
     return {"cpu": usage.ru_utime + usage.ru_stime, "rss": usage.ru_maxrss / 1024}
 
 
-def quality(model: Path, checkpoint: Path, ids: torch.Tensor) -> Comparison:
-    """A checkpoint against the model it was made from."""
-    pair = [
-        BlockModel(Weights(Checkpoint.open(path)), torch.device("cpu"), fast=False)
-        for path in (model, checkpoint)
-    ]
-    return compare(pair[0], pair[1], ids)
+def command_of(name: str, chosen: argparse.Namespace, tokens: Path, output: Path) -> list[str]:
+    """The command line of a run."""
+    who, _, setting = name.partition(":")
+    if who == "ours":
+        return [
+            sys.executable, "-m", "marlin_convert", "quantize", str(chosen.model), "-o", str(output),
+            "--device", "cpu", "--samples", str(chosen.samples), "--sequence-length", str(chosen.length),
+            "--group-size", str(chosen.group_size), "--effort", setting or "default",
+        ]  # fmt: skip
+    return [
+        str(chosen.environments / who / "bin" / "python"), str(HERE / "peers" / RUNNERS[who]),
+        str(chosen.model), str(tokens), str(output),
+        "--setting", setting, "--group-size", str(chosen.group_size), "--threads", THREADS,
+    ]  # fmt: skip
 
 
 def main() -> None:
@@ -73,13 +81,15 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("environments", type=Path)
     parser.add_argument("--text", default="builtin")
+    parser.add_argument("--ids")
+    parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--runs", default="ours,llmc:default,llmc:best,gptqm:default,gptqm:best")
+    parser.add_argument("--runs", default=RUNS)
     chosen = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(chosen.model)
     calibration = calibrate(tokenizer, "builtin", samples=chosen.samples, length=chosen.length, seed=0)
-    held_out = calibrate(tokenizer, chosen.text, samples=64, length=1024, seed=0, held_out=True).ids
+    ids = held_out(chosen, Source(chosen.model, chosen.model.name, None))
     print(f"{processor()}\ntorch {torch.__version__}, {THREADS} threads, load {os.getloadavg()[0]:.1f}")
     print(f"{'run':16} {'ppl':>8} {'KL':>8} {'top-1':>7} {'CPU s':>8} {'peak MB':>8}", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
@@ -88,38 +98,9 @@ def main() -> None:
         rows = {}
         for name in chosen.runs.split(","):
             output = Path(temporary) / name.replace(":", "-")
-            if name == "ours":
-                command = [
-                    sys.executable,
-                    "-m",
-                    "marlin_convert",
-                    "quantize",
-                    str(chosen.model),
-                    "-o",
-                    str(output),
-                    "--device",
-                    "cpu",
-                    "--samples",
-                    str(chosen.samples),
-                    "--sequence-length",
-                    str(chosen.length),
-                ]
-            else:
-                peer, _, setting = name.partition(":")
-                python = chosen.environments / peer / "bin" / "python"
-                command = [
-                    str(python),
-                    str(HERE / "peers" / RUNNERS[peer]),
-                    str(chosen.model),
-                    str(tokens),
-                    str(output),
-                    "--setting",
-                    setting,
-                    "--threads",
-                    THREADS,
-                ]
+            command = command_of(name, chosen, tokens, output)
             cost = run(command)
-            found = quality(chosen.model, output, held_out)
+            found = judged(chosen.model, output, ids, torch.device("cpu"))
             if not rows:
                 print(f"{'original':16} {found.source_perplexity:8.4f}")
             rows[name] = {"ppl": found.perplexity, "kl": found.divergence, "top1": found.agreement, **cost}
@@ -128,7 +109,7 @@ def main() -> None:
                 f"{cost['cpu']:8.1f} {cost['rss']:8.0f}",
                 flush=True,
             )
-        peers = {name: row for name, row in rows.items() if name != "ours"}
+        peers = {name: row for name, row in rows.items() if not name.startswith("ours")}
         if "ours" in rows and peers:
             ours = rows["ours"]
             for figure, label in (

@@ -61,7 +61,7 @@ def check_scales(recipe: Recipe, *, repack: bool) -> None:
     if recipe.scales == "positive" and repack:
         raise ConvertError(
             "--scales positive is about scales that are searched, and a repack keeps those of the source.",
-            "--requantize, which solves again from the dequantized weights; verify says which signs they have.",
+            "--requantize, which solves again from the dequantized weights; verify says which they have.",
         )
 
 

@@ -9,19 +9,22 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 STARTED = time.perf_counter()
 
 
-def arguments(description: str, batch_size: int) -> argparse.Namespace:
-    """Parse `MODEL_DIR TOKENS OUT_DIR --setting --threads --batch-size` and limit this process's threads."""
+def arguments(description: str, batch_size: int, settings: Sequence[str]) -> argparse.Namespace:
+    """Parse `MODEL_DIR TOKENS OUT_DIR --setting --group-size --threads
+    --batch-size` and limit this process's threads."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("model", help="directory of the unquantized model")
     parser.add_argument("tokens", type=Path, help="safetensors file of `input_ids`, int64 (samples, length)")
     parser.add_argument("out", type=Path, help="directory for the quantized checkpoint; must not exist")
-    parser.add_argument("--setting", choices=("default", "best"), default="default")
+    parser.add_argument("--setting", choices=settings, default="default")
+    parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=batch_size)
     chosen = parser.parse_args()
