@@ -58,11 +58,14 @@ class Sums:
         self._products: Products | None = None
         self._of_outputs = False
         self.tokens = 0
+        self.routed: int | None = None
 
     def add(self, one: Reached, before: Reached | None, *, bf16_units: bool) -> None:
         """Add what a micro-batch brings to the stage, in the model that is made and in the original."""
         x = one.x
         self.tokens += x.shape[:-1].numel()
+        if one.routed is not None:
+            self.routed = (self.routed or 0) + one.routed
         if self._hessian is None:
             self._hessian = Hessian(x.shape[-1], x.device, bf16_units=bf16_units)
         self._hessian.add(x)
@@ -160,7 +163,7 @@ class Solve:
         if self._original is None:
             both = ((one, None) for one in walk.reach(stages, self._hidden.put))
         else:
-            beside = self._walk(self._original, model.unchanging(block), number, None)
+            beside = self._walk(self._original, model.unchanging(block), number, None, walk)
             both = zip(
                 walk.reach(stages, self._hidden.put), beside.reach(stages, self._original.put), strict=True
             )
@@ -189,13 +192,19 @@ class Solve:
         return SourceError(f"{what} not finite: the model overflows on this text, computed in {dtype}.", hint)
 
     def _walk(
-        self, hidden: HiddenStates, block: nn.Module, number: int, solve: Callable[[Stage], None] | None
+        self,
+        hidden: HiddenStates,
+        block: nn.Module,
+        number: int,
+        solve: Callable[[Stage], None] | None,
+        beside: BlockWalk | None = None,
     ) -> BlockWalk:
         model = self._model
         share = 2 if self._original else 1
         return BlockWalk(
             block, model.structure.parts[number], len(hidden), lambda i: hidden.forward(i, block, number),
             solve, keep_bytes=memory_for_activations(model.device) // share, dtype=model.dtype,
+            beside=beside,
         )  # fmt: skip
 
     def _solve(self, linears: list[str], sums: Sums) -> Iterator[Solved]:
@@ -251,6 +260,8 @@ class Solve:
             )
             row = fate.row() | {"error": _error(hessian, weight, layer.dequantize())}
             row |= _damping(fate, found, recipe.damping)
+            if sums.routed is not None:
+                row["tokens"] = sums.routed
             self._model.replace(fate.name, layer.dequantize(self._model.dtype))
             log.debug("%s: relative output error %.4f", fate.name, row["error"])
             latents = None

@@ -1,7 +1,7 @@
 """The weights of a checkpoint as floats, or as integer codes where they are quantized."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,11 +11,26 @@ from torch import Tensor
 from marlin_convert import formats
 from marlin_convert.checkpoint import fp8, names
 from marlin_convert.checkpoint import manifest as manifests
-from marlin_convert.checkpoint.reader import Checkpoint
+from marlin_convert.checkpoint.reader import Checkpoint, Slice, TensorInfo
 from marlin_convert.errors import FormatError, SourceError
 from marlin_convert.formats.bounds import float16_scales
 from marlin_convert.formats.scheme import SCALE_DTYPES
 from marlin_convert.quantized import QuantizedLinear, contiguous_groups
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """A weight of all experts as transformers stacks it: `path` is its name, `roles` the linears in it.
+
+    With two of them the first rows of every expert's `shape` (n, k) are the gate's, or the even ones where
+    they are `interleaved`. Files may hold it as (E, n, k) or as (E, k, n).
+    """
+
+    path: str
+    roles: tuple[str, ...]
+    shape: tuple[int, int]
+    interleaved: bool
+
 
 # The types of parameters, as safetensors calls them.
 FLOATS = ("F16", "BF16", "F32")
@@ -104,6 +119,27 @@ class Weights:
         else:
             hint = "they are packed in another layout; make the config say which."
         return SourceError(said, hint)
+
+    def split(self, stacked: Callable[[str], Stacked | None]) -> None:
+        """Take tensors that hold a weight of every expert for as many tensors, called as experts' own are.
+
+        `stacked` says of a tensor by its name whether it is one. SourceError for one in fp8, whose scales are
+        not read.
+        """
+        tensors: dict[str, TensorInfo] = {}
+        for name, info in self.checkpoint.tensors.items():
+            stack = stacked(name)
+            if stack is None or len(info.shape) != 3:
+                tensors[name] = info
+                continue
+            if info.code not in FLOATS:
+                raise SourceError(
+                    f"{name} holds the weights of {info.shape[0]} experts as {info.code}; "
+                    f"{', '.join(FLOATS)} are read.",
+                    "start from a release of the model in 16 bits.",
+                )
+            tensors |= {one.name: one for one in _slices(name, info, stack)}
+        self.checkpoint = replace(self.checkpoint, tensors=tensors)
 
     def rename(self, parameter: Callable[[str], str | None]) -> None:
         """Take every tensor for the parameter that it is by its name; files keep the name, as `on_disk` says.
@@ -335,6 +371,27 @@ class Weights:
         if not self.is_packed(linear):
             raise SourceError(f"{name} is not in {self.checkpoint.directory.name}.")
         return self.quantized(linear).dequantize(torch.float32)
+
+
+def _slices(name: str, info: TensorInfo, stack: Stacked) -> Iterator[Slice]:
+    """The weights of every expert in a tensor that stacks them."""
+    count, *stored = info.shape
+    transposed = tuple(stored) != stack.shape
+    size = (info.end - info.start) // count
+    around, parts = name.rpartition(".")[0], len(stack.roles)
+    for number in range(count):
+        for place, role in enumerate(stack.roles):
+            n, k = stored[::-1] if transposed else stored
+            rows = (
+                slice(place, n, parts)
+                if stack.interleaved
+                else slice(place * n // parts, (place + 1) * n // parts)
+            )
+            yield Slice(
+                f"{around}.{number}.{role}.weight", info.code, (n // parts, k), info.file,
+                info.start + number * size, info.start + (number + 1) * size,
+                tuple(stored), transposed, rows,
+            )  # fmt: skip
 
 
 def _is_dense(checkpoint: Checkpoint) -> bool:

@@ -109,6 +109,10 @@ class TensorInfo:
 
     def read(self) -> "torch.Tensor":
         """Read it into memory of its own; raises SourceError if the file shrank or cannot be read."""
+        return self._read().reshape(self.shape)
+
+    def _read(self) -> "torch.Tensor":
+        """The elements that the bytes are, (count,)."""
         import torch
 
         # Not a memory map: its pages would count as ours for as long as the system cares to keep them.
@@ -124,7 +128,24 @@ class TensorInfo:
                         "it changed since it was opened; start again.",
                     )
                 view = view[count:]
-        return raw.view(self.dtype).reshape(self.shape)
+        return raw.view(self.dtype)
+
+
+@dataclass(frozen=True)
+class Slice(TensorInfo):
+    """One of the tensors that a tensor of the files is made of: some rows of what `start` to `end` hold.
+
+    What is there has the shape `stored` and is turned over where it is `transposed`; `rows` are taken then.
+    """
+
+    stored: tuple[int, ...]
+    transposed: bool
+    rows: slice
+
+    def read(self) -> "torch.Tensor":
+        """Read it into memory of its own."""
+        whole = self._read().reshape(self.stored)
+        return (whole.T if self.transposed else whole)[self.rows].contiguous()
 
 
 @dataclass(frozen=True)

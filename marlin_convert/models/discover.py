@@ -5,9 +5,8 @@ whatever the model's size. Storages tell which linears read one input, and what 
 """
 
 import logging
-import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -23,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from marlin_convert.errors import SourceError
+from marlin_convert.models.experts import Experts, experts_of, refuse_others
 from marlin_convert.models.structure import Part, Residual, Stage, Structure
 
 # Samples and tokens of the run. No model has five of anything, so the samples are found again in a shape.
@@ -140,7 +140,7 @@ def discover(model: PreTrainedModel) -> Structure:
 
     SourceError for one that cannot be taken block by block, and why.
     """
-    _refuse_experts(model)
+    refuse_others(model, WAY_OUT)
     calls, reads, storages = _run(model)
     blocks = _block_list(model, calls)
     of_blocks = _block_calls(model, blocks, calls)
@@ -150,15 +150,20 @@ def discover(model: PreTrainedModel) -> Structure:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name.startswith(f"{blocks}.")
     }
+    experts = dict(experts_of(model))
     dense = {}
     for name, linear in inside.items():
         path = name.removeprefix(f"{blocks}.").partition(".")[2]
         why = next((why for pattern, why in UNQUANTIZED.items() if fnmatchcase(f".{path}", pattern)), None)
         if why or linear.out_features < NARROW:
             dense[name] = why or f"has only {linear.out_features} outputs"
-    _check_linears(model, blocks, inside, dense, calls)
+    _check_linears(model, blocks, inside, dense, experts, calls)
     parts = tuple(
-        tuple(_parts(call, [one for one in calls if one.path.startswith(f"{call.path}.")], dense, reads))
+        tuple(
+            _parts(
+                call, [one for one in calls if one.path.startswith(f"{call.path}.")], dense, experts, reads
+            )
+        )
         for call in of_blocks
     )
     called = {call.path for call in calls}
@@ -193,17 +198,6 @@ def _type(model: PreTrainedModel) -> str:
 
 def _takes(model: PreTrainedModel) -> str:
     return ", it takes images too" if hasattr(model.config, "vision_config") else ""
-
-
-def _refuse_experts(model: PreTrainedModel) -> None:
-    """Raise SourceError for a mixture of experts: stacked weights, or a list of experts."""
-    for name, module in model.named_modules():
-        stacked = any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
-        listed = isinstance(module, nn.ModuleList) and len(module) > 1
-        if (stacked or listed) and re.search("expert", f"{name} {type(module).__name__}", re.IGNORECASE):
-            raise SourceError(
-                f"{_type(model)} is a mixture of experts ({name}); those are not supported yet.", WAY_OUT
-            )
 
 
 def _storage(x: Tensor) -> int:
@@ -364,6 +358,7 @@ def _check_linears(
     blocks: str,
     linears: dict[str, nn.Linear],
     dense: dict[str, str],
+    experts: Mapping[str, Experts],
     calls: Sequence[_Call],
 ) -> None:
     """Raise SourceError where the linears of the blocks are not what their work is done by."""
@@ -384,7 +379,11 @@ def _check_linears(
             WAY_OUT,
         )
     times = Counter(call.path for call in calls)
-    never = [name for name in linears if not times[name] and name not in dense]
+    # who goes to which expert is not known: one of them was called for all
+    routed = {
+        f"{path}.{name}" for path, one in experts.items() if times[path] for name, _ in one.named_modules()
+    }
+    never = [name for name in linears if not times[name] and name not in dense and name not in routed]
     if never:
         more = f" (and {len(never) - 1} more)" if len(never) > 1 else ""
         raise SourceError(f"{never[0]}{more} is never called on text: its inputs are not known.", WAY_OUT)
@@ -395,12 +394,23 @@ def _check_linears(
         )
 
 
-def _parts(whole: _Call, calls: Sequence[_Call], dense: dict[str, str], reads: _Reads) -> Iterator[Part]:
+def _parts(
+    whole: _Call,
+    calls: Sequence[_Call],
+    dense: dict[str, str],
+    experts: Mapping[str, Experts],
+    reads: _Reads,
+) -> Iterator[Part]:
     """The parts of a block, from its call and those inside of it."""
     block = whole.path
     stages: dict[tuple[Any, ...], list[str]] = {}
     output_of: dict[str, Tensor] = {}
+    inside = tuple(f"{path}." for path in experts if path.startswith(f"{block}."))
     for call in calls:
+        if call.path in experts:
+            stages[("experts", call.path)] = [call.path.removeprefix(f"{block}.")]
+        if inside and call.path.startswith(inside):
+            continue
         if isinstance(call.module, nn.Linear) and call.path not in dense:
             path = call.path.removeprefix(f"{block}.")
             x = call.args[0] if call.args else call.kwargs["input"]
@@ -411,9 +421,18 @@ def _parts(whole: _Call, calls: Sequence[_Call], dense: dict[str, str], reads: _
             output_of[path] = call.output
     ordered = [tuple(stage) for stage in stages.values()]
     while ordered:
+        if (of := experts.get(f"{block}.{ordered[0][0]}")) is not None:
+            yield _part_of_experts(ordered[0][0], of)
+            ordered = ordered[1:]
+            continue
         child = ordered[0][0].partition(".")[0]
         count = next(
-            (i for i, stage in enumerate(ordered) if stage[0].partition(".")[0] != child), len(ordered)
+            (
+                i
+                for i, stage in enumerate(ordered)
+                if stage[0].partition(".")[0] != child or f"{block}.{stage[0]}" in experts
+            ),
+            len(ordered),
         )
         mine, ordered = ordered[:count], ordered[count:]
         of_child = [call for call in calls if call.path == f"{block}.{child}"]
@@ -422,6 +441,17 @@ def _parts(whole: _Call, calls: Sequence[_Call], dense: dict[str, str], reads: _
             residual = _residual(part, whole, calls, reads.added_to(output_of[part.last[0]]))
             part = replace(part, residual=residual)
         yield part
+
+
+def _part_of_experts(path: str, experts: Experts) -> Part:
+    """The part of a module of experts: two stages for each of them, one expert after another."""
+    *first, last = experts.roles
+    stages = [
+        tuple(f"{path}.{number}.{role}" for role in roles)
+        for number in range(experts.count)
+        for roles in (first, (last,))
+    ]
+    return Part(path, tuple(stages), experts=experts.count)
 
 
 def _residual(

@@ -9,7 +9,10 @@ from collections.abc import Iterable
 
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+from marlin_convert.checkpoint.linears import Stacked
+from marlin_convert.models.experts import converters, experts_of, merges_experts
 
 # Layers for multi-token prediction, by name, and how many blocks past the last one they are.
 _MTP = re.compile(r"(^|\.)mtp(_\w+)?\.")
@@ -24,7 +27,11 @@ class Names:
     def __init__(self, model: PreTrainedModel):
         transforms = get_model_conversion_mapping(model)
         self._renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
-        self._converters = [one for one in transforms if isinstance(one, WeightConverter)]
+        self._stacks = {stack.path: stack for _, experts in experts_of(model) for stack in experts.stacks}
+        # experts that were taken apart are as they are in files with a tensor an expert
+        self._converters = [
+            one for one in converters(transforms) if not (self._stacks and merges_experts(one))
+        ]
         self._prefix = model.base_model_prefix
         self._expected = model.state_dict()
         self._left = "|".join(f"({one})" for one in sorted(model._keys_to_ignore_on_load_unexpected or ()))
@@ -39,6 +46,10 @@ class Names:
         """The parameter that transformers loads a tensor as, None if it loads it as none or converts it."""
         found, converted = self._renamed(name)
         return found if found in self._expected and not converted else None
+
+    def stacked(self, name: str) -> Stacked | None:
+        """The weight of all experts that a tensor is, if it is one."""
+        return self._stacks.get(self._renamed(name)[0])
 
     def is_converted(self, name: str) -> bool:
         """Whether transformers splits, joins or turns a tensor of the model while it loads it."""

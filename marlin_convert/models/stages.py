@@ -26,6 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from marlin_convert.errors import SourceError
+from marlin_convert.models.experts import Experts
+from marlin_convert.models.routing import Chosen, Entering, chosen, gathered, weight
 from marlin_convert.models.structure import Part, Stage
 
 
@@ -36,26 +38,36 @@ class _BrokenOff(BaseException):
         self.x = x
 
 
+class _Entered(BaseException):
+    """Breaks off a forward where it enters the experts."""
+
+    def __init__(self, what: Entering):
+        self.what = what
+
+
 @dataclass(frozen=True)
 class Reached:
     """What a micro-batch brings to a stage: x (..., k).
 
     Where the stage is the last of a part that is added to a `residual`, also that, over its multiplier; in a
-    block in which nothing is solved the stage's `output` (..., n) too.
+    block in which nothing is solved the stage's `output` (..., n) too. `routed` of the rows go to the expert
+    that the stage is of; None where it is of no expert.
     """
 
     stage: Stage
     x: Tensor
     residual: Tensor | None = None
     output: Tensor | None = None
+    routed: int | None = None
 
 
 class BlockWalk:
     """The walk of all micro-batches through one block.
 
     `forward(i)` computes the block's output of micro-batch i; `solve(stage)` replaces the weights of the
-    stage's linears, once all micro-batches have reached it. Without `solve` the block stays as it is. At most
-    about `keep_bytes` of activations are kept, in `dtype`.
+    stage's linears, once all micro-batches have reached it. Without `solve` the block stays as it is, and its
+    experts see the tokens that go to them in the walk `beside` it. At most about `keep_bytes` of activations
+    are kept, in `dtype`; what enters experts is kept beyond that.
     """
 
     def __init__(
@@ -68,6 +80,7 @@ class BlockWalk:
         *,
         keep_bytes: int,
         dtype: torch.dtype,
+        beside: "BlockWalk | None" = None,
     ):
         self.block = block
         self.parts = parts
@@ -77,6 +90,9 @@ class BlockWalk:
         self._solve = solve
         self._room = keep_bytes
         self._dtype = dtype
+        self._beside = beside
+        self._entering: list[Entering] = []
+        self._computed = dtype
         self._current = 0
         self._stages: Sequence[Stage] = ()
         self._inputs: dict[int, Tensor] = {}  # of the last stage of the part being walked, by micro-batch
@@ -92,12 +108,16 @@ class BlockWalk:
         self._stages = stages
         with self._finished_parts() as finished:
             for part in self.parts:
-                for stage in part.stages:
+                if part.experts and any(stage in self._stages for stage in part.stages):
+                    yield from self._walk_experts(part)
+                    finished(part)
+                    continue
+                for stage in () if part.experts else part.stages:
                     if stage in stages:
                         yield from self._walk_stage(
                             stage, part if part.module and stage == part.last else None
                         )
-                if part.module:
+                if part.module and not part.experts:
                     finished(part)
             for i in range(self.batches):
                 self._current = i
@@ -137,6 +157,77 @@ class BlockWalk:
             del x, residual
         if self._solve is not None:
             self._solve(stage)
+
+    def _walk_experts(self, part: Part) -> Iterator[Reached]:
+        """Solve one expert after another, with the tokens that go to it."""
+        experts = self.block.get_submodule(part.module)
+        assert isinstance(experts, Experts)
+        self._entering = [self._enter(experts, part.module, i) for i in range(self.batches)]
+        ways = self._beside._entering if self._beside else self._entering
+        if self._solve is not None:
+            for i, one in enumerate(self._entering):
+                output = torch.zeros_like(one.x, dtype=self._computed)
+                if self._fits(output):
+                    self._outputs[part.module, i] = output
+        for number in range(part.experts):
+            first, last = part.stages[2 * number : 2 * number + 2]
+            pieces = list(chosen(ways, number, experts.linear(number, experts.roles[0]).in_features))
+            if first in self._stages:
+                for piece in pieces:
+                    yield self._of_expert(first, gathered(self._entering, piece), piece)
+                if self._solve is not None:
+                    self._solve(first)
+            inner = [
+                experts.inner(number, gathered(self._entering, piece).to(self._computed)) for piece in pieces
+            ]
+            if last in self._stages:
+                for piece, x in zip(pieces, inner, strict=True):
+                    yield self._of_expert(last, x, piece)
+                if self._solve is not None:
+                    self._solve(last)
+            for piece, x in zip(pieces, inner, strict=True):
+                self._answered(part, experts, number, piece, x)
+        self._entering = self._entering if self._solve is not None else []
+
+    def _of_expert(self, stage: Stage, x: Tensor, piece: list[Chosen]) -> Reached:
+        rows = x.to(self._dtype)
+        return Reached(stage, rows * weight(piece), routed=0 if piece[0].choices is None else len(rows))
+
+    def _answered(
+        self, part: Part, experts: Experts, number: int, piece: list[Chosen], inner: Tensor
+    ) -> None:
+        """Add an expert's answers to the outputs that are kept."""
+        start = 0
+        for one in piece:
+            rows = slice(start, start + len(one.tokens))
+            start = rows.stop
+            output = self._outputs.get((part.module, one.batch))
+            if output is not None and one.choices is not None:
+                shares = self._entering[one.batch].shares[one.tokens, one.choices]
+                experts.add(output, experts.outer(number, inner[rows]), one.tokens, shares)
+
+    def _enter(self, experts: Experts, path: str, i: int) -> Entering:
+        """What enters the experts with micro-batch i."""
+
+        def reached(_: nn.Module, args: Any, kwargs: Any) -> None:
+            given = dict(zip(("hidden_states", "top_k_index", "top_k_weights"), args, strict=False)) | kwargs
+            self._computed = given["hidden_states"].dtype
+            raise _Entered(Entering(given["hidden_states"].to(self._dtype), given["top_k_index"],
+                                    given["top_k_weights"]))  # fmt: skip
+
+        self._current = i
+        hook = experts.register_forward_pre_hook(reached, with_kwargs=True)
+        try:
+            self._forward(i)
+        except _Entered as entered:
+            entered.__traceback__ = None
+            return entered.what
+        finally:
+            hook.remove()
+        raise SourceError(
+            f"{path} of {type(self.block).__name__} is not called with this text.",
+            "its model computes otherwise than was found; leave its experts dense with --skip.",
+        )
 
     @contextmanager
     def _added_to(self, part: Part | None) -> Iterator[list[Tensor]]:
@@ -191,6 +282,15 @@ class BlockWalk:
             module = self.block.get_submodule(part.module)
             last = self.block.get_submodule(part.last[0])
             whole = module.forward
+
+            def sum_of_experts(*args: Any, **kwargs: Any) -> Any:
+                output = self._outputs.get((part.module, self._current))
+                return whole(*args, **kwargs) if output is None else output.to(_dtype_of(*args))
+
+            if part.experts:
+                module.forward = sum_of_experts
+                replaced.append(module)
+                return
             inputs, self._inputs = self._inputs, {}
 
             def answer(*args: Any, **kwargs: Any) -> Any:

@@ -26,12 +26,16 @@ class Part:
     `pair` says that the submodule returns (output, attention weights) and not the output alone. Stages that
     no submodule ends with make a part whose `module` is "". `residual` is what the output is added to; it is
     None where something stands between, as the norms of Gemma 2.
+
+    `experts` says that the module is one of so many experts, among whom the inputs are divided: two stages
+    for each of them.
     """
 
     module: str
     stages: tuple[Stage, ...]
     pair: bool = False
     residual: Residual | None = None
+    experts: int = 0
 
     @property
     def last(self) -> Stage:

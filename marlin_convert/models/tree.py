@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.errors import SourceError
 from marlin_convert.models.discover import discover
+from marlin_convert.models.experts import take_apart
 from marlin_convert.models.names import Names, beside
 
 OTHER_MODEL = "the config.json may be of another model; fetch the model again."
@@ -73,7 +74,9 @@ def module_tree(weights: Weights, *, trust_remote_code: bool = False) -> PreTrai
                 setattr(one, flag, value)
         settings._attn_implementation = None  # what transformers takes by itself, whatever is asked for
         model = _on_meta(settings, trust_remote_code)
-    weights.rename(Names(model).parameter)
+    names = Names(model)
+    weights.split(names.stacked)
+    weights.rename(names.parameter)
     if any(
         name in weights and of in weights and not weights.same(name, of)
         for name, of in model.all_tied_weights_keys.items()
@@ -101,6 +104,7 @@ def _on_meta(settings: Any, trust_remote_code: bool) -> PreTrainedModel:
     if any(getattr(module, "attn_logit_softcapping", None) for module in model.modules()):
         # the fused attention of torch has no softcap: some releases leave it out and say nothing
         model.set_attn_implementation("eager")
+    take_apart(model)
     return model
 
 
@@ -109,22 +113,9 @@ def _names(of: str | Sequence[str]) -> tuple[str, ...]:
     return (of,) if isinstance(of, str) else tuple(of)
 
 
-_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-
-
 def check_type(config: Mapping[str, Any]) -> None:
-    """Raise SourceError for what a config.json alone says to be unknown, or a mixture of experts."""
+    """Raise SourceError for a type that a config.json alone says to be unknown, or no language model."""
     model_type = config.get("model_type")
-    for part in (config, config.get("text_config")):
-        if not isinstance(part, Mapping):
-            continue
-        for key in _EXPERT_COUNTS:
-            if isinstance(part.get(key), int) and part[key] > 1:
-                raise SourceError(
-                    f"{model_type!r} is a mixture of experts ({key} = {part[key]}); "
-                    "those are not supported yet.",
-                    "start from a dense model.",
-                )
     if "auto_map" in config:
         return
     if not (isinstance(model_type, str) and model_type in CONFIG_MAPPING_NAMES):

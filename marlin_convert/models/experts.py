@@ -1,0 +1,176 @@
+"""The experts of a mixture as linears of their own, whatever transformers stacks them into.
+
+transformers keeps the experts of a layer in stacked weights (E, n, k) and hands them tokens, which experts
+each of them goes to, and the shares of their answers. One function does that for every kind of model that
+uses its experts interface (https://huggingface.co/docs/transformers/experts_interface): here every expert has
+a linear for each of its weights, so that what is true of linears is true of experts.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import MergeModulelist, WeightConverter
+
+from marlin_convert.checkpoint.linears import Stacked
+from marlin_convert.errors import SourceError
+
+GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
+
+
+class Experts(nn.Module):
+    """What take_apart makes of a module of experts: its children "0", "1", ... have a linear for each weight.
+
+    It goes on being what it was, with its own activation, gate and norm.
+    """
+
+    count: int
+    roles: tuple[str, ...]  # the names of gate, up and down, or of up and down
+    stacks: tuple[Stacked, ...]
+    # what the module has from transformers
+    has_post_expert_norm: bool
+    act_fn: Any
+    post_expert_norm: Any
+    _apply_gate: Any
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The sum of the experts' answers to hidden_states (tokens, k), each times its share of the token.
+
+        top_k_index (tokens, choices) says which experts those are, top_k_weights (tokens, choices) how large
+        the shares.
+        """
+        total = torch.zeros_like(hidden_states)
+        if isinstance(hidden_states, FakeTensor):  # nobody knows who goes where; all experts are of one shape
+            return total + self.answer(0, hidden_states)
+        for number in range(self.count):
+            tokens, choices = routed(top_k_index, number)
+            if len(tokens):
+                answer = self.answer(number, hidden_states[tokens])
+                self.add(total, answer, tokens, top_k_weights[tokens, choices])
+        return total
+
+    @staticmethod
+    def add(total: Tensor, answer: Tensor, tokens: Tensor, shares: Tensor) -> None:
+        """Add an expert's answer (chosen, k) to the total (tokens, k)."""
+        total.index_add_(0, tokens, (answer * shares[:, None]).to(total.dtype))
+
+    def linear(self, number: int, role: str) -> nn.Linear:
+        """The linear of an expert by its role."""
+        found = self.get_submodule(f"{number}.{role}")
+        assert isinstance(found, nn.Linear)
+        return found
+
+    def inner(self, number: int, x: Tensor) -> Tensor:
+        """What the last linear of an expert reads, for inputs x (tokens, k)."""
+        *first, _ = self.roles
+        outputs = [self.linear(number, role)(x) for role in first]
+        if len(outputs) == 1:
+            return self.act_fn(outputs[0])
+        interleaved = self.stacks[0].interleaved
+        both = torch.stack(outputs, -1).flatten(-2) if interleaved else torch.cat(outputs, -1)
+        return self._apply_gate(both)
+
+    def outer(self, number: int, inner: Tensor) -> Tensor:
+        """An expert's answer from what its last linear reads."""
+        answer = self.linear(number, self.roles[-1])(inner)
+        return self.post_expert_norm(answer) if self.has_post_expert_norm else answer
+
+    def answer(self, number: int, x: Tensor) -> Tensor:
+        """An expert's answer to x (tokens, k)."""
+        return self.outer(number, self.inner(number, x))
+
+
+def routed(top_k_index: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """The tokens that go to an expert, and as which of their choices, in transformers' order."""
+    choices, tokens = torch.where(number == top_k_index.T)
+    return tokens, choices
+
+
+def take_apart(model: PreTrainedModel) -> None:
+    """Give every expert of a model on the meta device linears of its own, in place of its stacked weights.
+
+    They are called as in files with a tensor an expert, as transformers knows them for the model's type.
+    """
+    found = [
+        (path, module)
+        for path, module in model.named_modules()
+        if hasattr(module, "has_gate") and hasattr(module, "is_transposed")
+    ]
+    known = converters(get_model_conversion_mapping(model)) if found else []
+    for path, module in found:
+        _take_apart(path, module, known)
+
+
+def _take_apart(path: str, module: Any, known: list[WeightConverter]) -> None:
+    first, last = ("gate_up_proj" if module.has_gate else UP), DOWN
+    stacks = [module._parameters.pop(name) for name in (first, last)]
+    for name in (first, last) if module.has_bias else ():
+        del module._parameters[f"{name}_bias"]
+    count, n, k = stacks[0].shape
+    n, k = (k, n) if module.is_transposed else (n, k)
+    inner = n // 2 if module.has_gate else n
+    outputs = stacks[1].shape[2 if module.is_transposed else 1]
+    names = (*_names(path, first, known, (GATE, UP) if module.has_gate else (UP,)),
+             *_names(path, last, known, (DOWN,)))  # fmt: skip
+    module.count, module.roles = count, names
+    module.stacks = (
+        Stacked(f"{path}.{first}", names[:-1], (n, k), not module.is_concatenated),
+        Stacked(f"{path}.{last}", names[-1:], (outputs, inner), False),
+    )
+    module.__class__ = type("Experts", (Experts, type(module)), {})
+    for number in range(count):
+        expert = nn.Module()
+        for role in names[:-1]:
+            expert.add_module(role, nn.Linear(k, inner, bias=module.has_bias, device="meta"))
+        expert.add_module(names[-1], nn.Linear(inner, outputs, bias=module.has_bias, device="meta"))
+        module.add_module(str(number), expert)
+
+
+def _names(path: str, stacked: str, known: list[WeightConverter], usual: tuple[str, ...]) -> tuple[str, ...]:
+    """What the linears that make a stacked weight are called in files with a tensor an expert."""
+    for converter in filter(merges_experts, known):
+        if any(f".{path}.{stacked}".endswith(f".{to}") for to in _plain(converter.target_patterns)):
+            sources = _plain(converter.source_patterns)
+            found = tuple(one.removesuffix(".weight").rpartition(".")[2] for one in sources)
+            if len(found) == len(usual):
+                return found
+    return usual
+
+
+def _plain(patterns: list[str]) -> list[str]:
+    """Patterns of names without what only a pattern has."""
+    return [pattern.replace("\\", "").lstrip(".") for pattern in patterns]
+
+
+def converters(transforms: Iterable[Any]) -> list[WeightConverter]:
+    """Those of transformers' transforms of names and tensors that change tensors."""
+    return [one for one in transforms if isinstance(one, WeightConverter)]
+
+
+def merges_experts(converter: WeightConverter) -> bool:
+    """Whether a converter stacks the weights of experts that are in files one by one."""
+    stacks = any(isinstance(one, MergeModulelist) for one in converter.operations)
+    return stacks and any("expert" in to for to in converter.target_patterns)
+
+
+def experts_of(model: nn.Module) -> Iterator[tuple[str, Experts]]:
+    """The experts of a model that was taken apart, by their paths."""
+    for path, module in model.named_modules():
+        if isinstance(module, Experts):
+            yield path, module
+
+
+def refuse_others(model: PreTrainedModel, way_out: str) -> None:
+    """Raise SourceError for experts in stacked weights that are none of the interface's."""
+    for name, module in model.named_modules():
+        stacked = any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
+        if stacked and "expert" in f"{name} {type(module).__name__}".lower():
+            raise SourceError(
+                f"{model.config.model_type!r} has experts of a kind of its own ({name}, "
+                f"{type(module).__name__}); they are not supported yet.",
+                way_out,
+            )
