@@ -26,6 +26,7 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 def fates_of(
     linears: Mapping[str, nn.Linear],
     reasons: Mapping[str, str],
+    together: Mapping[str, Sequence[str]],
     recipe: Recipe,
     weights: Weights,
     claimed: set[str],
@@ -34,7 +35,8 @@ def fates_of(
 ) -> dict[str, Fate]:
     """The fate of every linear, by name and in their order; ConvertError for patterns that cannot be heeded.
 
-    `reasons` says which linears nothing can be done to, and why; `claimed` are 2:4, as the source says.
+    `reasons` says which linears nothing can be done to, and why; `together` has the linears that engines load
+    as one with each; `claimed` are 2:4, as the source says.
     """
     sparse = _sparse(linears, recipe, weights, claimed, repack=repack)
     fates = []
@@ -59,6 +61,13 @@ def fates_of(
         fates.append(Fate(matrix, layout, reason))
     if not repack and recipe.format in ONE_SIZE:
         fates = _of_one_size(fates, recipe)
+    elif not repack:
+        found = by_name(fates)
+        for names in dict.fromkeys(tuple(together[name]) for name in found):
+            one = [found[name] for name in names if name in found]
+            if len({fate.layout.group_size for fate in one if fate.packed}) > 1:
+                found |= by_name(_of_one_size(one, recipe))
+        fates = list(found.values())
     return by_name(fates)
 
 

@@ -207,9 +207,9 @@ def make_plan(
         # of what is quantized only the blocks' is repacked
         and (structure.block_of(name) is not None or not weights.is_packed(name))
     }
-    fates = fates_of(linears, structure.dense, recipe, weights, claimed, repack=repack)
+    together = {name: structure.together(name) for name in linears}
+    fates = fates_of(linears, structure.dense, together, recipe, weights, claimed, repack=repack)
     refusals.check_patterns(recipe, list(linears))
-    together = _together(fates, structure)
     refusals.check_stages(fates, together, repack=repack)
     if repack:
         fates = refusals.with_codes(fates, weights, asked, together)
@@ -353,16 +353,6 @@ def _notes(fates: Mapping[str, Fate], recipe: Recipe, repacked: Weights | None) 
         (usual, _), *others = Counter(fate.layout.group_size for fate in packed).most_common()
         for size, count in others:
             yield f"{count} linears in groups of {size}, the others of {usual}: what divides their inputs"
-
-
-def _together(fates: Mapping[str, Fate], structure: Structure) -> dict[str, list[str]]:
-    """The linears of each linear's stage, itself among them: engines fuse them into one."""
-    found = {}
-    for name in fates:
-        stage = structure.stage_of(name)
-        block = structure.block_of(name)
-        found[name] = [f"{structure.blocks}.{block}.{one}" for one in stage] if stage else [name]
-    return found
 
 
 def _tensors(fate: Fate) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

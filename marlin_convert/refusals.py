@@ -91,26 +91,35 @@ def check_sparsity(weights: Weights, recipe: Recipe, claimed: set[str], *, repac
 
 def check_stages(fates: Fates, together: Together, *, repack: bool) -> None:
     """ConvertError where what engines fuse is not all packed or not at all, and in one layout."""
-    for fate in fates.values():
-        stage = [fates[name] for name in together[fate.name]]
-        if fate.reason is not None:
-            others = [one.name for one in stage if one.packed and one.layout.format != fate.layout.format]
-            if others:
-                kind, option = ("not 2:4", "--unpruned") if fate.packed else ("left dense", "--skip")
-                raise ConvertError(
-                    f"{fate.name} is {kind}, {' and '.join(others)} beside it not; engines load them as one.",
-                    "add " + " ".join(f"{option} '{name}'" for name in others),
-                )
-        unlike = [one for one in stage if one.packed and fate.packed and _codes(one) != _codes(fate)]
-        if unlike:
+    for names in dict.fromkeys(tuple(together[name]) for name in fates):
+        stage = [fates[name] for name in names if name in fates]
+        # one of each kind will do, of as many experts as there may be
+        kinds = {(one.packed, one.reason is None, one.layout.format, _codes(one)): one for one in stage}
+        for fate in kinds.values():
+            _check_beside(fate, stage, fates, repack=repack)
+
+
+def _check_beside(fate: Fate, stage: Sequence[Fate], fates: Fates, *, repack: bool) -> None:
+    """ConvertError where what is loaded as one with a matrix is written otherwise."""
+    if fate.reason is not None:
+        others = [one.name for one in stage if one.packed and one.layout.format != fate.layout.format]
+        if others:
+            kind, option = ("not 2:4", "--unpruned") if fate.packed else ("left dense", "--skip")
+            named = " and ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
             raise ConvertError(
-                f"{fate.name} has {fate.layout.bits} bits in groups of {fate.layout.group_size}, "
-                f"{unlike[0].name} beside it {unlike[0].layout.bits} in groups of "
-                f"{unlike[0].layout.group_size}; engines load them as one.",
-                "--requantize solves all of them again from the dequantized weights."
-                if repack
-                else "let a pattern of the recipe's overrides match all of them, or none.",
+                f"{fate.name} is {kind}, {named} beside it not; engines load them as one.",
+                f"add {option_for(option, others, fates)}",
             )
+    unlike = [one for one in stage if one.packed and fate.packed and _codes(one) != _codes(fate)]
+    if unlike:
+        raise ConvertError(
+            f"{fate.name} has {fate.layout.bits} bits in groups of {fate.layout.group_size}, "
+            f"{unlike[0].name} beside it {unlike[0].layout.bits} in groups of "
+            f"{unlike[0].layout.group_size}; engines load them as one.",
+            "--requantize solves all of them again from the dequantized weights."
+            if repack
+            else "let a pattern of the recipe's overrides match all of them, or none.",
+        )
 
 
 def _codes(fate: Fate) -> tuple[int, int]:

@@ -103,7 +103,7 @@ def _way(
         size = group_size_for(fate.matrix, written, bits) if group_size == "auto" else int(group_size)
         return not refusal(fate.matrix, Layout(written, bits, size))
 
-    dense = {name for fate in fates.values() if not holds(fate) for name in together[fate.name]}
+    dense = set().union(*{tuple(together[fate.name]) for fate in fates.values() if not holds(fate)})
     kept = [fate for fate in fates.values() if fate.name not in dense]
     options = [
         *([f"--format {format}"] if format != recipe.format else []),

@@ -131,6 +131,10 @@ def compare(output: Path, plain: Path, kind: type) -> float:
     (plain / "config.json").write_text(json.dumps(config))
     save_file(dense, plain / "model.safetensors", {"format": "pt"})
     model, loading = kind.from_pretrained(plain, dtype=torch.float32, output_loading_info=True)
+    if any(name.endswith(("experts.gate_up_proj", "experts.up_proj")) for name in loading["missing_keys"]):
+        # of a type whose experts are stacked in files, which transformers takes in no other way
+        save_file(stacked(dense, model), plain / "model.safetensors", {"format": "pt"})
+        model, loading = kind.from_pretrained(plain, dtype=torch.float32, output_loading_info=True)
     if loading["missing_keys"] or loading["unexpected_keys"]:
         raise RuntimeError(f"transformers does not load it: {loading}")
     ids = torch.randint(5, 3900, (2, 48), generator=torch.Generator().manual_seed(7))
@@ -139,6 +143,28 @@ def compare(output: Path, plain: Path, kind: type) -> float:
         weights = Weights(Checkpoint.open(output))
         ours = log_probabilities(BlockModel(weights, torch.device("cpu"), fast=False), ids)
     return float((theirs - ours).abs().max() / theirs.std())
+
+
+def stacked(dense: dict[str, torch.Tensor], model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors with those of experts stacked as the modules of a model have them."""
+    found = dict(dense)
+    for path, module in model.named_modules():
+        if not hasattr(module, "is_transposed"):
+            continue
+        inside = re.compile(
+            rf"^(.*\b)?{re.escape(path)}\.(\d+)\.(gate_proj|up_proj|down_proj)\.(weight|bias)$"
+        )
+        mine = {match.groups()[1:]: found.pop(name) for name in dense if (match := inside.match(name))}
+        count = 1 + max(int(number) for number, _, _ in mine)
+        for kind in ("weight", "bias") if module.has_bias else ("weight",):
+            for name, parts in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
+                rows = []
+                for i in range(count):
+                    both = [mine[str(i), part, kind] for part in parts]
+                    whole = torch.cat(both) if module.is_concatenated else torch.stack(both, 1).flatten(0, 1)
+                    rows.append(whole.T if module.is_transposed and kind == "weight" else whole)
+                found[f"{path}.{name}" + ("_bias" if kind == "bias" else "")] = torch.stack(rows).contiguous()
+    return found
 
 
 def child(model_type: str, place: Path) -> None:

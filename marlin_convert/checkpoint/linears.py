@@ -20,15 +20,15 @@ from marlin_convert.quantized import QuantizedLinear, contiguous_groups
 
 @dataclass(frozen=True)
 class Stacked:
-    """A weight of all experts as transformers stacks it: `path` is its name, `roles` the linears in it.
+    """A weight or bias of all experts as transformers stacks it: `path` is its name, `roles` its linears.
 
-    With two of them the first rows of every expert's `shape` (n, k) are the gate's, or the even ones where
-    they are `interleaved`. Files may hold it as (E, n, k) or as (E, k, n).
+    With two of them the first rows of every expert's `shape`, (n, k) or (n,), are the gate's, or the even
+    ones where they are `interleaved`. Files may hold a weight as (E, n, k) or as (E, k, n).
     """
 
     path: str
     roles: tuple[str, ...]
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     interleaved: bool
 
 
@@ -129,9 +129,14 @@ class Weights:
         tensors: dict[str, TensorInfo] = {}
         for name, info in self.checkpoint.tensors.items():
             stack = stacked(name)
-            if stack is None or len(info.shape) != 3:
+            if stack is None:
                 tensors[name] = info
                 continue
+            if sorted(info.shape[1:]) != sorted(stack.shape):
+                raise SourceError(
+                    f"{name} has shape {info.shape}, its config.json means {(info.shape[0], *stack.shape)}.",
+                    "the config.json may be of another model; fetch the model again.",
+                )
             if info.code not in FLOATS:
                 raise SourceError(
                     f"{name} holds the weights of {info.shape[0]} experts as {info.code}; "
@@ -163,7 +168,12 @@ class Weights:
             (module, _, suffix), (of, _, last) = said.rpartition("."), full.rpartition(".")
             if said != full:
                 self._on_disk[full] = self._on_disk.pop(name, said)
-            if module != of and suffix == last:
+            # what else is written of a module goes by its weight; a router may have a bias from elsewhere
+            if (
+                module != of
+                and suffix == last
+                and (suffix == "weight" or self.is_packed(name.rpartition(".")[0]))
+            ):
                 self._modules_on_disk[of] = self._modules_on_disk.pop(module, module)
         tensors = {found[name]: info for name, info in self.checkpoint.tensors.items()}
         self.scaled = {found[name]: scales for name, scales in self.scaled.items()}
@@ -374,23 +384,22 @@ class Weights:
 
 
 def _slices(name: str, info: TensorInfo, stack: Stacked) -> Iterator[Slice]:
-    """The weights of every expert in a tensor that stacks them."""
+    """What every expert has of a tensor that stacks it."""
     count, *stored = info.shape
     transposed = tuple(stored) != stack.shape
     size = (info.end - info.start) // count
-    around, parts = name.rpartition(".")[0], len(stack.roles)
+    parts = len(stack.roles)
+    n, *k = stack.shape
+    (around, _, last), (path, _, own) = name.rpartition("."), stack.path.rpartition(".")
+    suffix = "weight" if k else "bias"
     for number in range(count):
         for place, role in enumerate(stack.roles):
-            n, k = stored[::-1] if transposed else stored
-            rows = (
-                slice(place, n, parts)
-                if stack.interleaved
-                else slice(place * n // parts, (place + 1) * n // parts)
-            )
+            first = slice(place * n // parts, (place + 1) * n // parts)
             yield Slice(
-                f"{around}.{number}.{role}.weight", info.code, (n // parts, k), info.file,
+                f"{around if last == own else path}.{number}.{role}.{suffix}",
+                info.code, (n // parts, *k), info.file,
                 info.start + number * size, info.start + (number + 1) * size,
-                tuple(stored), transposed, rows,
+                tuple(stored), transposed, slice(place, n, parts) if stack.interleaved else first,
             )  # fmt: skip
 
 

@@ -80,7 +80,7 @@ def _compare_weights(
     """A row of figures for every weight, and whether some could not be compared."""
     weights, model = subject.weights, subject.model
     if original is not None:  # of the same model, perhaps under its other names
-        original.weights.rename(Names(model).parameter)
+        Names(model).place(original.weights)
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     names = [name for name in model.state_dict() if name in weights or name not in tied]
     packed_names = weights.packed_names()

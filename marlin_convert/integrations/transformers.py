@@ -49,7 +49,9 @@ class MarlinQuantizer(HfQuantizer):
         self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **others: Any
     ) -> None:
         """Replace the linears that are packed in the files; SourceError if these are not of the model."""
-        from marlin_convert.models.names import Names  # there are no models yet where this file is imported
+        # there are no models yet where this file is imported
+        from marlin_convert.models.experts import experts_of, take_apart
+        from marlin_convert.models.names import Names
 
         if not checkpoint_files:
             raise SourceError(
@@ -60,7 +62,16 @@ class MarlinQuantizer(HfQuantizer):
         if weights.disregarded:
             raise SourceError(f"{weights.disregarded}.", "take the quantization_config out of config.json.")
         # in the files they may have a prefix that this class has not, as one without a head, or older names
-        weights.rename(Names(model).parameter)
+        if any(".experts." in name for name in weights.packed_linears()):
+            take_apart(model)
+        Names(model).place(weights)
+        for path, experts in experts_of(model):
+            if not weights.is_packed(f"{path}.0.{experts.roles[-1]}"):
+                raise SourceError(
+                    f"the experts of {path} are dense in the files, and those of other layers packed: "
+                    "transformers loads all of them in one way.",
+                    "quantize again without --skip for some layers' experts, or serve it with vLLM as gptq.",
+                )
         for name in weights.packed_linears():
             try:
                 module = model.get_submodule(name)

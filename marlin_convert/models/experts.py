@@ -86,7 +86,7 @@ class Experts(nn.Module):
 
 def routed(top_k_index: Tensor, number: int) -> tuple[Tensor, Tensor]:
     """The tokens that go to an expert, and as which of their choices, in transformers' order."""
-    choices, tokens = torch.where(number == top_k_index.T)
+    choices, tokens = top_k_index.T.eq(number).nonzero(as_tuple=True)
     return tokens, choices
 
 
@@ -120,6 +120,8 @@ def _take_apart(path: str, module: Any, known: list[WeightConverter]) -> None:
     module.stacks = (
         Stacked(f"{path}.{first}", names[:-1], (n, k), not module.is_concatenated),
         Stacked(f"{path}.{last}", names[-1:], (outputs, inner), False),
+        Stacked(f"{path}.{first}_bias", names[:-1], (n,), not module.is_concatenated),
+        Stacked(f"{path}.{last}_bias", names[-1:], (outputs,), False),
     )
     module.__class__ = type("Experts", (Experts, type(module)), {})
     for number in range(count):

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-from marlin_convert.checkpoint.linears import Stacked
+from marlin_convert.checkpoint.linears import Stacked, Weights
 from marlin_convert.models.experts import converters, experts_of, merges_experts
 
 # Layers for multi-token prediction, by name, and how many blocks past the last one they are.
@@ -41,6 +41,11 @@ class Names:
         self._further = range(blocks, blocks + further)
         last = f".{blocks - 1}."
         self._lists = {name.partition(last)[0] for name in self._expected if last in name}
+
+    def place(self, weights: Weights) -> None:
+        """Let the tensors of a checkpoint be known by the names of the model's parameters."""
+        weights.split(self.stacked)
+        weights.rename(self.parameter)
 
     def parameter(self, name: str) -> str | None:
         """The parameter that transformers loads a tensor as, None if it loads it as none or converts it."""

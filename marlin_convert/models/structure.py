@@ -67,11 +67,26 @@ class Structure:
         """The stage that a linear (by its path in the model) works in, None if it stays dense."""
         return self._stages.get(linear)
 
+    def together(self, linear: str) -> tuple[str, ...]:
+        """The linears that engines load as one with a linear, itself among them: a stage, or all experts."""
+        return self._together.get(linear, (linear,))
+
     def block_of(self, name: str) -> int | None:
         """The number of the block that a module or tensor is inside of, None if it is in no block."""
         number, _, rest = name.removeprefix(f"{self.blocks}.").partition(".")
         inside = name.startswith(f"{self.blocks}.") and bool(rest) and number.isdecimal()
         return int(number) if inside and int(number) < len(self.parts) else None
+
+    @cached_property
+    def _together(self) -> dict[str, tuple[str, ...]]:
+        found: dict[str, tuple[str, ...]] = {}
+        for number, parts in enumerate(self.parts):
+            for part in parts:
+                all_experts = [tuple(name for stage in part.stages for name in stage)]
+                for stage in all_experts if part.experts else part.stages:
+                    names = tuple(f"{self.blocks}.{number}.{name}" for name in stage)
+                    found |= dict.fromkeys(names, names)
+        return found
 
     @cached_property
     def _stages(self) -> dict[str, Stage]:

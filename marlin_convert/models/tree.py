@@ -74,9 +74,7 @@ def module_tree(weights: Weights, *, trust_remote_code: bool = False) -> PreTrai
                 setattr(one, flag, value)
         settings._attn_implementation = None  # what transformers takes by itself, whatever is asked for
         model = _on_meta(settings, trust_remote_code)
-    names = Names(model)
-    weights.split(names.stacked)
-    weights.rename(names.parameter)
+    Names(model).place(weights)
     if any(
         name in weights and of in weights and not weights.same(name, of)
         for name, of in model.all_tied_weights_keys.items()
