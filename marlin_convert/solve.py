@@ -24,7 +24,7 @@ from marlin_convert.models.structure import Stage
 from marlin_convert.plan import Plan
 from marlin_convert.quantized import QuantizedLinear, first_crowded, quad_nonzeros
 from marlin_convert.solvers import gptq, sparsity
-from marlin_convert.solvers.drift import Products, compensated
+from marlin_convert.solvers.drift import MOST, Products, compensated
 from marlin_convert.solvers.gptq import Solution
 from marlin_convert.solvers.hessian import Hessian
 from marlin_convert.solvers.straight_through import residual_latents
@@ -221,7 +221,7 @@ class Solve:
             solve = self._prune if kind == (True, True) else self._quantize
             yield from solve(chosen, weights, sums)
 
-    def _target(self, weights: list[Tensor], sums: Sums) -> Tensor:
+    def _target(self, weights: list[Tensor], sums: Sums, *, sparse: bool) -> Tensor:
         """What is solved for: the weights as one, (n, k), or what makes up for the drift of the inputs."""
         weight = torch.cat(weights)
         wanted = sums.wanted(weight)
@@ -229,13 +229,17 @@ class Solve:
             return weight
         if not wanted.isfinite().all():
             raise self._overflow("the original's outputs are")
-        return compensated(weight, sums.hessian, wanted, damping=self._recipe.damping, tokens=sums.tokens)
+        # with half of the weights gone, the others have further to go
+        most = None if sparse else MOST
+        return compensated(
+            weight, sums.hessian, wanted, damping=self._recipe.damping, tokens=sums.tokens, most=most
+        )
 
     def _quantize(self, fates: list[Fate], weights: list[Tensor], sums: Sums) -> Iterator[Solved]:
         recipe, hessian = self._recipe, sums.hessian
         layout = fates[0].layout  # engines load a stage as one: it has one layout
         group_size = len(hessian) if layout.group_size == -1 else layout.group_size
-        target = self._target(weights, sums)
+        target = self._target(weights, sums, sparse=layout.sparse)
         settings: dict[str, Any] = {
             "bits": layout.bits,
             "group_size": group_size,
@@ -290,7 +294,7 @@ class Solve:
     def _prune(self, fates: list[Fate], weights: list[Tensor], sums: Sums) -> Iterator[Solved]:
         recipe, hessian = self._recipe, sums.hessian
         if recipe.method == "sparsegpt":
-            target = self._target(weights, sums).to(weights[0].dtype)
+            target = self._target(weights, sums, sparse=True).to(weights[0].dtype)
             pruned, _ = sparsity.prune(target, hessian, damping=recipe.damping, sweeps=recipe.sweeps)
         else:
             weight = torch.cat(weights)
