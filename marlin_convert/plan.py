@@ -192,7 +192,7 @@ def make_plan(
         recipe = _as_stored(recipe, weights, group_size)
     else:
         recipe = _within_positions(recipe, model)
-    refusals.check_effort(recipe, repack=repack)
+    refusals.check_effort(recipe, repack=repack, experts=bool(structure.experts))
     refusals.check_scales(recipe, repack=repack)
     claimed = set(weights.sparse_linears(manifests.load(checkpoint.directory)))
     refusals.check_sparsity(weights, recipe, claimed, repack=repack)
@@ -229,7 +229,11 @@ def make_plan(
         owner=owner,
         left_out=tuple(left_out),
         beside=tuple(beside(checkpoint.tensors, model)),
-        notes=(*_source_notes(weights, model), *_notes(fates, recipe, weights if repack else None)),
+        notes=(
+            *_source_notes(weights, model),
+            *_expert_notes(structure, fates, recipe),
+            *_notes(fates, recipe, weights if repack else None),
+        ),
         source_bytes=sum(info.end - info.start for info in checkpoint.tensors.values()),
         vocabulary=model.config.get_text_config().vocab_size,
         config=_config(weights, model, recipe, fates),
@@ -327,6 +331,19 @@ def _source_notes(weights: Weights, model: PreTrainedModel) -> Iterator[str]:
     if weights.renamed:
         full, name = next(iter(weights.renamed.items()))
         yield f"{len(weights.renamed)} tensors are written under their full names, {name} as {full}"
+
+
+def _expert_notes(structure: Structure, fates: Mapping[str, Fate], recipe: Recipe) -> Iterator[str]:
+    """Of a mixture of experts: how many there are, and who reads them."""
+    counts = Counter(structure.experts.values())
+    for count, layers in counts.items():
+        yield f"{layers} layers of {count} experts, each calibrated on the tokens that go to it"
+    packed = any(fates[name].packed for path in structure.experts for name in structure.inside(path))
+    if packed and recipe.format in ("marlin", "marlin-24"):
+        yield (
+            f"experts in {recipe.format} are loaded by transformers with marlin-convert, not by vLLM: for that "
+            "--format gptq or compressed-tensors"
+        )
 
 
 def _notes(fates: Mapping[str, Fate], recipe: Recipe, repacked: Weights | None) -> Iterator[str]:

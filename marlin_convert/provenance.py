@@ -36,7 +36,7 @@ STEP = (
 # Layouts that say nothing but codes and scales.
 WITHOUT_MASK = ("marlin", "gptq", "compressed-tensors")
 # What is known of a linear's codes wherever they are copied to.
-OF_CODES: dict[str, type] = {"error": float, "damping": float, "rounded_to_nearest": bool}
+OF_CODES: dict[str, type] = {"error": float, "damping": float, "rounded_to_nearest": bool, "tokens": int}
 
 
 def steps(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -37,8 +37,13 @@ def check_patterns(recipe: Recipe, linears: Sequence[str]) -> None:
                 )
 
 
-def check_effort(recipe: Recipe, *, repack: bool) -> None:
-    """ConvertError for an effort that tunes codes where none are made."""
+def check_effort(recipe: Recipe, *, repack: bool, experts: bool) -> None:
+    """ConvertError for an effort that tunes codes where none are made, or those of experts."""
+    if recipe.effort == "high" and experts:
+        raise ConvertError(
+            "--effort high tunes a model as a whole, and does not know which expert a token is to go to.",
+            "--effort default, which makes up for drift in mixtures of experts too.",
+        )
     if recipe.effort == "high" and recipe.format == "dense":
         raise ConvertError(
             "--effort high tunes codes, and pruning alone makes none.",
@@ -61,7 +66,7 @@ def check_scales(recipe: Recipe, *, repack: bool) -> None:
     if recipe.scales == "positive" and repack:
         raise ConvertError(
             "--scales positive is about scales that are searched, and a repack keeps those of the source.",
-            "--requantize, which solves again from the dequantized weights; verify says which they have.",
+            "--requantize, which solves again from the dequantized weights.",
         )
 
 

@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -106,7 +106,9 @@ def _dense(plan: "Plan") -> list[tuple[str, str | None]]:
     found: dict[tuple[str, str | None], list[str]] = {}
     for fate in plan.dense:
         by_itself = plan.structure.dense.get(fate.name) == fate.reason
-        called = re.sub(r"(?<=\.)\d+(?=\.)", "*", fate.name) if by_itself else fate.name
+        called = fate.name
+        if by_itself or plan.structure.is_of_expert(fate.name):
+            called = re.sub(r"(?<=\.)\d+(?=\.)", "*", called)
         found.setdefault((called, fate.reason), []).append(fate.name)
     return [
         (names[0] + f" and {len(names) - 1} like it" * (len(names) > 1), reason)
@@ -169,6 +171,7 @@ def summary_text(done: "Report", job: "Job") -> str:
         lines.append(f"{'linear':48} {'inputs':>7} {'outputs':>7} {'error':>8}")
         lines += [f"{row['name']:48} {row['k']:7} {row['n']:7} {row['error']:8.4f}" for row in errors[:WORST]]
         lines.append(f"{f'mean of {len(errors)} linears':48} {'':7} {'':7} {mean:8.4f}")
+    lines += few_tokens(rows) if not plan.repack else []
     lines += [f"rounded to nearest: {row['name']}" for row in rows if row.get("rounded_to_nearest")]
     lines += [f"not 2:4: {fate.name}, as {fate.layout.format} ({fate.reason})" for fate in plan.unpruned]
     lines += [f"{_left(plan)}: {names} ({reason})" for names, reason in _dense(plan)]
@@ -192,6 +195,23 @@ def summary_text(done: "Report", job: "Job") -> str:
         source = f"{job.source.name} --source-revision {job.source.commit}"
     lines.append(f"Next: marlin-convert verify {shlex.quote(str(job.output))} --source {source}")
     return "\n".join(lines)
+
+
+def few_tokens(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Which experts the rows of a manifest say fewer tokens went to than they have inputs."""
+    inputs: dict[str, tuple[int, int]] = {}
+    for row in rows:
+        if "tokens" in row:
+            inputs.setdefault(row["name"].rpartition(".")[0], (row["tokens"], row["k"]))
+    few = sorted((tokens, name) for name, (tokens, k) in inputs.items() if tokens < k)
+    if not few:
+        return []
+    (tokens, name), none = few[0], sum(not tokens for tokens, _ in few)
+    return [
+        f"experts: to {len(few)} of {len(inputs)} fewer tokens went than they have inputs, {tokens} to {name}"
+        + (f", none to {none}" if none else "")
+        + "; they were calibrated on others too"
+    ]
 
 
 def _tuned(tuning: dict[str, Any], seconds: float) -> str:

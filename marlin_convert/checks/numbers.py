@@ -46,6 +46,8 @@ def check(
     if strict:
         sparse = bool(subject.weights.sparse_linears(subject.manifest))
         problems += [f"{name} was rounded to nearest" for name in rounded]
+        rows_of = manifest.get("matrices", ())
+        problems += [f"no token went to {row['name']}" for row in rows_of if row.get("tokens") == 0]
         problems += _hidden_problems(manifest.get("divergence", ()), sparse, "the calibration text")
     if original is None and not subject.weights.packed_linears():
         return Check("skipped", "no linear is packed, and no --source was given")

@@ -30,6 +30,9 @@ from marlin_convert.kernels.dequantized import dequantize
 from marlin_convert.kernels.matmul import check_scales, matmul
 
 SCALES = "s"
+# The classes of a layer's experts, by version, and what the last linear of one is called.
+EXPERTS = {"FusedMoE", "RoutedExperts"}
+LAST_OF_EXPERTS = ("down_proj", "w2")
 
 
 def linear_method(
@@ -37,8 +40,15 @@ def linear_method(
 ) -> LinearMethodBase | None:
     """The method of a linear, dense or packed as the config says; None if it is no linear.
 
-    FormatError when what vLLM fuses is not stored in one way.
+    FormatError when what vLLM fuses is not stored in one way, and for packed experts.
     """
+    if EXPERTS & {kind.__name__ for kind in type(layer).__mro__}:
+        if not any(scheme.skips(f"{prefix}.0.{last}") for last in LAST_OF_EXPERTS):
+            raise FormatError(
+                f"{prefix} are experts in MARLIN's layout, for which there is no kernel in vLLM yet.",
+                "marlin-convert quantize DIR -o OTHER --format gptq repacks them exactly.",
+            )
+        return None
     if not isinstance(layer, LinearBase):
         return None
     path, _, name = prefix.rpartition(".")

@@ -71,6 +71,24 @@ class Structure:
         """The linears that engines load as one with a linear, itself among them: a stage, or all experts."""
         return self._together.get(linear, (linear,))
 
+    @cached_property
+    def experts(self) -> dict[str, int]:
+        """How many experts every module of experts has, by its path in the model."""
+        return {
+            f"{self.blocks}.{number}.{part.module}": part.experts
+            for number, parts in enumerate(self.parts)
+            for part in parts
+            if part.experts
+        }
+
+    def is_of_expert(self, linear: str) -> bool:
+        """Whether a linear is an expert's."""
+        return any(linear.startswith(f"{path}.") for path in self.experts)
+
+    def inside(self, experts: str) -> list[str]:
+        """The linears of a module of experts, by their paths in the model."""
+        return [name for name in self._stages if name.startswith(f"{experts}.")]
+
     def block_of(self, name: str) -> int | None:
         """The number of the block that a module or tensor is inside of, None if it is in no block."""
         number, _, rest = name.removeprefix(f"{self.blocks}.").partition(".")

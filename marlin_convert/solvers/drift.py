@@ -17,9 +17,9 @@ from marlin_convert.solvers.hessian import bf16_products, product
 # too well where there are few tokens for each of its inputs.
 SHARE = 0.75
 OVERFIT = 16
-# And how far at most for one output, as a share of its weights' norm: where tokens go to other experts than the
-# original's, the residual has drifted beyond what an output could be meant to make up for. In SmolLM2-135M 5
-# outputs of 10,000 go further than half of this.
+# And how far at most for one output, as a share of the norm of its weights: where tokens go to other experts
+# than in the original, the residual has drifted beyond what an output is there to make up for. In SmolLM2-135M
+# 5 outputs of 10,000 go further than half of this.
 MOST = 0.5
 
 
