@@ -341,7 +341,7 @@ def _expert_notes(structure: Structure, fates: Mapping[str, Fate], recipe: Recip
     packed = any(fates[name].packed for path in structure.experts for name in structure.inside(path))
     if packed and recipe.format in ("marlin", "marlin-24"):
         yield (
-            f"experts in {recipe.format} are loaded by transformers with marlin-convert, not by vLLM: for that "
+            f"experts in {recipe.format} load in transformers with marlin-convert, not in vLLM, which takes "
             "--format gptq or compressed-tensors"
         )
 

@@ -54,6 +54,8 @@ GEMMA_3N = {
     **SLIDING,
 }
 
+EXPERTS = {"moe_intermediate_size": 128, "num_experts_per_tok": 2}
+
 ABSENT = object()
 # what differs from SMALL, by type
 TEXT: dict[str, dict[str, Any]] = {
@@ -64,17 +66,28 @@ TEXT: dict[str, dict[str, Any]] = {
     "codegen": {"rotary_dim": 16},
     "cohere2": SLIDING,
     "diffllama": {},
+    "deepseek_v3": {
+        **LATENT,
+        **EXPERTS,
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+    },
     "exaone4": SLIDING,
     "falcon": {"head_dim": ABSENT, "new_decoder_architecture": True},
     "falcon_h1": MAMBA,
     "gemma3n_text": GEMMA_3N,
     "gemma4_unified_text": {"num_kv_shared_layers": 2, "global_head_dim": 32, **SLIDING},
     "gpt_bigcode": {"n_inner": 256},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, **SLIDING},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 8},
     "gpt_neox": {},
     "gptj": {"rotary_dim": 16},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False},
     "minicpm3": LATENT,
+    "mixtral": {"num_local_experts": 4},
     "modernbert-decoder": {"local_attention": 8},
     "mpt": {},
     "nemotron": {},
@@ -82,6 +95,8 @@ TEXT: dict[str, dict[str, Any]] = {
     "olmo_hybrid": DELTA,
     "opt": {"ffn_dim": 256, "word_embed_proj_dim": 128},
     "qwen3_5_text": DELTA,
+    "qwen3_moe": {**EXPERTS, "num_experts": 4},
+    "qwen3_next": {**DELTA, **EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 128},
     "recurrent_gemma": {"lru_width": 128, "attention_window_size": 8},
     "starcoder2": {},
     "xglm": {"ffn_dim": 256},

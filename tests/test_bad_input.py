@@ -225,7 +225,6 @@ DAMAGES: list[Any] = [
     (config(model_type="vit"), ["'vit' is no language model"]),
     (config(num_hidden_layers=10**9), ["num_hidden_layers = 1000000000, more than 1000"]),
     (config(num_labels=10**9), ["num_labels = 1000000000, more than 1000"]),
-    (config(model_type="qwen3_moe", num_experts=4), ["'qwen3_moe' is a mixture of experts"]),
     (config(hidden_size="wide"), ["config.json"]),
     (config(rope_parameters=tiny_models.LLAMA3_ROPE | {"low_freq_factor": True}), ["config.json"]),
     (config(hidden_size=0), ["config.json"]),
@@ -365,18 +364,6 @@ def test_a_shape_the_format_cannot_hold(
     model = tiny_models.save(tiny_models.build("qwen3", **changes), tmp_path / "model")
     sentence = refused(cli, model, tmp_path / "out", "--calibration", text, *words)
     assert all(part in sentence for part in said), sentence
-
-
-@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe"])
-def test_a_mixture_of_experts(family: str, cli: Cli, tmp_path: Path) -> None:
-    settings = getattr(transformers, f"{family}Config")(
-        **tiny_models.SMALL, num_local_experts=2, num_experts=2, num_experts_per_tok=1,
-        moe_intermediate_size=128,
-    )  # fmt: skip
-    model = transformers.AutoModelForCausalLM.from_config(settings)
-    source = tiny_models.save(model, tmp_path / "model")
-    sentence = refused(cli, source, tmp_path / "out")
-    assert f"'{settings.model_type}' is a mixture of experts" in sentence
 
 
 def test_a_model_without_blocks(cli: Cli, tmp_path: Path) -> None:

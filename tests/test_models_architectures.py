@@ -165,16 +165,3 @@ def test_an_unknown_type_is_refused_by_name(config: dict) -> None:
 def test_what_is_no_language_model_is_refused_by_name() -> None:
     with pytest.raises(SourceError, match="'vit' is no language model"):
         check_type({"model_type": "vit"})
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"model_type": "mixtral", "num_local_experts": 4},
-        {"model_type": "qwen3_moe", "num_experts": 4},
-        {"model_type": "qwen3_vl_moe", "text_config": {"num_experts": 4}},
-    ],
-)
-def test_a_mixture_of_experts_is_refused_by_name(config: dict) -> None:
-    with pytest.raises(SourceError, match=f"'{config['model_type']}' is a mixture of experts"):
-        check_type(config)

@@ -117,7 +117,10 @@ def test_what_is_added_to_a_residual_gives_the_sum_that_was_found(model_type: st
 
 @pytest.mark.parametrize("model_type", DIVERSE)
 def test_block_after_block_the_logits_are_those_of_the_whole_model(model_type: str, tmp_path: Path) -> None:
-    """Bit for bit, for several texts, whether everything is kept between the stages or nothing."""
+    """Bit for bit, for several texts, whether everything is kept between the stages or nothing.
+
+    But for experts, who multiply the tokens of several micro-batches at once, and gate and up apart.
+    """
     whole = diverse_models.build(model_type)
     with torch.no_grad():
         expected = [whole(input_ids=ids, use_cache=False).logits for ids in IDS.split(2)]
@@ -140,7 +143,9 @@ def test_block_after_block_the_logits_are_those_of_the_whole_model(model_type: s
             assert tuple(seen) == model.structure.stages(number) != ()
             model.unload(number)
         for i, (ids, logits) in enumerate(zip(hidden.batches, expected, strict=True)):
-            assert torch.equal(model.logits(ids, hidden.state(i)), logits)
+            found = model.logits(ids, hidden.state(i))
+            assert torch.equal(found, logits) or model.structure.experts
+            torch.testing.assert_close(found, logits, atol=1e-5, rtol=1e-4)
             for row, state in enumerate(hidden.samples(i)):
                 torch.testing.assert_close(model.logits(ids[row : row + 1], state)[0], logits[row])
 
@@ -249,8 +254,7 @@ def test_a_block_may_write_into_the_hidden_states_it_is_handed(tmp_path: Path) -
         ("bert", {}, "is an encoder"),
         ("zamba", {"num_hidden_layers": 2, "layers_block_type": 2 * ZAMBA}, "share weights"),
         ("hrm_text", {"num_hidden_layers": 2, "H_cycles": 1, "L_cycles": 1}, "two lists of blocks"),
-        ("mixtral", {}, "is a mixture of experts"),
-        ("gpt_oss", {}, "is a mixture of experts"),
+        ("llama4_text", {}, "has experts of a kind of its own"),
         (
             "mllama",
             {"text_config": {"num_hidden_layers": 4, "cross_attention_layers": [3]}},

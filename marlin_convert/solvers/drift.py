@@ -18,8 +18,8 @@ from marlin_convert.solvers.hessian import bf16_products, product
 SHARE = 0.75
 OVERFIT = 16
 # And how far at most for one output, as a share of the norm of its weights: where tokens go to other experts
-# than in the original, the residual has drifted beyond what an output is there to make up for. In SmolLM2-135M
-# 5 outputs of 10,000 go further than half of this.
+# than in the original, the residual has drifted beyond what an output is there to make up for. Of SmolLM2's
+# outputs 5 in 10,000 go further than half of this.
 MOST = 0.5
 
 
