@@ -58,11 +58,9 @@ class Experts(nn.Module):
         """Add an expert's answer (chosen, k) to the total (tokens, k)."""
         total.index_add_(0, tokens, (answer * shares[:, None]).to(total.dtype))
 
-    def linear(self, number: int, role: str) -> nn.Linear:
-        """The linear of an expert by its role."""
-        found = self.get_submodule(f"{number}.{role}")
-        assert isinstance(found, nn.Linear)
-        return found
+    def linear(self, number: int, role: str) -> nn.Module:
+        """The linear of an expert by its role, dense or packed."""
+        return self.get_submodule(f"{number}.{role}")
 
     def inner(self, number: int, x: Tensor) -> Tensor:
         """What the last linear of an expert reads, for inputs x (tokens, k)."""
@@ -124,6 +122,7 @@ def _take_apart(path: str, module: Any, known: list[WeightConverter]) -> None:
         Stacked(f"{path}.{last}_bias", names[-1:], (outputs,), False),
     )
     module.__class__ = type("Experts", (Experts, type(module)), {})
+    module._is_hf_initialized = True  # _init_weights looks for what was stacked
     for number in range(count):
         expert = nn.Module()
         for role in names[:-1]:

@@ -171,7 +171,7 @@ class BlockWalk:
                     self._outputs[part.module, i] = output
         for number in range(part.experts):
             first, last = part.stages[2 * number : 2 * number + 2]
-            pieces = list(chosen(ways, number, experts.linear(number, experts.roles[0]).in_features))
+            pieces = list(chosen(ways, number, self._entering[0].x.shape[-1]))
             if first in self._stages:
                 for piece in pieces:
                     yield self._of_expert(first, gathered(self._entering, piece), piece)
