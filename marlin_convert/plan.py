@@ -22,6 +22,7 @@ from marlin_convert.fates import DTYPES, fates_of
 from marlin_convert.formats import mixtures
 from marlin_convert.matrix import Fate, Matrix, dense
 from marlin_convert.models.discover import discover
+from marlin_convert.models.experts import experts_of
 from marlin_convert.models.names import beside
 from marlin_convert.models.structure import Stage, Structure
 from marlin_convert.models.tree import check_names, claims_tied, module_tree
@@ -253,7 +254,12 @@ def _config(
     if any(fate.packed for fate in fates.values()):
         layout = formats.FORMATS[recipe.format]
         config["quantization_config"] = layout.quantization_config(
-            [*fates.values(), *_as_in_files(weights, fates), *_tied_head(model, fates)]
+            [
+                *fates.values(),
+                *_as_in_files(weights, fates),
+                *_tied_head(model, fates),
+                *_routers(weights, model),
+            ]
         )
     return config
 
@@ -264,6 +270,19 @@ def _as_in_files(weights: Weights, fates: Mapping[str, Fate]) -> Iterator[Fate]:
         called = weights.on_disk(f"{name}.weight").removesuffix(".weight")
         if not fate.packed and called != name:
             yield replace(fate, matrix=replace(fate.matrix, name=called))
+
+
+def _routers(weights: Weights, model: PreTrainedModel) -> Iterator[Fate]:
+    """What sends tokens to experts, by both of its names: no linears here, but engines take them for some."""
+    around = {path.rpartition(".")[0] for path, _ in experts_of(model)}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is None or weight.dim() != 2 or isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+            continue
+        if any(name.startswith(f"{path}.") for path in around):
+            called = weights.on_disk(f"{name}.weight").removesuffix(".weight")
+            for one in dict.fromkeys((name, called)):
+                yield dense(Matrix(one, weight.shape[1], weight.shape[0]), "float16", "a router")
 
 
 def _tied_head(model: PreTrainedModel, fates: Mapping[str, Fate]) -> Iterator[Fate]:
@@ -337,7 +356,7 @@ def _expert_notes(structure: Structure, fates: Mapping[str, Fate], recipe: Recip
     """Of a mixture of experts: how many there are, and who reads them."""
     counts = Counter(structure.experts.values())
     for count, layers in counts.items():
-        yield f"{layers} layers of {count} experts, each calibrated on the tokens that go to it"
+        yield f"{layers} layers of {count} experts, each calibrated on the tokens that go to it; the routers stay"
     packed = any(fates[name].packed for path in structure.experts for name in structure.inside(path))
     if packed and recipe.format in ("marlin", "marlin-24"):
         yield (
