@@ -20,6 +20,9 @@ SIZES_OF_24 = (128, -1)
 # Formats in which one size is right for all matrices: their readers know no other.
 ONE_SIZE = ("gptq", "marlin-24")
 
+# Words that a pattern may be.
+SHORT = {"experts": "*.experts.*"}
+
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -76,16 +79,22 @@ def _left(
 ) -> str | None:
     """Why a linear is left as it is, None if it is not."""
     pattern = _matching(name, recipe.skip)
+    others = bool(recipe.only) and not _matching(name, recipe.only)
     if repack and weights.is_packed(name):
-        if pattern:
+        if pattern or others:
+            by = f"--skip {pattern!r} matches" if pattern else f"--only {recipe.only[0]!r} leaves out"
             raise ConvertError(
-                f"--skip {pattern!r} matches {name}, which is quantized in the source.",
+                f"{by} {name}, which is quantized in the source.",
                 "a repack keeps what is quantized; start from the original model to leave it dense.",
             )
         return None
     if repack:
         return "dense in the source"
-    return f"skipped by {pattern!r}" if pattern else reasons.get(name)
+    return (
+        f"skipped by {pattern!r}"
+        if pattern
+        else reasons.get(name) or ("not among --only" if others else None)
+    )
 
 
 def _layout(
@@ -167,4 +176,9 @@ def _sparse(
 
 def _matching(name: str, patterns: Sequence[str]) -> str | None:
     """The first pattern that a name matches."""
-    return next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None)
+    return next((pattern for pattern in patterns if matching(pattern, [name])), None)
+
+
+def matching(pattern: str, names: Sequence[str]) -> list[str]:
+    """The names that a pattern of --only, --skip or --unpruned matches."""
+    return [name for name in names if fnmatchcase(name, SHORT.get(pattern, pattern))]

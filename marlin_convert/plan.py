@@ -356,7 +356,7 @@ def _expert_notes(structure: Structure, fates: Mapping[str, Fate], recipe: Recip
     """Of a mixture of experts: how many there are, and who reads them."""
     counts = Counter(structure.experts.values())
     for count, layers in counts.items():
-        yield f"{layers} layers of {count} experts, each calibrated on the tokens that go to it; the routers stay"
+        yield f"{layers} layers of {count} experts, each calibrated on the tokens that go to it; routers stay"
     packed = any(fates[name].packed for path in structure.experts for name in structure.inside(path))
     if packed and recipe.format in ("marlin", "marlin-24"):
         yield (

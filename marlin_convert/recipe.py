@@ -21,7 +21,7 @@ SCALES = ("signed", "positive")
 EFFORTS = ("fast", "default", "high")
 METHODS = ("sparsegpt", "wanda", "magnitude")
 # The settings that a repack heeds; the others are about how codes are made.
-REPACKED = ("format", "bits", "group_size", "overrides", "skip", "unpruned", "dtype")
+REPACKED = ("format", "bits", "group_size", "overrides", "only", "skip", "unpruned", "dtype")
 BITS = (4, 8)
 GROUP_SIZES = ("auto", 128, 64, 32, -1)
 MOST = 10**9  # of anything that is counted
@@ -56,6 +56,7 @@ class Recipe:
     group_size: int | str = "auto"
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     scales: str = "signed"
+    only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
     sparsity: str = "none"
     method: str = "sparsegpt"
@@ -108,7 +109,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON and YAML can hold them."""
-        return asdict(self) | {"skip": list(self.skip), "unpruned": list(self.unpruned)}
+        return asdict(self) | {name: list(getattr(self, name)) for name in ("only", "skip", "unpruned")}
 
     def dump(self) -> str:
         """The recipe as YAML that `load` reads back."""

@@ -3,14 +3,13 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from fnmatch import fnmatchcase
 
 import torch
 
 from marlin_convert import formats
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.errors import ConvertError, FormatError
-from marlin_convert.fates import refusal
+from marlin_convert.fates import matching, refusal
 from marlin_convert.formats import bounds
 from marlin_convert.matrix import Fate, by_name
 from marlin_convert.recipe import Recipe
@@ -25,12 +24,13 @@ Together = Mapping[str, Sequence[str]]  # the linears of each linear's stage, wh
 def check_patterns(recipe: Recipe, linears: Sequence[str]) -> None:
     """ConvertError for a pattern of the recipe that matches no linear."""
     for option, patterns in (
+        ("--only", recipe.only),
         ("--skip", recipe.skip),
         ("--unpruned", recipe.unpruned),
         ("the recipe's overrides:", recipe.overrides),
     ):
         for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in linears):
+            if not matching(pattern, linears):
                 raise ConvertError(
                     f"{option} {pattern!r} matches no linear of the blocks.",
                     f"their names are like {linears[0]!r}.",

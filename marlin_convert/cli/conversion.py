@@ -33,6 +33,12 @@ def conversion_options(command: Callable) -> Callable:
             help="Settings to start from.",
         ),
         click.option(
+            "--only",
+            multiple=True,
+            metavar="PATTERN",
+            help="Leave all but matching linears as they are (experts: those of a mixture); repeatable.",
+        ),
+        click.option(
             "--skip", multiple=True, metavar="PATTERN", help="Leave matching linears as they are; repeatable."
         ),
         click.option(

@@ -83,7 +83,7 @@ def quantize(
     size, bits = settings["group_size"], settings["bits"]
     asked = int(size) if size not in (None, "auto") else None
     settings |= {"group_size": asked or size, "bits": int(bits) if bits else None}
-    settings |= {name: settings[name] or None for name in ("skip", "unpruned")}
+    settings |= {name: settings[name] or None for name in ("only", "skip", "unpruned")}
     start = recipes.load(recipe)
     if settings["sparsity"] and not settings["format"] and start.format == "marlin":
         settings["format"] = "marlin-24"

@@ -49,7 +49,7 @@ def sparsify(
         from marlin_convert.hub import resolve
 
     check_report(report)
-    settings["skip"] = settings["skip"] or None
+    settings |= {name: settings[name] or None for name in ("only", "skip")}
     chosen, where = recipes.load(recipe).changed(settings), pick_device(device)
     job = story.Job(
         source=resolve(model, revision, code=trust_remote_code),
