@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from marlin_convert.calibration import calibrate
 
 TOKENIZER = Path(__file__).parents[1] / "examples" / "tinypy-4m"
-LENGTH, BATCH = 256, 16
+LENGTH, BATCH = 256, 8
 RATE = 3e-3
 
 

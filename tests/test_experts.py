@@ -201,7 +201,7 @@ GATE = "model.layers.1.mlp.experts.2.gate_proj.weight"
     "change, config, said",
     [
         (without(GATE), {}, f"{GATE} of the architecture not in"),
-        (lambda x: x | {GATE: torch.zeros(64, 128)}, {}, f"{GATE} has shape (64, 128), its config.json means"),
+        (lambda x: x | {GATE: torch.zeros(64, 128)}, {}, f"{GATE} has shape (64, 128), its config"),
         (lambda x: x, {"num_local_experts": 8}, "of the architecture not in"),
         (lambda x: x, {"num_local_experts": 2}, "mlp.gate.weight has shape (4, 128), its config.json"),
         (lambda x: x, {"num_experts_per_tok": 9}, "does not run on the ids of a text alone"),

@@ -22,15 +22,6 @@ CHANGES: dict[str, dict[str, Any]] = {
     "gemma3": {"vocab_size": 4224, "query_pre_attn_scalar": 32},
     "qwen3_moe": {"vocab_size": 4224},
     "mixtral": {"vocab_size": 4224},
-    "deepseek_v3": {
-        "vocab_size": 4224,
-        "q_lora_rank": 128,
-        "kv_lora_rank": 128,
-        "qk_rope_head_dim": 64,
-        "head_dim": 64,
-        "qk_nope_head_dim": 64,
-        "v_head_dim": 64,
-    },
     "mistral3": {"vocab_size": 4224},
     "qwen3_5": DELTA,
 }

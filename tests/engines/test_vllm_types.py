@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.engines, needs_avx512]
 # vLLM refuses float16 for Gemma 3, and its mixer of Qwen3.5 on a CPU takes nothing else
 BFLOAT16 = ("gemma3_text", "gemma3", "qwen3_5_text", "qwen3_5")
 # of experts in gptq it makes biases, and takes away those that are not in the files
-EXPERTS = ("qwen3_moe", "mixtral", "deepseek_v3")
+EXPERTS = ("qwen3_moe", "mixtral")  # on a CPU it has no kernel for those of DeepSeek
 ON_TORCHVISION = (*served_models.PICTURES, "qwen3_5_text")
 STRICT = {"model_loader_extra_config": {"enable_weights_track": True}, "enforce_eager": True}
 
@@ -61,8 +61,11 @@ def ask(checkpoint: Path, model_type: str, out: Path, *, tracked: bool = True, *
 
 
 def tolerance(model_type: str) -> float:
-    """Numbers of bfloat16 are eight times coarser."""
-    return 8 * TOLERANCE if model_type in BFLOAT16 else TOLERANCE
+    """Numbers of bfloat16 are eight times coarser; in float16 some tokens that are near a tie change experts.
+
+    Two experts of one layer changed for one another make 0.3 of Qwen3's, 0.8 of Mixtral's.
+    """
+    return (8 if model_type in BFLOAT16 else 10 if model_type in EXPERTS else 1) * TOLERANCE
 
 
 @pytest.mark.parametrize("format", ["gptq", "compressed-tensors", "marlin"])
