@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from marlin_convert.matrix import Fate
 from marlin_convert.models.blocks import bf16_units, rounding_linear
 from marlin_convert.models.hidden import TOKENS as BATCH
 from marlin_convert.models.memory import memory_for_activations
@@ -41,51 +42,85 @@ class Estimate:
 
 
 @dataclass(frozen=True)
+class _Stage:
+    """The linears of a block that read k inputs, n outputs in all: `count` of them that are solved apart.
+
+    `share` is that of the tokens that each of these sees: experts do not see all.
+    """
+
+    k: int
+    n: int
+    share: float = 1.0
+    count: int = 1
+
+
+@dataclass(frozen=True)
 class _Work:
     """What there is to do in a block: products of a token with weights (k, n), Hessians of inputs k."""
 
     tokens: int
     length: int
-    stages: dict[int, int]  # the outputs of the linears that read k inputs
+    stages: list["_Stage"]
     attention: int  # inputs of the attention's last linear: the heads side by side
 
     @property
-    def weights(self) -> int:
-        return sum(k * n for k, n in self.stages.items())
+    def weights(self) -> float:
+        """Of those that a token meets."""
+        return sum(one.share * one.k * one.n for one in self.stages)
 
     @property
     def hessians(self) -> float:
         """Multiply-adds of x^T x, of which half is the mirror of the other."""
-        return self.tokens * sum(k * (k + 512) / 2 for k in self.stages)
+        return self.tokens * sum(one.share * one.count * one.k * (one.k + 512) / 2 for one in self.stages)
 
     @property
     def products(self) -> float:
         """Multiply-adds of what is wanted of the inputs, x^T x0 or x^T y0."""
-        return self.tokens * sum(k * min(k, n) for k, n in self.stages.items())
+        return self.tokens * sum(one.share * one.k * min(one.count * one.k, one.n) for one in self.stages)
 
 
 def estimate(plan: Plan, device: torch.device) -> Estimate:
     """Seconds from the work counted and the speeds measured; memory from the largest things held."""
-    block = plan.worked_on_in(0) or list(plan.fates.values())
+    number = max(range(plan.blocks), key=lambda i: sum(fate.k * fate.n for fate in plan.worked_on_in(i)))
+    block = plan.worked_on_in(number) or list(plan.fates.values())
     if plan.repack:
         return Estimate(plan.output_bytes / REPACKED, 12.0 * max(fate.k * fate.n for fate in block))
-    stages = {fate.k: sum(other.n for other in block if other.k == fate.k) for fate in block}
+    stages = _stages(plan, block)
     last = next(part for parts in plan.structure.parts for part in parts).last[0]
-    heads = next((fate.k for fate in plan.fates.values() if fate.name.endswith("." + last)), min(stages))
+    heads = next(
+        (fate.k for fate in plan.fates.values() if fate.name.endswith("." + last)),
+        min(one.k for one in stages),
+    )
     recipe = plan.recipe
     work = _Work(recipe.samples * recipe.sequence_length, recipe.sequence_length, stages, heads)
     of_a_block = _on_gpu if device.type == "cuda" else _on_cpu
     seconds = plan.blocks * of_a_block(plan, work, device)
-    hidden = 2.0 * work.tokens * min(stages) * (2 if plan.compensates else 1)
+    hidden = 2.0 * work.tokens * min(one.k for one in stages) * (2 if plan.compensates else 1)
+    if plan.structure.experts:  # what enters them is kept beside it
+        hidden *= 2
     if plan.sparsity:
         seconds *= PRUNING
     width = max(fate.n for fate in block)
-    held = 24.0 * max(k * n for k, n in stages.items()) + 12.0 * max(stages) ** 2
-    memory = hidden + held + 2.0 * work.weights + 12.0 * BATCH[device.type] * width
+    held = 24.0 * max(one.k * one.n / one.count for one in stages) + 12.0 * max(one.k for one in stages) ** 2
+    held += 3.0 * sum(
+        one.k * one.n for one in stages if one.count > 1
+    )  # codes of all experts, and new weights
+    memory = hidden + held + 2.0 * sum(one.k * one.n for one in stages) + 12.0 * BATCH[device.type] * width
     if plan.tunes:
         seconds += _tuning(plan, device)
         memory = max(memory, tuning_memory(plan, device))
     return Estimate(seconds, memory)
+
+
+def _stages(plan: Plan, block: list[Fate]) -> list[_Stage]:
+    """The stages of a block, those of one width as one."""
+    found: dict[tuple[int, bool], _Stage] = {}
+    for fate in block:
+        part = plan.structure.part_of_experts(fate.name)
+        before = found.get((fate.k, part is not None), _Stage(fate.k, 0))
+        count, share = (part.experts, part.choices / part.experts) if part else (1, 1.0)
+        found[fate.k, part is not None] = _Stage(fate.k, before.n + fate.n, share, count)
+    return list(found.values())
 
 
 def tuning_memory(plan: Plan, device: torch.device) -> float:
@@ -134,7 +169,7 @@ def _tuning(plan: Plan, device: torch.device) -> float:
 def _on_gpu(plan: Plan, work: _Work, device: torch.device) -> float:
     """Seconds of a block where products in 16 bits are nearly all there is to do."""
     rate = _rate(device)
-    solving = sum((0.5 + plan.recipe.sweeps) * k * k * n for k, n in work.stages.items())
+    solving = sum((0.5 + plan.recipe.sweeps) * one.k * one.k * one.n for one in work.stages)
     walks = 2 if plan.compensates else 1
     sums = 2 * work.hessians + (work.products if plan.compensates else 0)
     return OVERHEAD * (walks * work.tokens * work.weights + sums + solving) / rate
@@ -171,7 +206,7 @@ def _on_cpu(plan: Plan, work: _Work, device: torch.device) -> float:
     # what does not stay in memory between the stages of a block is computed again
     kept = memory_for_activations(device) / (plan.dtype.itemsize * work.tokens * (3 * work.attention))
     again = 1 + max(0.0, 1 - kept)
-    elementwise = work.tokens * sum(8 * k + 2 * n for k, n in work.stages.items())
+    elementwise = work.tokens * sum(one.share * (8 * one.k + 2 * one.n) for one in work.stages)
     forward = again * (work.tokens * work.weights * product + attention + elementwise * between)
     if not plan.compensates:
         return forward + work.hessians * squares + _solving(plan, work)
@@ -190,9 +225,9 @@ def _solving(plan: Plan, work: _Work) -> float:
     rate = 128 * SIZE * SIZE / _seconds(lambda: torch.addmm(a[:128], a[:128], a))
     k, few, many = 256, 128, 1024
 
-    def products(k: int, n: int) -> float:
+    def products(k: int, n: int, count: int = 1) -> float:
         # a sweep of half the rows, the others of all, two energies; the factorisation runs at half the rate
-        return (k * k * n * (2.5 + plan.recipe.sweeps) + k**3 / 3) / rate
+        return (k * k * n * (2.5 + plan.recipe.sweeps) + count * k**3 / 3) / rate
 
     def solve(n: int) -> float:
         weight, hessian = torch.randn(n, k), torch.eye(k)
@@ -201,7 +236,10 @@ def _solving(plan: Plan, work: _Work) -> float:
     narrow, wide = solve(few), solve(many)
     of_a_weight = max(0.0, wide - narrow) / (k * (many - few))
     of_a_row = max(0.0, narrow / k - few * of_a_weight)
-    return sum(products(k, n) + k * of_a_row + k * n * of_a_weight for k, n in work.stages.items())
+    return sum(
+        products(one.k, one.n, one.count) + one.count * one.k * of_a_row + one.k * one.n * of_a_weight
+        for one in work.stages
+    )
 
 
 def _seconds(call: Callable[[], object]) -> float:

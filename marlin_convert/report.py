@@ -107,7 +107,7 @@ def _dense(plan: "Plan") -> list[tuple[str, str | None]]:
     for fate in plan.dense:
         by_itself = plan.structure.dense.get(fate.name) == fate.reason
         called = fate.name
-        if by_itself or plan.structure.is_of_expert(fate.name):
+        if by_itself or plan.structure.part_of_experts(fate.name):
             called = re.sub(r"(?<=\.)\d+(?=\.)", "*", called)
         found.setdefault((called, fate.reason), []).append(fate.name)
     return [

@@ -200,6 +200,14 @@ def _takes(model: PreTrainedModel) -> str:
     return ", it takes images too" if hasattr(model.config, "vision_config") else ""
 
 
+def _is_another(path: str, experts: Mapping[str, Experts]) -> bool:
+    """Whether this is of an expert that is not the first of its layer, which is run for all."""
+    parts = path.split(".")
+    return any(
+        part.isdecimal() and part != "0" and ".".join(parts[:i]) in experts for i, part in enumerate(parts)
+    )
+
+
 def _storage(x: Tensor) -> int:
     """What two tensors have in common that are views of one."""
     return x.untyped_storage()._cdata
@@ -223,6 +231,8 @@ def _same_memory(one: Any, other: Any) -> bool:
 
 def _run(model: PreTrainedModel) -> tuple[list[_Call], _Reads, dict[str, int]]:
     """Every call of a module in the order they began, what was made from what, and where tensors were."""
+    experts = dict(experts_of(model))
+    met = [(path, module) for path, module in model.named_modules() if not _is_another(path, experts)]
     calls: list[_Call] = []
     running: list[_Call] = []
     reads = _Reads()
@@ -240,9 +250,9 @@ def _run(model: PreTrainedModel) -> tuple[list[_Call], _Reads, dict[str, int]]:
         running.pop().output = output
 
     with ExitStack() as stack:
-        for module in model.modules():  # some keep tensors from call to call, here without values
+        for _, module in met:  # some keep tensors from call to call, here without values
             stack.callback(vars(module).update, dict(vars(module)))
-        for path, module in model.named_modules():
+        for path, module in met:
             for handle in (
                 module.register_forward_pre_hook(begins(path), with_kwargs=True),
                 module.register_forward_hook(ends),
@@ -257,6 +267,7 @@ def _run(model: PreTrainedModel) -> tuple[list[_Call], _Reads, dict[str, int]]:
         tensors = {
             name: torch.empty(tensor.shape, dtype=tensor.dtype)
             for name, tensor in (*model.named_parameters(), *model.named_buffers())
+            if not _is_another(name, experts)
         }
         stack.enter_context(reads)
         text = {"input_ids": torch.zeros(SHAPE, dtype=torch.long), "use_cache": False}
@@ -422,7 +433,8 @@ def _parts(
     ordered = [tuple(stage) for stage in stages.values()]
     while ordered:
         if (of := experts.get(f"{block}.{ordered[0][0]}")) is not None:
-            yield _part_of_experts(ordered[0][0], of)
+            (call,) = (call for call in calls if call.path == f"{block}.{ordered[0][0]}")
+            yield _part_of_experts(ordered[0][0], of, call)
             ordered = ordered[1:]
             continue
         child = ordered[0][0].partition(".")[0]
@@ -443,15 +455,16 @@ def _parts(
         yield part
 
 
-def _part_of_experts(path: str, experts: Experts) -> Part:
+def _part_of_experts(path: str, experts: Experts, call: _Call) -> Part:
     """The part of a module of experts: two stages for each of them, one expert after another."""
+    index = call.args[1] if len(call.args) > 1 else call.kwargs["top_k_index"]
     *first, last = experts.roles
     stages = [
         tuple(f"{path}.{number}.{role}" for role in roles)
         for number in range(experts.count)
         for roles in (first, (last,))
     ]
-    return Part(path, tuple(stages), experts=experts.count)
+    return Part(path, tuple(stages), experts=experts.count, choices=index.shape[-1])
 
 
 def _residual(

@@ -27,8 +27,8 @@ class Part:
     no submodule ends with make a part whose `module` is "". `residual` is what the output is added to; it is
     None where something stands between, as the norms of Gemma 2.
 
-    `experts` says that the module is one of so many experts, among whom the inputs are divided: two stages
-    for each of them.
+    `experts` says that the module is one of so many experts, and `choices` to how many of them an input goes:
+    two stages for each.
     """
 
     module: str
@@ -36,6 +36,7 @@ class Part:
     pair: bool = False
     residual: Residual | None = None
     experts: int = 0
+    choices: int = 0
 
     @property
     def last(self) -> Stage:
@@ -81,9 +82,20 @@ class Structure:
             if part.experts
         }
 
-    def is_of_expert(self, linear: str) -> bool:
-        """Whether a linear is an expert's."""
-        return any(linear.startswith(f"{path}.") for path in self.experts)
+    def part_of_experts(self, linear: str) -> Part | None:
+        """The part of the experts that a linear is one's of, if it is."""
+        return self._parts_of_experts.get(linear)
+
+    @cached_property
+    def _parts_of_experts(self) -> dict[str, Part]:
+        return {
+            f"{self.blocks}.{number}.{linear}": part
+            for number, parts in enumerate(self.parts)
+            for part in parts
+            if part.experts
+            for stage in part.stages
+            for linear in stage
+        }
 
     def inside(self, experts: str) -> list[str]:
         """The linears of a module of experts, by their paths in the model."""
