@@ -18,7 +18,7 @@ from marlin_convert.calibration import calibrate
 
 TOKENIZER = Path(__file__).parents[1] / "examples" / "tinypy-4m"
 LENGTH, BATCH = 256, 8
-RATE = 3e-3
+RATE = 1e-3
 
 
 def main() -> None:

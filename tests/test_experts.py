@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from marlin_convert import solve
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.models import routing
@@ -183,6 +184,61 @@ def test_one_group_size_for_all_experts_of_a_layer(source, cli: Cli, tmp_path) -
     for row in json.loads(done.stdout)["matrices"]:
         sizes.setdefault(".experts." in row["name"], set()).add(row["group_size"])
     assert sizes == {True: {64}, False: {128}}
+
+
+def test_a_stopped_run_goes_on_to_the_same_bytes(source, cli: Cli, tmp_path, monkeypatch) -> None:
+    model, whole, output = source("mixtral"), tmp_path / "whole", tmp_path / "out"
+    words = ("quantize", model, "--format", "gptq", *SMALL)
+    assert cli(*words, "-o", whole).exit_code == 0
+    block = solve.Solve.block
+
+    def stopped(self: solve.Solve, number: int) -> Any:
+        if number == 2:
+            raise KeyboardInterrupt
+        return block(self, number)
+
+    monkeypatch.setattr(solve.Solve, "block", stopped)
+    assert cli(*words, "-o", output).exit_code == 130 and not output.exists()
+    monkeypatch.undo()
+    assert cli(*words, "-o", output, "--resume").exit_code == 0
+    assert (output / SHARD).read_bytes() == (whole / SHARD).read_bytes()
+    manifests = [json.loads((path / "marlin_convert.json").read_text()) for path in (whole, output)]
+    assert manifests[0]["matrices"] == manifests[1]["matrices"]
+
+
+def test_repacks_are_exact(source, cli: Cli, tmp_path) -> None:
+    made = tmp_path / "gptq"
+    assert cli("quantize", source("mixtral"), "-o", made, "--format", "gptq", *SMALL).exit_code == 0
+    for format, before, after in (
+        ("compressed-tensors", made, "ct"),
+        ("marlin", "ct", "marlin"),
+        ("gptq", "marlin", "again"),
+    ):
+        done = cli("quantize", tmp_path / before, "-o", tmp_path / after, "--format", format)
+        assert done.exit_code == 0, done.stderr
+    first, last = load_file(made / SHARD), load_file(tmp_path / "again" / SHARD)
+    assert first.keys() == last.keys() and all(torch.equal(first[name], last[name]) for name in first)
+    manifests = [
+        json.loads((path / "marlin_convert.json").read_text()) for path in (made, tmp_path / "again")
+    ]
+    tokens = [{row["name"]: row.get("tokens") for row in one["matrices"]} for one in manifests]
+    assert tokens[0] == tokens[1]
+
+
+def test_two_experts_that_change_places_fail_verify(source, cli: Cli, tmp_path) -> None:
+    model, output = source("qwen3_moe"), tmp_path / "out"
+    assert cli("quantize", model, "-o", output, "--format", "compressed-tensors", *SMALL).exit_code == 0
+    assert cli("verify", output, "--source", model).exit_code == 0
+    (output / "marlin_convert.json").unlink()  # whose sha256 tells too
+    tensors = load_file(output / SHARD)
+    one, other = (f"model.layers.2.mlp.experts.{i}.down_proj." for i in (0, 3))
+    swapped = {
+        name.replace(one, other) if one in name else name.replace(other, one): tensor
+        for name, tensor in tensors.items()
+    }
+    save_file(swapped, output / SHARD, {"format": "pt"})
+    done = cli("verify", output, "--source", model, "--samples", 2)
+    assert done.exit_code == 3 and f"{one[:-1]} is 1.4" in done.stdout
 
 
 def test_high_effort_is_refused(source, cli: Cli, tmp_path) -> None:
