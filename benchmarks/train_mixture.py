@@ -1,9 +1,10 @@
-"""Train a small mixture of experts (Qwen3-MoE) on the builtin text: random weights tell nothing of quality.
+"""Make a small mixture of experts (Mixtral) of a dense Llama, and train it: random weights tell nothing.
 
-    python benchmarks/train_mixture.py DIR [--tokenizer DIR] [--hidden 256] [--layers 4] [--experts 8]
-        [--steps 600] [--device cpu]
+    python benchmarks/train_mixture.py DIR [--model DIR] [--experts 8] [--steps 300] [--device cpu]
 
-The builtin text is English and Python of the standard library; its held-out part is left out.
+Every expert begins as the dense MLP without half of its hidden units, others for each, behind a router of
+random weights (sparse upcycling, arXiv 2212.05055). The text is the builtin one, English and Python of the
+standard library, without its held-out part.
 """
 
 import argparse
@@ -12,13 +13,35 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from marlin_convert.calibration import calibrate
 
-TOKENIZER = Path(__file__).parents[1] / "examples" / "tinypy-4m"
+MODEL = Path(__file__).parents[1] / "examples" / "tinypy-4m"
 LENGTH, BATCH = 256, 8
 RATE = 1e-3
+
+
+def mixture(dense: LlamaForCausalLM, experts: int) -> MixtralForCausalLM:
+    """The mixture that training begins with."""
+    settings = dense.config.to_dict()
+    kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_parameters", "max_position_embeddings",
+            "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")  # fmt: skip
+    config = MixtralConfig(
+        **{name: settings[name] for name in kept}, num_local_experts=experts, num_experts_per_tok=2,
+        output_router_logits=True, router_aux_loss_coef=0.02, sliding_window=None,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config)
+    model.load_state_dict(dense.state_dict(), strict=False)
+    for layer, old in zip(model.model.layers, dense.model.layers, strict=True):
+        gate, up, down = (getattr(old.mlp, f"{name}_proj").weight.data for name in ("gate", "up", "down"))
+        for number in range(experts):
+            kept_units = torch.rand(len(gate)) < 0.5
+            layer.mlp.experts.gate_up_proj.data[number] = torch.cat([gate, up * kept_units[:, None]])
+            layer.mlp.experts.down_proj.data[number] = down * 2
+        layer.mlp.gate.weight.data.normal_(0, 0.05)
+    return model
 
 
 def main() -> None:
@@ -27,28 +50,20 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--tokenizer", type=Path, default=TOKENIZER)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--experts", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--device", default="cpu")
     chosen = parser.parse_args()
     torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(chosen.tokenizer)
-    config = Qwen3MoeConfig(
-        vocab_size=len(tokenizer), hidden_size=chosen.hidden, num_hidden_layers=chosen.layers,
-        num_attention_heads=chosen.hidden // 64, num_key_value_heads=chosen.hidden // 128, head_dim=64,
-        num_experts=chosen.experts, num_experts_per_tok=2, moe_intermediate_size=chosen.hidden,
-        norm_topk_prob=True, output_router_logits=True, router_aux_loss_coef=0.01,
-        max_position_embeddings=2048, tie_word_embeddings=True,
-    )  # fmt: skip
-    model = Qwen3MoeForCausalLM(config).to(chosen.device).train()
+    tokenizer = AutoTokenizer.from_pretrained(chosen.model)
+    dense = LlamaForCausalLM.from_pretrained(chosen.model, dtype=torch.float32)
+    model = mixture(dense, chosen.experts).to(chosen.device).train()
     ids = calibrate(tokenizer, "builtin", samples=chosen.steps * BATCH, length=LENGTH, seed=0).ids
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.01)
     started = time.perf_counter()
     for step in range(chosen.steps):
-        warm, done = min(1.0, (step + 1) / 50), step / chosen.steps
+        warm, done = min(1.0, (step + 1) / 30), step / chosen.steps
         optimizer.param_groups[0]["lr"] = RATE * warm * (0.55 + 0.45 * math.cos(math.pi * done))
         batch = ids[step * BATCH : (step + 1) * BATCH].to(chosen.device)
         loss = model(input_ids=batch, labels=batch).loss
@@ -56,10 +71,8 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step % 50 == 49:
-            print(
-                f"step {step + 1}: loss {loss.item():.3f}, {time.perf_counter() - started:.0f} s", flush=True
-            )
+        if step % 20 == 0:
+            print(f"step {step}: loss {loss.item():.3f}, {time.perf_counter() - started:.0f} s", flush=True)
     model.config.output_router_logits = False
     model.to(torch.bfloat16).save_pretrained(chosen.directory)
     tokenizer.save_pretrained(chosen.directory)

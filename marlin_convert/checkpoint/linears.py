@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from marlin_convert import formats
-from marlin_convert.checkpoint import fp8, names
+from marlin_convert.checkpoint import fp8, mxfp4, names
 from marlin_convert.checkpoint import manifest as manifests
 from marlin_convert.checkpoint.reader import Checkpoint, Slice, TensorInfo
 from marlin_convert.errors import FormatError, SourceError
@@ -76,6 +76,7 @@ class Weights:
         self.scheme: formats.Scheme | None = None
         self.disregarded: str | None = None
         self.scaled: dict[str, fp8.Scales] = {}
+        self.stored_in_mxfp4 = False
         self._schemes: dict[str, formats.Scheme] = {}
         self._same: dict[tuple[str, str], bool] = {}
         self._on_disk: dict[str, str] = {}
@@ -85,7 +86,10 @@ class Weights:
                 f"{checkpoint.directory.name} is quantized by MLX, whose layout is not read.",
                 "start from the model it was made from, or write it out with mlx_lm.convert --dequantize.",
             )
-        if config and _is_dense(checkpoint):
+        if config and mxfp4.says(config):
+            self.checkpoint = replace(checkpoint, tensors=mxfp4.pair(checkpoint.tensors))
+            self.stored_in_mxfp4 = True
+        elif config and _is_dense(checkpoint):
             self.disregarded = f"{checkpoint.said_in} says that weights are quantized, and none is packed"
         elif config and (blocks := fp8.blocks(config)):
             tensors, self.scaled = fp8.pair(checkpoint.tensors, blocks)
@@ -324,8 +328,9 @@ class Weights:
 
     @property
     def stored_in(self) -> str | None:
-        """How weights are stored that are read as floats and are none: fp8, and what shares a scale."""
-        return " and ".join(sorted({str(scales) for scales in self.scaled.values()})) or None
+        """How weights are stored that are read as floats and are none: fp8 with what shares a scale, mxfp4."""
+        kinds = sorted({str(scales) for scales in self.scaled.values()})
+        return " and ".join([*kinds, *(["mxfp4"] if self.stored_in_mxfp4 else [])]) or None
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a parameter; what is packed is unpacked for it."""
@@ -383,7 +388,7 @@ class Weights:
         return self.quantized(linear).dequantize(torch.float32)
 
 
-def _slices(name: str, info: TensorInfo, stack: Stacked) -> Iterator[Slice]:
+def _slices(name: str, info: TensorInfo, stack: Stacked) -> Iterator[TensorInfo]:
     """What every expert has of a tensor that stacks it."""
     count, *stored = info.shape
     transposed = tuple(stored) != stack.shape
@@ -395,11 +400,15 @@ def _slices(name: str, info: TensorInfo, stack: Stacked) -> Iterator[Slice]:
     for number in range(count):
         for place, role in enumerate(stack.roles):
             first = slice(place * n // parts, (place + 1) * n // parts)
+            rows = slice(place, n, parts) if stack.interleaved else first
+            called = f"{around if last == own else path}.{number}.{role}.{suffix}"
+            if isinstance(info, mxfp4.Stack):
+                yield info.expert(called, number, rows)
+                continue
             yield Slice(
-                f"{around if last == own else path}.{number}.{role}.{suffix}",
-                info.code, (n // parts, *k), info.file,
+                called, info.code, (n // parts, *k), info.file,
                 info.start + number * size, info.start + (number + 1) * size,
-                tuple(stored), transposed, slice(place, n, parts) if stack.interleaved else first,
+                tuple(stored), transposed, rows,
             )  # fmt: skip
 
 

@@ -109,10 +109,10 @@ class TensorInfo:
 
     def read(self) -> "torch.Tensor":
         """Read it into memory of its own; raises SourceError if the file shrank or cannot be read."""
-        return self._read().reshape(self.shape)
+        return self._read_as(self.dtype).reshape(self.shape)
 
-    def _read(self) -> "torch.Tensor":
-        """The elements that the bytes are, (count,)."""
+    def _read_as(self, dtype: "torch.dtype") -> "torch.Tensor":
+        """The elements that the bytes are in this type, (count,)."""
         import torch
 
         # Not a memory map: its pages would count as ours for as long as the system cares to keep them.
@@ -128,7 +128,7 @@ class TensorInfo:
                         "it changed since it was opened; start again.",
                     )
                 view = view[count:]
-        return raw.view(self.dtype)
+        return raw.view(dtype)
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Slice(TensorInfo):
 
     def read(self) -> "torch.Tensor":
         """Read it into memory of its own."""
-        whole = self._read().reshape(self.stored)
+        whole = self._read_as(self.dtype).reshape(self.stored)
         return (whole.T if self.transposed else whole)[self.rows].contiguous()
 
 
