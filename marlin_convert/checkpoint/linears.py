@@ -34,8 +34,11 @@ class Stacked:
 
 # The types of parameters, as safetensors calls them.
 FLOATS = ("F16", "BF16", "F32")
-# The one integer that modules of torch keep among their floats: batch normalization's, in vision towers.
-COUNTER = ".num_batches_tracked"
+# What modules keep among their floats: batch normalization's counter in vision towers, the experts that
+# DeepSeek V4 sends a token to by its id.
+INTEGERS = ("I32", "I64")
+# What is floats in every module.
+OF_LINEARS = (".weight", ".bias")
 
 
 # The suffix of its codes tells the layout of a packed linear, but for GPTQ's and AWQ's, which share one.
@@ -328,7 +331,7 @@ class Weights:
 
     @property
     def stored_in(self) -> str | None:
-        """How weights are stored that are read as floats and are none: fp8 with what shares a scale, mxfp4."""
+        """How weights are stored that are read as floats and are none: fp8 and what shares a scale, mxfp4."""
         kinds = sorted({str(scales) for scales in self.scaled.values()})
         return " and ".join([*kinds, *(["mxfp4"] if self.stored_in_mxfp4 else [])]) or None
 
@@ -342,12 +345,12 @@ class Weights:
     def dtype(self, name: str) -> torch.dtype:
         """The type of a parameter as it is stored; what is packed or scaled counts as the model's own type.
 
-        SourceError when that is none of `FLOATS`, and the parameter no counter of batches.
+        SourceError when that is none of `FLOATS`, nor one of `INTEGERS` that is no weight and no bias.
         """
         if name not in self.checkpoint.tensors or name in self.scaled:
             return self.own_dtype
         info = self.checkpoint.tensors[name]
-        if info.code not in FLOATS and not name.endswith(COUNTER):
+        if info.code not in FLOATS and not (info.code in INTEGERS and not name.endswith(OF_LINEARS)):
             raise SourceError(
                 f"{name} is stored as {info.code}; {', '.join(FLOATS)} are read.",
                 "save the model in one of these types with transformers.",
