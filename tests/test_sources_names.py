@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import diverse_models
 import pytest
 import tiny_models
 import torch
@@ -120,7 +121,7 @@ def stored_as(directory: Path, tensors: Tensors, tmp_path: Path) -> Path:
 
 def opened(directory: Path, model: PreTrainedModel) -> Weights:
     weights = Weights(Checkpoint.open(directory))
-    weights.rename(Names(model).parameter)
+    Names(model).place(weights)
     return weights
 
 
@@ -146,7 +147,7 @@ def test_both_ways_to_name_tensors_are_read(names, wrapper, tmp_path):
         assert torch.equal(weights.read(name), parameters[name]), name
     assert {weights.on_disk(name) for name in weights.checkpoint.tensors} == tensors.keys()
     before = weights.checkpoint
-    weights.rename(Names(model).parameter)
+    Names(model).place(weights)
     assert weights.checkpoint is before
 
 
@@ -390,21 +391,28 @@ def test_what_transformers_says_that_it_leaves_out():
     assert beside(names, model) == names[:1]
 
 
-def test_what_transformers_converts_is_named(tmp_path):
-    """OLMo's hybrid has three convolutions in its files and one in memory; as it is in memory it is read."""
-    settings = {
-        "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
-        "vocab_size": 64, "intermediate_size": 64, "pad_token_id": 0,
-        "layer_types": ["linear_attention", "full_attention"],
-    }  # fmt: skip
-    model = transformers.OlmoHybridForCausalLM(transformers.OlmoHybridConfig(**settings))
-    model.save_pretrained(tmp_path)
-    said = r"q_conv1d.*: transformers splits or joins"
-    with pytest.raises(SourceError, match=said) as caught:
-        check_names(opened(tmp_path, model), model)
-    assert caught.value.hint and "state_dict()" in caught.value.hint
-    save_file(model.state_dict(), tmp_path / SHARD, {"format": "pt"})
-    assert check_names(opened(tmp_path, model), model) == []
+def test_what_transformers_joins_is_joined_and_written_as_it_was(tmp_path, cli: Cli):
+    """OLMo's hybrid has three convolutions in its files and one in memory."""
+    model = diverse_models.build("olmo_hybrid", vocab_size=4096)
+    source = tiny_models.save(model, tmp_path / "model")
+    weights = opened(source, model)
+    whole = "model.layers.0.linear_attn.conv1d.weight"
+    assert torch.equal(weights.read(whole), model.state_dict()[whole])
+    assert check_names(weights, model) == []
+    output, small = tmp_path / "out", ("--samples", 2, "--sequence-length", 16)
+    skip = [word for kind in ("q", "k", "v", "g") for word in ("--skip", f"*.linear_attn.{kind}_proj")]
+    done = cli("quantize", source, "-o", output, "--format", "gptq", *skip, *small)
+    assert done.exit_code == 0, done.stderr
+    before, after = load_file(source / SHARD), load_file(output / SHARD)
+    parts = [name for name in before if "conv1d" in name]
+    assert len(parts) == 6 and all(torch.equal(before[name], after[name]) for name in parts)
+    assert whole not in after
+    assert cli("verify", output, "--source", source, "--samples", 2).exit_code == 0
+
+    del before["model.layers.0.linear_attn.q_conv1d.weight"]
+    save_file(before, source / SHARD, {"format": "pt"})
+    done = cli("quantize", source, "-o", tmp_path / "no", "--format", "gptq", *small)
+    assert done.exit_code == 1 and "k_conv1d.weight" in done.stderr
 
 
 def test_a_counter_is_read_as_it_is(tmp_path):

@@ -1,7 +1,7 @@
 """The weights of a checkpoint as floats, or as integer codes where they are quantized."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,7 +60,8 @@ class Weights:
     `checkpoint` has the tensors by the parameter that they are, `renamed` those called otherwise on disk and
     written under their full names.
     `disregarded` is what a config says of packed linears where none is packed, in any layout. `scaled` has
-    the scales of weights stored in fp8, which are none of the tensors.
+    the scales of weights stored in fp8, which are none of the tensors; `joined` the parameters that are
+    several of them, one after another along a dimension.
     """
 
     def __init__(self, checkpoint: Checkpoint):
@@ -80,6 +81,7 @@ class Weights:
         self.disregarded: str | None = None
         self.scaled: dict[str, fp8.Scales] = {}
         self.stored_in_mxfp4 = False
+        self.joined: dict[str, tuple[tuple[str, ...], int]] = {}
         self._schemes: dict[str, formats.Scheme] = {}
         self._same: dict[tuple[str, str], bool] = {}
         self._on_disk: dict[str, str] = {}
@@ -133,9 +135,12 @@ class Weights:
         `stacked` says of a tensor by its name whether it is one. SourceError for one in fp8, whose scales are
         not read.
         """
+        stacks = {name: stack for name in self.checkpoint.tensors if (stack := stacked(name)) is not None}
+        if not stacks:
+            return
         tensors: dict[str, TensorInfo] = {}
         for name, info in self.checkpoint.tensors.items():
-            stack = stacked(name)
+            stack = stacks.get(name)
             if stack is None:
                 tensors[name] = info
                 continue
@@ -186,6 +191,10 @@ class Weights:
         self.scaled = {found[name]: scales for name, scales in self.scaled.items()}
         self.checkpoint = replace(self.checkpoint, tensors=tensors)
 
+    def join(self, name: str, parts: Sequence[str], dim: int) -> None:
+        """Let a parameter be known that is several tensors, one after another; files keep these."""
+        self.joined[name] = (tuple(parts), dim)
+
     def _parameter(self, name: str, parameter: Callable[[str], str | None]) -> tuple[str, str]:
         """The parameter of a tensor, or what a packed linear's is called beside its weight; by what name."""
         module, _, suffix = name.rpartition(".")
@@ -204,7 +213,8 @@ class Weights:
         return self._on_disk.get(name) or (f"{known}.{suffix}" if known else name)
 
     def __contains__(self, name: str) -> bool:
-        return name in self.checkpoint.tensors or self.is_packed(name.removesuffix(".weight"))
+        known = name in self.checkpoint.tensors or name in self.joined
+        return known or self.is_packed(name.removesuffix(".weight"))
 
     def is_packed(self, linear: str) -> bool:
         """Whether this linear is stored as integer codes."""
@@ -380,6 +390,9 @@ class Weights:
 
     def read(self, name: str) -> Tensor:
         """A parameter as floats: as stored, dequantized to float32, or scaled in the model's own type."""
+        if name in self.joined:
+            parts, dim = self.joined[name]
+            return torch.cat([self.read(part) for part in parts], dim)
         if name in self.scaled:
             return fp8.read(self.checkpoint.tensors[name], self.scaled[name], self.own_dtype)
         if name in self.checkpoint.tensors:

@@ -7,9 +7,10 @@ Vision-language models have had two sets of names, `language_model.model.layers.
 import re
 from collections.abc import Iterable
 
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.core_model_loading import Concatenate, WeightRenaming, rename_source_key
 
 from marlin_convert.checkpoint.linears import Stacked, Weights
 from marlin_convert.models.experts import converters, experts_of, merges_experts
@@ -34,6 +35,9 @@ class Names:
         ]
         self._prefix = model.base_model_prefix
         self._expected = model.state_dict()
+        self._linears = {
+            f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)
+        }
         self._left = "|".join(f"({one})" for one in sorted(model._keys_to_ignore_on_load_unexpected or ()))
         config = model.config.get_text_config()
         blocks = getattr(config, "num_hidden_layers", 0)
@@ -46,11 +50,31 @@ class Names:
         """Let the tensors of a checkpoint be known by the names of the model's parameters."""
         weights.split(self.stacked)
         weights.rename(self.parameter)
+        for name, (parts, dim) in self._joined(weights.checkpoint.tensors).items():
+            weights.join(name, parts, dim)
 
     def parameter(self, name: str) -> str | None:
         """The parameter that transformers loads a tensor as, None if it loads it as none or converts it."""
         found, converted = self._renamed(name)
         return found if found in self._expected and not converted else None
+
+    def _joined(self, tensors: Iterable[str]) -> dict[str, tuple[list[str], int]]:
+        """The parameters that transformers joins several tensors to, along which dimension.
+
+        No linears: of these engines know the parts.
+        """
+        found: dict[str, dict[str, str]] = {}
+        for name in tensors:
+            whole, pattern = self._renamed(name)
+            if pattern is not None and whole in self._expected and whole not in self._linears:
+                found.setdefault(whole, {})[pattern] = name
+        joined = {}
+        for whole, parts in found.items():
+            for converter in self._converters:
+                (operation, *others), wanted = converter.operations, list(converter.source_patterns)
+                if isinstance(operation, Concatenate) and not others and set(parts) == set(wanted):
+                    joined[whole] = ([parts[pattern] for pattern in wanted], operation.dim)
+        return joined
 
     def stacked(self, name: str) -> Stacked | None:
         """The weight of all experts that a tensor is, if it is one."""

@@ -147,7 +147,8 @@ def check_names(weights: Weights, model: PreTrainedModel, *, requantize: bool = 
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     expected, names = shapes.keys(), Names(model)
     known = {name for name in weights.packed_names() if f"{name.rpartition('.')[0]}.weight" in expected}
-    foreign = sorted(weights.checkpoint.tensors.keys() - expected - known)
+    parts = {part for parts, _ in weights.joined.values() for part in parts}
+    foreign = sorted(weights.checkpoint.tensors.keys() - expected - known - parts)
     if converted := [name for name in foreign if names.is_converted(name)]:
         raise SourceError(
             f"{_some(converted)} in {source}: transformers splits or joins them while it loads them.",
