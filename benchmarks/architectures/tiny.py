@@ -213,6 +213,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4},
     "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
     "glm5_next": {"text_config": {"index_topk": 16, "index_kpool": 4}},
+    "qwen3_omni_moe_thinker": {"text_config": {"vocab_size": 4096}},
     "dots3_note": {"text_config": {"per_layer_config": None}},
     "dots3_note_text": {"per_layer_config": None},
     "cohere_compass": {
@@ -359,6 +360,9 @@ def build(model_type: str) -> PreTrainedModel:
             parameter.data = torch.randn(parameter.shape) * 0.02
         elif wild:
             parameter.data = torch.ones_like(parameter)
+    for buffer in model.buffers():  # bounds of a clamp, say, which no release leaves infinite
+        if buffer.is_floating_point():
+            buffer.nan_to_num_(posinf=100.0, neginf=-100.0)
     return model
 
 

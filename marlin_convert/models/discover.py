@@ -144,7 +144,7 @@ def discover(model: PreTrainedModel) -> Structure:
     calls, reads, storages = _run(model)
     blocks = _block_list(model, calls)
     of_blocks = _block_calls(model, blocks, calls)
-    _check_chain(of_blocks, reads)
+    handed = _check_chain(of_blocks, reads)
     inside = {
         name: module
         for name, module in model.named_modules()
@@ -182,6 +182,7 @@ def discover(model: PreTrainedModel) -> Structure:
         dense=dense,
         returns=tuple(len(call.output) if isinstance(call.output, tuple) else 0 for call in of_blocks),
         batch_axis=batch_axis,
+        handed=handed,
         idle=frozenset(
             name
             for name, storage in storages.items()
@@ -331,20 +332,27 @@ def _block_calls(model: PreTrainedModel, blocks: str, calls: Sequence[_Call]) ->
     return found
 
 
-def _check_chain(blocks: Sequence[_Call], reads: _Reads) -> None:
-    """Raise SourceError where more goes from block to block than the hidden states and what blocks share.
+def _check_chain(blocks: Sequence[_Call], reads: _Reads) -> dict[int | str, int]:
+    """What else a block is handed of what the one before returns: the place of each, by argument.
 
-    What they write into a dictionary that all are handed (shared keys and values) stays there.
+    SourceError where more goes from block to block than that, the hidden states and what blocks share. What
+    they write into a dictionary that all are handed (shared keys and values) stays there.
     """
+    handed: dict[int | str, int] = {}
     for before, call in pairwise(blocks):
         if not _same_memory(_hidden(call), before.given):
             raise SourceError(
                 f"{call.path} is not handed what {before.path} gives, but something made of it.", WAY_OUT
             )
     given: set[int] = set()
-    for call in blocks:
+    for number, call in enumerate(blocks):
         hidden = _hidden(call)
-        for name, value in (*enumerate(call.args), *call.kwargs.items()):
+        earlier = blocks[number - 1].output if number else None
+        said: list[tuple[int | str, Any]] = [*enumerate(call.args), *call.kwargs.items()]
+        for name, value in said:
+            place = _place(value, earlier) if value is not hidden else 0
+            if place and handed.setdefault(name, place) == place:
+                continue
             for x in () if isinstance(value, dict) else tree_leaves(value):
                 if isinstance(x, Tensor) and x is not hidden and given & reads.behind(x):
                     raise SourceError(
@@ -354,6 +362,13 @@ def _check_chain(blocks: Sequence[_Call], reads: _Reads) -> None:
             if x is not hidden and x._version != version:
                 raise SourceError(f"{call.path} writes into a tensor that it is handed.", WAY_OUT)
         given |= {_storage(x) for x in tree_leaves(call.output) if isinstance(x, Tensor)}
+    return handed
+
+
+def _place(value: Any, output: Any) -> int:
+    """Where a value stands in what was returned, past the hidden states; 0 if it does not."""
+    places = range(1, len(output)) if isinstance(output, tuple) and isinstance(value, Tensor) else ()
+    return next((i for i in places if _same_memory(value, output[i])), 0)
 
 
 def _hidden(call: _Call) -> Tensor:

@@ -33,6 +33,9 @@ class HiddenStates:
         self.batches = ids.split(max(1, TOKENS[model.device.type] // length))
         self._calls: list[list[Arguments]] = []
         self._same: dict[tuple[Any, ...], Tensor] = {}
+        # what the last block gave to hand on beside the hidden states, and what the next one gives
+        self._handed: dict[int, dict[int | str, Tensor]] = {}
+        self._given: dict[int, dict[int | str, Tensor]] = {}
         for i, batch in enumerate(self.batches):
             hidden, calls = model.embed(batch)
             if i == 0:
@@ -103,7 +106,18 @@ class HiddenStates:
         call = self._calls[i][number]
         args = [self._on_device(x) for x in call.args]
         kwargs = {name: self._on_device(x) for name, x in call.kwargs.items()}
+        for name, value in self._handed.get(i, {}).items() if number else ():
+            if isinstance(name, int):
+                args[name - 1] = self._on_device(value)
+            else:
+                kwargs[name] = self._on_device(value)
         output = block(self.state(i), *args, **kwargs)
+        if self.model.structure.handed:
+            self._given[i] = {
+                name: output[place].to(self._states[i].device)
+                for name, place in self.model.structure.handed.items()
+                if output[place] is not None
+            }
         return output if isinstance(output, Tensor) else output[0]
 
     def state(self, i: int) -> Tensor:
@@ -118,6 +132,7 @@ class HiddenStates:
     def put(self, i: int, output: Tensor) -> None:
         """Let micro-batch i go on to the next block as `output`."""
         self._states[i].copy_(output)
+        self._handed[i] = self._given.pop(i, {})
 
     def finite(self) -> bool:
         """Whether no micro-batch holds NaN or infinity."""

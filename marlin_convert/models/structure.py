@@ -50,7 +50,9 @@ class Structure:
 
     `dense` has every linear that is never quantized, by its path in the model, and why; `returns` of every
     block how many values it returns as a tuple, 0 for a tensor alone; `batch_axis` is that of the hidden
-    states; `idle` are the parameters and buffers outside of the blocks that a text never reads.
+    states; `handed` says which arguments of a block, by place or name, are further values that the one before
+    returned, by their places; `idle` are the parameters and buffers outside of the blocks that a text never
+    reads.
     """
 
     blocks: str
@@ -58,6 +60,7 @@ class Structure:
     dense: Mapping[str, str]
     returns: tuple[int, ...]
     batch_axis: int
+    handed: Mapping[int | str, int]
     idle: frozenset[str]
 
     def stages(self, block: int) -> tuple[Stage, ...]:
