@@ -79,6 +79,11 @@ TEXT: dict[str, dict[str, Any]] = {
     "falcon_h1": MAMBA,
     "gemma3n_text": GEMMA_3N,
     "gemma4_unified_text": {"num_kv_shared_layers": 2, "global_head_dim": 32, **SLIDING},
+    "glm_moe_dsa": {
+        **LATENT, **EXPERTS, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+        "mlp_layer_types": ["dense"] + ["sparse"] * 3, "indexer_types": ["full", "shared"] * 2,
+        "index_topk": 8, "index_n_heads": 2, "index_head_dim": 32,
+    },
     "gpt_bigcode": {"n_inner": 256},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, **SLIDING},
     "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
