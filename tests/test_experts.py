@@ -19,7 +19,7 @@ from marlin_convert import solve
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.models import routing
-from marlin_convert.models.experts import experts_of
+from marlin_convert.models.experts import experts_of, routed
 from marlin_convert.models.tree import module_tree
 
 SHARD = "model.safetensors"
@@ -127,13 +127,22 @@ def test_an_expert_that_no_token_goes_to_is_calibrated_and_named(lonely: Path, c
     assert strict.exit_code == 3 and f"no token went to {none[0]}" in strict.stdout
 
 
+def test_tokens_are_divided_as_transformers_walks_them() -> None:
+    """By choice and then by token; what is no expert's number goes nowhere."""
+    index = torch.randint(0, 6, (50, 3), generator=torch.Generator().manual_seed(1))
+    for number, (tokens, choices) in enumerate(routed(index, 5)):
+        where = torch.where(torch.nn.functional.one_hot(index, 6).permute(2, 1, 0)[number])
+        assert torch.equal(choices, where[0]) and torch.equal(tokens, where[1])
+    assert [len(one) for one, _ in routed(torch.zeros(4, 1, dtype=torch.long), 3)] == [4, 0, 0]
+
+
 def test_others_are_evenly_spaced_and_as_many_as_are_missing() -> None:
     x = torch.arange(100.0)[:, None]
     index = torch.zeros(100, 1, dtype=torch.long)
     index[7] = 1
     entering = [
-        routing.Entering(x[:40], index[:40], index[:40]),
-        routing.Entering(x[40:], index[40:], index[40:]),
+        routing.Entering(x[part], routed(index[part], 3), index[part])
+        for part in (slice(40), slice(40, None))
     ]
     own, others = routing.chosen(entering, 1, 11)
     assert routing.gathered(entering, own).flatten().tolist() == [7.0] and routing.weight(own) == 1.0

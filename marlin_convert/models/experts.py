@@ -46,8 +46,7 @@ class Experts(nn.Module):
         total = torch.zeros_like(hidden_states)
         if isinstance(hidden_states, FakeTensor):  # nobody knows who goes where; all experts are of one shape
             return total + self.answer(0, hidden_states)
-        for number in range(self.count):
-            tokens, choices = routed(top_k_index, number)
+        for number, (tokens, choices) in enumerate(routed(top_k_index, self.count)):
             if len(tokens):
                 answer = self.answer(number, hidden_states[tokens])
                 self.add(total, answer, tokens, top_k_weights[tokens, choices])
@@ -82,10 +81,16 @@ class Experts(nn.Module):
         return self.outer(number, self.inner(number, x))
 
 
-def routed(top_k_index: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """The tokens that go to an expert, and as which of their choices, in transformers' order."""
-    choices, tokens = top_k_index.T.eq(number).nonzero(as_tuple=True)
-    return tokens, choices
+def routed(top_k_index: Tensor, count: int) -> list[tuple[Tensor, Tensor]]:
+    """Of every expert the tokens that go to it, and as which of their choices, in transformers' order.
+
+    top_k_index (tokens, choices); what is no number of one of the `count` experts goes nowhere.
+    """
+    chosen = top_k_index.T.flatten()
+    order = chosen.argsort(stable=True)
+    sizes = chosen.bincount(minlength=count)[:count].tolist()
+    places = order[: sum(sizes)].split(sizes)
+    return [(one % len(top_k_index), one // len(top_k_index)) for one in places]
 
 
 def take_apart(model: PreTrainedModel) -> None:

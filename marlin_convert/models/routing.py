@@ -6,8 +6,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from marlin_convert.models.experts import routed
-
 # An expert that fewer tokens go to than it has inputs sees others too, evenly spaced over the text, until
 # there are as many; they count so much less.
 WEIGHT = 0.25
@@ -20,12 +18,12 @@ ROWS = 8192
 class Entering:
     """What enters the experts of a block with a micro-batch.
 
-    x (tokens, k), index (tokens, choices) and shares (tokens, choices): which experts a token goes to, and
-    how large their shares in it are.
+    x (tokens, k); `routed` has of every expert the tokens that go to it, and as which of their choices;
+    shares (tokens, choices) are the experts' in a token.
     """
 
     x: Tensor
-    index: Tensor
+    routed: list[tuple[Tensor, Tensor]]
     shares: Tensor
 
 
@@ -43,7 +41,7 @@ def chosen(entering: list[Entering], number: int, least: int) -> Iterator[list[C
     piece: list[Chosen] = []
     rows = total = 0
     for batch, one in enumerate(entering):
-        tokens, choices = routed(one.index, number)
+        tokens, choices = one.routed[number]
         if len(tokens):
             piece.append(Chosen(batch, tokens, choices))
             rows += len(tokens)

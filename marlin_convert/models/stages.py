@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from marlin_convert.errors import SourceError
-from marlin_convert.models.experts import Experts
+from marlin_convert.models.experts import Experts, routed
 from marlin_convert.models.routing import Chosen, Entering, chosen, gathered, weight
 from marlin_convert.models.structure import Part, Stage
 
@@ -187,7 +187,7 @@ class BlockWalk:
                     self._solve(last)
             for piece, x in zip(pieces, inner, strict=True):
                 self._answered(part, experts, number, piece, x)
-        self._entering = self._entering if self._solve is not None else []
+        self._entering = []
 
     def _of_expert(self, stage: Stage, x: Tensor, piece: list[Chosen]) -> Reached:
         rows = x.to(self._dtype)
@@ -210,10 +210,11 @@ class BlockWalk:
         """What enters the experts with micro-batch i."""
 
         def reached(_: nn.Module, args: Any, kwargs: Any) -> None:
-            given = dict(zip(("hidden_states", "top_k_index", "top_k_weights"), args, strict=False)) | kwargs
-            self._computed = given["hidden_states"].dtype
-            raise _Entered(Entering(given["hidden_states"].to(self._dtype), given["top_k_index"],
-                                    given["top_k_weights"]))  # fmt: skip
+            names = ("hidden_states", "top_k_index", "top_k_weights")
+            given = dict(zip(names, args, strict=False)) | kwargs
+            x, index, shares = (given[name] for name in names)
+            self._computed = x.dtype
+            raise _Entered(Entering(x.to(self._dtype), routed(index, experts.count), shares))
 
         self._current = i
         hook = experts.register_forward_pre_hook(reached, with_kwargs=True)
