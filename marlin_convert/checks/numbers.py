@@ -86,6 +86,8 @@ def _compare_weights(
         Names(model).place(original.weights)
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     names = [name for name in model.state_dict() if name in weights or name not in tied]
+    if original is not None:  # of a tower that files hold in other tensors, and no text reads
+        names = [name for name in names if name in weights or name in original.weights]
     packed_names = weights.packed_names()
     names += [name for name in beside(weights.checkpoint.tensors, model) if name not in packed_names]
     generator = torch.Generator().manual_seed(0)

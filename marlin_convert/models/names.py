@@ -80,6 +80,10 @@ class Names:
         """The weight of all experts that a tensor is, if it is one."""
         return self._stacks.get(self._renamed(name)[0])
 
+    def loaded_as(self, name: str) -> str:
+        """What transformers calls a tensor, or the first parameter that it makes of it."""
+        return self._renamed(name)[0]
+
     def is_converted(self, name: str) -> bool:
         """Whether transformers splits, joins or turns a tensor of the model while it loads it."""
         return self._renamed(name)[1] is not None and not self.is_beside(name)

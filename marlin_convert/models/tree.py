@@ -149,12 +149,17 @@ def check_names(weights: Weights, model: PreTrainedModel, *, requantize: bool = 
     known = {name for name in weights.packed_names() if f"{name.rpartition('.')[0]}.weight" in expected}
     parts = {part for parts, _ in weights.joined.values() for part in parts}
     foreign = sorted(weights.checkpoint.tensors.keys() - expected - known - parts)
-    if converted := [name for name in foreign if names.is_converted(name)]:
+    converted = [name for name in foreign if names.is_converted(name)]
+    # of what no text reads nothing is computed: its tensors go along as they are
+    idle = discover(model).idle if converted else frozenset()
+    of_towers = {name for name in converted if names.loaded_as(name) in idle}
+    if converted := [name for name in converted if name not in of_towers]:
         raise SourceError(
             f"{_some(converted)} in {source}: transformers splits or joins them while it loads them.",
             "that is not done here: load the model with transformers, and save its state_dict().",
         )
-    missing = sorted(name for name in expected - tied if name not in weights)
+    unread = idle if of_towers else frozenset()
+    missing = sorted(name for name in expected - tied - unread if name not in weights)
     if missing:
         raise SourceError(
             f"{_some(missing)} of the architecture not in {source}.", _way_to_names(missing, weights, model)
@@ -178,9 +183,11 @@ def check_names(weights: Weights, model: PreTrainedModel, *, requantize: bool = 
             "--requantize solves from the weights as they are; or save the model compressed.",
         )
     left_out = unrounded + [
-        name for name in foreign if _NO_PARAMETER.search(name) or _is_idle_bias(weights, name)
+        name
+        for name in foreign
+        if name not in of_towers and (_NO_PARAMETER.search(name) or _is_idle_bias(weights, name))
     ]
-    with_place = {*left_out, *filter(names.is_beside, foreign)}
+    with_place = {*left_out, *of_towers, *filter(names.is_beside, foreign)}
     strangers = [name for name in foreign if name not in with_place]
     if strangers:
         raise SourceError(
