@@ -320,8 +320,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
 }
 
 # As unlike each other as they can be: fused and parallel parts, mixers of every kind, shared keys and values,
-# inputs per layer, latent attention, towers for images in each of the ways that names have had, experts in each
-# of the ways that files have them.
+# inputs per layer, latent attention, towers in each of the ways that names have had, experts in each of the
+# ways that files have them.
 SAMPLE = (
     "apertus", "bamba", "bloom", "cohere2", "deepseek_v3", "exaone4", "falcon", "falcon_h1", "gemma3",
     "gemma3n_text", "gemma4_text", "gemma4_unified_text", "glm_moe_dsa", "gpt_neo", "gpt_neox", "gpt_oss",
