@@ -417,15 +417,16 @@ def _slices(name: str, info: TensorInfo, stack: Stacked) -> Iterator[TensorInfo]
         for place, role in enumerate(stack.roles):
             first = slice(place * n // parts, (place + 1) * n // parts)
             rows = slice(place, n, parts) if stack.interleaved else first
-            called = f"{around if last == own else path}.{number}.{role}.{suffix}"
+            called, shape = f"{around if last == own else path}.{number}.{role}.{suffix}", (n // parts, *k)
+            start = info.start + number * size
             if isinstance(info, mxfp4.Stack):
                 yield info.expert(called, number, rows)
-                continue
-            yield Slice(
-                called, info.code, (n // parts, *k), info.file,
-                info.start + number * size, info.start + (number + 1) * size,
-                tuple(stored), transposed, rows,
-            )  # fmt: skip
+            elif transposed or stack.interleaved:  # its rows lie apart: all are read, and these taken
+                end = start + size
+                yield Slice(called, info.code, shape, info.file, start, end, tuple(stored), transposed, rows)
+            else:
+                start += place * size // parts
+                yield TensorInfo(called, info.code, shape, info.file, start, start + size // parts)
 
 
 def _is_dense(checkpoint: Checkpoint) -> bool:
