@@ -6,7 +6,7 @@ uses its experts interface (https://huggingface.co/docs/transformers/experts_int
 a linear for each of its weights, so that what is true of linears is true of experts.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -103,7 +103,7 @@ def take_apart(model: PreTrainedModel) -> None:
         for path, module in model.named_modules()
         if hasattr(module, "has_gate") and hasattr(module, "is_transposed")
     ]
-    known = converters(get_model_conversion_mapping(model)) if found else []
+    known = converters_of(model) if found else []
     for path, module in found:
         _take_apart(path, module, known)
 
@@ -139,22 +139,22 @@ def _take_apart(path: str, module: Any, known: list[WeightConverter]) -> None:
 def _names(path: str, stacked: str, known: list[WeightConverter], usual: tuple[str, ...]) -> tuple[str, ...]:
     """What the linears that make a stacked weight are called in files with a tensor an expert."""
     for converter in filter(merges_experts, known):
-        if any(f".{path}.{stacked}".endswith(f".{to}") for to in _plain(converter.target_patterns)):
-            sources = _plain(converter.source_patterns)
+        if any(f".{path}.{stacked}".endswith(f".{to}") for to in plain(converter.target_patterns)):
+            sources = plain(converter.source_patterns)
             found = tuple(one.removesuffix(".weight").rpartition(".")[2] for one in sources)
             if len(found) == len(usual):
                 return found
     return usual
 
 
-def _plain(patterns: list[str]) -> list[str]:
+def plain(patterns: list[str]) -> list[str]:
     """Patterns of names without what only a pattern has."""
     return [pattern.replace("\\", "").lstrip(".") for pattern in patterns]
 
 
-def converters(transforms: Iterable[Any]) -> list[WeightConverter]:
-    """Those of transformers' transforms of names and tensors that change tensors."""
-    return [one for one in transforms if isinstance(one, WeightConverter)]
+def converters_of(model: PreTrainedModel) -> list[WeightConverter]:
+    """What transformers does to the tensors of a model of this type while it loads them."""
+    return [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightConverter)]
 
 
 def merges_experts(converter: WeightConverter) -> bool:

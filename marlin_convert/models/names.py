@@ -13,7 +13,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, WeightRenaming, rename_source_key
 
 from marlin_convert.checkpoint.linears import Stacked, Weights
-from marlin_convert.models.experts import converters, experts_of, merges_experts
+from marlin_convert.models.experts import converters_of, experts_of, merges_experts
+from marlin_convert.models.joined import Joined, joins_linears
 
 # Layers for multi-token prediction, by name, and how many blocks past the last one they are.
 _MTP = re.compile(r"(^|\.)mtp(_\w+)?\.")
@@ -28,10 +29,13 @@ class Names:
     def __init__(self, model: PreTrainedModel):
         transforms = get_model_conversion_mapping(model)
         self._renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
+        apart = any(isinstance(module, Joined) for module in model.modules())
         self._stacks = {stack.path: stack for _, experts in experts_of(model) for stack in experts.stacks}
-        # experts that were taken apart are as they are in files with a tensor an expert
+        # what was taken apart is as it is in files that have it so
         self._converters = [
-            one for one in converters(transforms) if not (self._stacks and merges_experts(one))
+            one
+            for one in converters_of(model)
+            if not (self._stacks and merges_experts(one)) and not (apart and joins_linears(one))
         ]
         self._prefix = model.base_model_prefix
         self._expected = model.state_dict()

@@ -17,8 +17,8 @@ from transformers.utils import logging as transformers_logging
 
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.errors import SourceError
+from marlin_convert.models import experts, joined
 from marlin_convert.models.discover import discover
-from marlin_convert.models.experts import take_apart
 from marlin_convert.models.names import Names, beside
 
 OTHER_MODEL = "the config.json may be of another model; fetch the model again."
@@ -102,7 +102,8 @@ def _on_meta(settings: Any, trust_remote_code: bool) -> PreTrainedModel:
     if any(getattr(module, "attn_logit_softcapping", None) for module in model.modules()):
         # the fused attention of torch has no softcap: some releases leave it out and say nothing
         model.set_attn_implementation("eager")
-    take_apart(model)
+    experts.take_apart(model)
+    joined.take_apart(model)
     return model
 
 
