@@ -17,10 +17,9 @@ from marlin_convert.models.blocks import BlockModel
 from marlin_convert.models.names import Names, beside
 from marlin_convert.quantized import QuantizedLinear, contiguous_groups
 
-# Of a whole weight, and of the weights of one output. Rounding to 4 bits stays near 0.1, GPTQ near 0.2, it
-# may start from weights that were moved by half (solvers/drift.py); all zeros would be as near as 1, another
-# expert's weights as 1.4.
-WEIGHT_ERROR = 0.7, 1.2
+# Of a whole weight, and of the weights of one output. Rounding to 4 bits stays near 0.1, GPTQ near 0.2, from
+# weights that are moved by 0.4 at most (solvers/drift.py); all zeros would be as near as 1.
+WEIGHT_ERROR = 0.5, 1.0
 # With half of the weights gone, the others moved to make up for them and for what blocks before have lost:
 # in SmolLM2 0.98, and 5.1 of an output with next to no weights. There the answers to the text judge.
 PRUNED_WEIGHT_ERROR = 2.0, 20.0
