@@ -102,9 +102,8 @@ def estimate(plan: Plan, device: torch.device) -> Estimate:
         seconds *= PRUNING
     width = max(fate.n for fate in block)
     held = 24.0 * max(one.k * one.n / one.count for one in stages) + 12.0 * max(one.k for one in stages) ** 2
-    held += 3.0 * sum(
-        one.k * one.n for one in stages if one.count > 1
-    )  # codes of all experts, and new weights
+    # codes of all experts, and their new weights
+    held += 3.0 * sum(one.k * one.n for one in stages if one.count > 1)
     memory = hidden + held + 2.0 * sum(one.k * one.n for one in stages) + 12.0 * BATCH[device.type] * width
     if plan.tunes:
         seconds += _tuning(plan, device)

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
@@ -11,7 +10,7 @@ from marlin_convert import formats
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.errors import ConvertError
 from marlin_convert.matrix import Fate, Layout, Matrix, by_name, dense
-from marlin_convert.recipe import Recipe
+from marlin_convert.recipe import Recipe, first_match
 
 # The sizes that `auto` chooses from, the first that fits: coarser groups are smaller files, finer ones hold
 # more shapes.
@@ -19,9 +18,6 @@ SIZES = (128, 64, 32)
 SIZES_OF_24 = (128, -1)
 # Formats in which one size is right for all matrices: their readers know no other.
 ONE_SIZE = ("gptq", "marlin-24")
-
-# Words that a pattern may be.
-SHORT = {"experts": "*.experts.*"}
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -57,7 +53,7 @@ def fates_of(
             continue
         format = recipe.format
         if sparse and name not in sparse:
-            pattern = _matching(name, recipe.unpruned)
+            pattern = first_match(name, recipe.unpruned)
             reason = f"unpruned by {pattern!r}" if pattern else "not 2:4 in the source"
             format = "marlin" if format == "marlin-24" else format
         layout = _layout(matrix, format, recipe, weights, sparse=name in sparse, repack=repack)
@@ -78,8 +74,8 @@ def _left(
     name: str, reasons: Mapping[str, str], recipe: Recipe, weights: Weights, *, repack: bool
 ) -> str | None:
     """Why a linear is left as it is, None if it is not."""
-    pattern = _matching(name, recipe.skip)
-    others = bool(recipe.only) and not _matching(name, recipe.only)
+    pattern = first_match(name, recipe.skip)
+    others = bool(recipe.only) and not first_match(name, recipe.only)
     if repack and weights.is_packed(name):
         if pattern or others:
             by = f"--skip {pattern!r} matches" if pattern else f"--only {recipe.only[0]!r} leaves out"
@@ -90,11 +86,9 @@ def _left(
         return None
     if repack:
         return "dense in the source"
-    return (
-        f"skipped by {pattern!r}"
-        if pattern
-        else reasons.get(name) or ("not among --only" if others else None)
-    )
+    if pattern:
+        return f"skipped by {pattern!r}"
+    return reasons.get(name) or ("not among --only" if others else None)
 
 
 def _layout(
@@ -165,20 +159,10 @@ def _sparse(
         found = found or set(weights.packed_linears())
     elif not repack and recipe.sparsity != "none":
         found = set(linears)
-    sparse = {name for name in found if not _matching(name, recipe.unpruned)}
+    sparse = {name for name in found if not first_match(name, recipe.unpruned)}
     if recipe.unpruned and not sparse:
         raise ConvertError(
             f"--unpruned {recipe.unpruned[0]!r} leaves no linear that is 2:4.",
             "it is for those that are not while others are.",
         )
     return sparse
-
-
-def _matching(name: str, patterns: Sequence[str]) -> str | None:
-    """The first pattern that a name matches."""
-    return next((pattern for pattern in patterns if matching(pattern, [name])), None)
-
-
-def matching(pattern: str, names: Sequence[str]) -> list[str]:
-    """The names that a pattern of --only, --skip or --unpruned matches."""
-    return [name for name in names if fnmatchcase(name, SHORT.get(pattern, pattern))]

@@ -357,7 +357,7 @@ def _expert_notes(structure: Structure, fates: Mapping[str, Fate], recipe: Recip
     counts = Counter(structure.experts.values())
     for count, layers in counts.items():
         yield f"{layers} layers of {count} experts, each calibrated on the tokens that go to it; routers stay"
-    packed = any(fates[name].packed for path in structure.experts for name in structure.inside(path))
+    packed = any(fate.packed and structure.part_of_experts(fate.name) for fate in fates.values())
     if packed and recipe.format in ("marlin", "marlin-24"):
         yield (
             f"experts in {recipe.format} load in transformers with marlin-convert, not in vLLM, which takes "

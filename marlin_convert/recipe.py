@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from importlib.resources import files
@@ -24,6 +24,8 @@ METHODS = ("sparsegpt", "wanda", "magnitude")
 REPACKED = ("format", "bits", "group_size", "overrides", "only", "skip", "unpruned", "dtype")
 BITS = (4, 8)
 GROUP_SIZES = ("auto", 128, 64, 32, -1)
+# Words that a pattern may be.
+SHORT = {"experts": "*.experts.*"}
 MOST = 10**9  # of anything that is counted
 NESTING_LIMIT = 10
 # What Python makes of the bytes of a file's name that are no text where the locale is another.
@@ -94,7 +96,7 @@ class Recipe:
 
     def of(self, name: str) -> tuple[int, int | str]:
         """Bits and group size of a matrix: of the first override whose pattern it matches, or of all."""
-        pattern = next((pattern for pattern in self.overrides if fnmatchcase(name, pattern)), None)
+        pattern = first_match(name, self.overrides)
         said = self.overrides[pattern] if pattern is not None else {}
         return said.get("bits", self.bits), said.get("group_size", self.group_size)
 
@@ -114,6 +116,11 @@ class Recipe:
     def dump(self) -> str:
         """The recipe as YAML that `load` reads back."""
         return to_yaml(self.to_dict())
+
+
+def first_match(name: str, patterns: Iterable[str]) -> str | None:
+    """The first of a recipe's patterns that a linear's name matches."""
+    return next((one for one in patterns if fnmatchcase(name, SHORT.get(one, one))), None)
 
 
 def to_yaml(settings: Mapping[str, Any]) -> str:

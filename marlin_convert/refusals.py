@@ -9,10 +9,10 @@ import torch
 from marlin_convert import formats
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.errors import ConvertError, FormatError
-from marlin_convert.fates import matching, refusal
+from marlin_convert.fates import refusal
 from marlin_convert.formats import bounds
 from marlin_convert.matrix import Fate, by_name
-from marlin_convert.recipe import Recipe
+from marlin_convert.recipe import Recipe, first_match
 from marlin_convert.ways import option_for, other_codes, other_layouts
 
 log = logging.getLogger("marlin_convert")
@@ -30,7 +30,7 @@ def check_patterns(recipe: Recipe, linears: Sequence[str]) -> None:
         ("the recipe's overrides:", recipe.overrides),
     ):
         for pattern in patterns:
-            if not matching(pattern, linears):
+            if not any(first_match(name, [pattern]) for name in linears):
                 raise ConvertError(
                     f"{option} {pattern!r} matches no linear of the blocks.",
                     f"their names are like {linears[0]!r}.",

@@ -171,7 +171,7 @@ def summary_text(done: "Report", job: "Job") -> str:
         lines.append(f"{'linear':48} {'inputs':>7} {'outputs':>7} {'error':>8}")
         lines += [f"{row['name']:48} {row['k']:7} {row['n']:7} {row['error']:8.4f}" for row in errors[:WORST]]
         lines.append(f"{f'mean of {len(errors)} linears':48} {'':7} {'':7} {mean:8.4f}")
-    lines += few_tokens(rows) if not plan.repack else []
+    lines += _few_tokens(rows) if not plan.repack else []
     lines += [f"rounded to nearest: {row['name']}" for row in rows if row.get("rounded_to_nearest")]
     lines += [f"not 2:4: {fate.name}, as {fate.layout.format} ({fate.reason})" for fate in plan.unpruned]
     lines += [f"{_left(plan)}: {names} ({reason})" for names, reason in _dense(plan)]
@@ -197,7 +197,7 @@ def summary_text(done: "Report", job: "Job") -> str:
     return "\n".join(lines)
 
 
-def few_tokens(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+def _few_tokens(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """Which experts the rows of a manifest say fewer tokens went to than they have inputs."""
     inputs: dict[str, tuple[int, int]] = {}
     for row in rows:

@@ -182,6 +182,18 @@ def test_only_experts(source, cli: Cli, tmp_path) -> None:
     assert done.exit_code == 1 and "--only '*.self_attn.*' leaves out" in done.stderr
 
 
+def test_overrides_know_experts_too(source, cli: Cli, tmp_path) -> None:
+    """A word that --only takes is no pattern that matches and then does nothing."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("format: gptq\noverrides: {experts: {bits: 8}}\n")
+    done = cli(
+        "quantize", source("qwen3_moe"), "-o", tmp_path / "out", "--recipe", recipe, "--dry-run", "--json"
+    )
+    assert done.exit_code == 0, done.stderr
+    bits = {(".experts." in row["name"], row["bits"]) for row in json.loads(done.stdout)["matrices"]}
+    assert bits == {(True, 8), (False, 4)}
+
+
 def test_one_group_size_for_all_experts_of_a_layer(source, cli: Cli, tmp_path) -> None:
     """Engines have one for gate, up and down; 192 inputs of down want 64."""
     model = source("qwen3_moe", moe_intermediate_size=192)

@@ -10,10 +10,10 @@ from collections.abc import Iterable
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import Concatenate, WeightRenaming, rename_source_key
+from transformers.core_model_loading import Concatenate, WeightConverter, WeightRenaming, rename_source_key
 
 from marlin_convert.checkpoint.linears import Stacked, Weights
-from marlin_convert.models.experts import converters_of, experts_of, merges_experts
+from marlin_convert.models.experts import experts_of, merges_experts
 from marlin_convert.models.joined import Joined, joins_linears
 
 # Layers for multi-token prediction, by name, and how many blocks past the last one they are.
@@ -34,8 +34,10 @@ class Names:
         # what was taken apart is as it is in files that have it so
         self._converters = [
             one
-            for one in converters_of(model)
-            if not (self._stacks and merges_experts(one)) and not (apart and joins_linears(one))
+            for one in transforms
+            if isinstance(one, WeightConverter)
+            and not (self._stacks and merges_experts(one))
+            and not (apart and joins_linears(one))
         ]
         self._prefix = model.base_model_prefix
         self._expected = model.state_dict()

@@ -100,10 +100,6 @@ class Structure:
             for linear in stage
         }
 
-    def inside(self, experts: str) -> list[str]:
-        """The linears of a module of experts, by their paths in the model."""
-        return [name for name in self._stages if name.startswith(f"{experts}.")]
-
     def block_of(self, name: str) -> int | None:
         """The number of the block that a module or tensor is inside of, None if it is in no block."""
         number, _, rest = name.removeprefix(f"{self.blocks}.").partition(".")
