@@ -56,7 +56,7 @@ def ours(weights: Weights) -> Layer:
     """This project's."""
     B, s, inner = weights.B13, weights.s13, weights.inner
     gate, up = (Stack(B[..., 2 * a : 2 * b], s[..., a:b]) for a, b in ((0, inner), (inner, 2 * inner)))
-    return GroupedExperts(gate, up, Stack(weights.B2, weights.s2))
+    return GroupedExperts((gate, up), Stack(weights.B2, weights.s2))
 
 
 def vllm(weights: Weights) -> Layer:

@@ -112,7 +112,7 @@ def test_every_shape(
     gate, up = (stack(count, k, inner, group_size, bias) for _ in range(2))
     down = stack(count, inner, k, group_size, bias)
     for family in families(monkeypatch):
-        layer = GroupedExperts(gate, up, down)
+        layer = GroupedExperts((gate, up), down)
         for m in (1, 3, 17, 64, 500):
             x = torch.randn(m, k, device="cuda", dtype=dtype)
             index, shares = routing(m, count, choices)
@@ -145,7 +145,7 @@ def test_every_tile_takes_every_number_of_tokens(
     def activation(both: Tensor) -> Tensor:
         return silu(both[:, :384]) * both[:, 384:]
 
-    layer = GroupedExperts(gate, up, down, None if fused else activation)
+    layer = GroupedExperts((gate, up), down, None if fused else activation)
     for counts in ((1, 0, 0, 0), (0, 0, 0, 7), (tokens, tokens + 1, tokens - 1, 1), (300, 0, 5, 2 * tokens)):
         index = torch.arange(4, device="cuda").repeat_interleave(torch.tensor(counts, device="cuda"))
         index = index[torch.randperm(len(index), device="cuda"), None]
@@ -157,10 +157,25 @@ def test_every_tile_takes_every_number_of_tokens(
 
 def test_another_activation_than_silu() -> None:
     gate, up, down = (stack(8, *shape, 64) for shape in ((512, 192), (512, 192), (192, 512)))
-    layer = GroupedExperts(gate, up, down, lambda both: gelu(both[:, :192]) * both[:, 192:])
+    layer = GroupedExperts((gate, up), down, lambda both: gelu(both[:, :192]) * both[:, 192:])
     x = torch.randn(33, 512, device="cuda", dtype=torch.float16)
     index, shares = routing(33, 8, 2, torch.float16)
     assert error(layer(x, index, shares), reference(gate, up, down, x, index, shares, gelu)) <= 7e-4
+
+
+def test_experts_without_a_gate() -> None:
+    up, down = stack(8, 512, 192, 64), stack(8, 192, 512, 64)
+    x = torch.randn(33, 512, device="cuda", dtype=torch.float16)
+    index, shares = routing(33, 8, 2, torch.float16)
+    y = GroupedExperts((up,), down, lambda one: one.relu())(x, index, shares)
+
+    expected = torch.zeros(33, 512, dtype=torch.float64, device="cuda")
+    for expert in range(8):
+        tokens, choices = (index == expert).nonzero(as_tuple=True)
+        inner = (x[tokens].double() @ weights(up)[expert].t()).relu().half().double()
+        answer = inner @ weights(down)[expert].t()
+        expected.index_add_(0, tokens, answer * shares[tokens, choices].double()[:, None])
+    assert error(y, expected) <= 7e-4
 
 
 def test_gate_and_up_may_be_columns_of_one_tensor() -> None:
@@ -170,14 +185,14 @@ def test_gate_and_up_may_be_columns_of_one_tensor() -> None:
     x = torch.randn(33, 512, device="cuda", dtype=torch.float16)
     index, shares = routing(33, 8, 2)
     assert (
-        error(GroupedExperts(gate, up, down)(x, index, shares), reference(gate, up, down, x, index, shares))
+        error(GroupedExperts((gate, up), down)(x, index, shares), reference(gate, up, down, x, index, shares))
         <= 7e-4
     )
 
 
 def test_experts_that_are_elsewhere_answer_nothing() -> None:
     gate, up, down = (stack(4, *shape, 128) for shape in ((256, 128), (256, 128), (128, 256)))
-    layer = GroupedExperts(gate, up, down)
+    layer = GroupedExperts((gate, up), down)
     x = torch.randn(40, 256, device="cuda", dtype=torch.float16)
     index, shares = routing(40, 16, 4)
     index[3] = -1  # nobody's
@@ -192,7 +207,7 @@ def test_experts_that_are_elsewhere_answer_nothing() -> None:
 
 def test_graphs_are_captured_and_give_the_same_bits() -> None:
     gate, up, down = (stack(16, *shape, 128) for shape in ((1024, 256), (1024, 256), (256, 1024)))
-    layer = GroupedExperts(gate, up, down)
+    layer = GroupedExperts((gate, up), down)
     x = torch.randn(20, 1024, device="cuda", dtype=torch.float16)
     index, shares = routing(20, 16, 4)
     expected = layer(x, index, shares)
@@ -213,7 +228,7 @@ def test_graphs_are_captured_and_give_the_same_bits() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     gate, up, down = (stack(4, *shape, 128) for shape in ((256, 128), (256, 128), (128, 256)))
-    layer = GroupedExperts(gate, up, down)
+    layer = GroupedExperts((gate, up), down)
     x = torch.randn(4, 256, device="cuda", dtype=torch.float16)
     index, shares = routing(4, 4, 2)
     for given in (
@@ -227,7 +242,7 @@ def test_what_does_not_fit_is_refused() -> None:
         with pytest.raises(KernelError):
             layer(*given)
     with pytest.raises(KernelError):
-        GroupedExperts(gate, up, gate)
+        GroupedExperts((gate, up), gate)
     with pytest.raises(KernelError):
         Stack(gate.B[:, :, ::2], gate.s)
     assert layer(x[:0], index[:0], shares[:0]).shape == (0, 256)

@@ -4,7 +4,7 @@ Where the activation is another than silu(gate) * up, gate and up are multiplied
 """
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from threading import Lock
 
@@ -106,23 +106,23 @@ class Stack:
 class GroupedExperts:
     """The experts of a layer on one GPU; weights are read, never written.
 
-    `activation` makes (rows, 2 * inner), gate beside up, to (rows, inner); None is silu(gate) * up, in the
-    same kernel.
+    `first` are gate and up, or up alone. `activation` makes (rows, inner) of their outputs side by side,
+    (rows, inner of each); None is silu(gate) * up, in the same kernel.
     """
 
     def __init__(
-        self, gate: Stack, up: Stack, down: Stack, activation: Callable[[Tensor], Tensor] | None = None
+        self, first: Sequence[Stack], down: Stack, activation: Callable[[Tensor], Tensor] | None = None
     ):
         """KernelError when the matrices do not fit each other."""
-        shapes = {(one.k, one.n, one.group, len(one.B)) for one in (gate, up)}
-        if len(shapes) != 1 or gate.pitch != up.pitch or down.k != gate.n or len(down.B) != len(gate.B):
+        kinds = {(one.k, one.n, one.group, one.pitch, len(one.B)) for one in first}
+        inner, count = first[0].n, len(first[0].B)
+        if len(kinds) != 1 or (down.k, len(down.B)) != (inner, count) or (not activation and len(first) != 2):
+            shapes = ", ".join(str(tuple(one.B.shape)) for one in (*first, down))
             raise KernelError(
-                f"gate is {tuple(gate.B.shape)}, up {tuple(up.B.shape)} and down {tuple(down.B.shape)}: they "
-                "are not of the same experts."
+                f"B of {shapes} and such groups are not of gate, up and down of the same experts."
             )
-        self.gate, self.up, self.down, self.activation = gate, up, down, activation
-        self.count = len(gate.B)
-        self.device = gate.B.device
+        self.first, self.down, self.activation = tuple(first), down, activation
+        self.count, self.device = count, down.B.device
         self._calls: dict[tuple[object, ...], _Call] = {}
         self._lock = Lock()
 
@@ -157,9 +157,9 @@ class GroupedExperts:
         return y
 
     def _check(self, x: Tensor, index: Tensor, shares: Tensor, here: Tensor | None) -> None:
-        if x.dtype not in (torch.float16, torch.bfloat16) or x.dim() != 2 or x.shape[1] != self.gate.k:
+        if x.dtype not in (torch.float16, torch.bfloat16) or x.dim() != 2 or x.shape[1] != self.first[0].k:
             raise KernelError(
-                f"x is {tuple(x.shape)} {x.dtype}; float16 or bfloat16 (m, {self.gate.k}) is meant.",
+                f"x is {tuple(x.shape)} {x.dtype}; float16 or bfloat16 (m, {self.first[0].k}) is meant.",
                 "load the model with dtype='auto', or in float16.",
             )
         if index.dtype not in (torch.int32, torch.int64) or index.dim() != 2 or len(index) != len(x):
@@ -184,11 +184,11 @@ class _Call:
         self, experts: GroupedExperts, x: Tensor, index: Tensor, shares: Tensor, here: Tensor | None
     ):
         m, choices = index.shape
-        self.rows, self.inner, self.outputs = m * choices, experts.gate.n, experts.down.n
+        self.rows, self.inner, self.outputs = m * choices, experts.first[0].n, experts.down.n
         self.activation = experts.activation
         bfloat16, device = x.dtype == torch.bfloat16, experts.device.index
         first, last = choose_for_experts(
-            self.rows, experts.count, (experts.gate.group, experts.down.group), bfloat16,
+            self.rows, experts.count, (experts.first[0].group, experts.down.group), bfloat16,
             torch.cuda.get_device_capability(device), experts.activation is None,
         )  # fmt: skip
         tiles = min(self.rows, experts.count) + self.rows // first.tokens
@@ -201,9 +201,9 @@ class _Call:
         # few choices are put in order by each block that needs them
         few = self.rows <= FEW and first.tokens <= 16
         self._route = None if few else Launch(load(Beside("route"), device), 1, route)
-        pairs: list[tuple[Stack, Stack | None]] = [(experts.gate, experts.up)]
-        if experts.activation is not None:
-            pairs = [(experts.gate, None), (experts.up, None)]
+        pairs: list[tuple[Stack, Stack | None]] = [(one, None) for one in experts.first]
+        if experts.activation is None:
+            pairs = [(experts.first[0], experts.first[1])]
         self._first = [
             _product(first, *pair, route, m, routed=number > 0 and not few)
             for number, pair in enumerate(pairs)
