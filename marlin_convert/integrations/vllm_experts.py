@@ -63,7 +63,7 @@ class MarlinExpertsMethod(FusedMoEMethodBase):
         params_dtype: torch.dtype,
         **others: Any,
     ) -> None:
-        """Make the parameters that a rank's part of its experts is loaded into; FormatError if it has none."""
+        """Make the parameters of a rank's part of the experts; FormatError if it cannot have one."""
         if getattr(layer, "apply_router_weight_on_input", False):
             raise self._refused("multiply their inputs by the router's weights")
         part = intermediate_size_per_partition

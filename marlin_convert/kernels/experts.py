@@ -119,7 +119,7 @@ class GroupedExperts:
         if len(kinds) != 1 or (down.k, len(down.B)) != (inner, count) or (not activation and len(first) != 2):
             shapes = ", ".join(str(tuple(one.B.shape)) for one in (*first, down))
             raise KernelError(
-                f"B of {shapes} and such groups are not of gate, up and down of the same experts."
+                f"B of {shapes}, and their groups, are not of gate, up and down of the same experts."
             )
         self.first, self.down, self.activation = tuple(first), down, activation
         self.count, self.device = count, down.B.device

@@ -22,7 +22,10 @@ CHANGES: dict[str, dict[str, Any]] = {
     "gemma3": {"vocab_size": 4224, "query_pre_attn_scalar": 32},
     "qwen3_moe": {"vocab_size": 4224},
     "mixtral": {"vocab_size": 4224},
-    "deepseek_v3": {"vocab_size": 4224, "topk_method": "noaux_tc"},
+    "deepseek_v3": {
+        **{"vocab_size": 4224, "topk_method": "noaux_tc", "q_lora_rank": 128, "kv_lora_rank": 512},
+        **{"qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128, "head_dim": 64},
+    },
     "mistral3": {"vocab_size": 4224},
     "qwen3_5": DELTA,
 }
