@@ -140,17 +140,25 @@ def test_others_are_evenly_spaced_and_as_many_as_are_missing() -> None:
     x = torch.arange(100.0)[:, None]
     index = torch.zeros(100, 1, dtype=torch.long)
     index[7] = 1
-    entering = [
-        routing.Entering(x[part], routed(index[part], 3), index[part])
-        for part in (slice(40), slice(40, None))
-    ]
-    own, others = routing.chosen(entering, 1, 11)
-    assert routing.gathered(entering, own).flatten().tolist() == [7.0] and routing.weight(own) == 1.0
-    assert routing.gathered(entering, others).flatten().tolist() == [10.0 * i for i in range(10)]
-    assert routing.weight(others) == routing.WEIGHT**0.5
-    assert len(list(routing.chosen(entering, 0, 50))) == 1
-    (everyone,) = routing.chosen(entering, 2, 1000)
-    assert len(routing.gathered(entering, everyone)) == 100
+    entering = routing.Entering(x.expand(100, 11), [own for own, _ in routed(index, 3)])
+    own, others = routing.chosen(entering, 1)
+    assert own.tokens.tolist() == [7] and own.own and own.weight == 1.0
+    assert others.tokens.tolist() == [10 * i for i in range(10)]
+    assert not others.own and others.weight == routing.WEIGHT**0.5
+    (all_its_own,) = routing.chosen(entering, 0)
+    assert len(all_its_own.tokens) == 99 and all_its_own.own
+    (everyone,) = routing.chosen(routing.Entering(x.expand(100, 1000), entering.routed), 2)
+    assert everyone.tokens.tolist() == list(range(100)) and not everyone.own
+
+
+def test_many_tokens_come_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routing, "ROWS", 40)
+    entering = routing.Entering(torch.zeros(120, 110), [torch.arange(10, 110), torch.arange(0)])
+    for number, own in ((0, [40, 40, 20]), (1, [])):
+        pieces = list(routing.chosen(entering, number))
+        assert [len(piece.tokens) for piece in pieces if piece.own] == own
+        others = torch.cat([torch.arange(0), *(piece.tokens for piece in pieces if not piece.own)])
+        assert len(others) == len(others.unique()) == 110 - sum(own)
 
 
 def test_what_is_left_dense_of_a_layer_is_left_dense_of_all_its_experts(source, cli: Cli, tmp_path) -> None:

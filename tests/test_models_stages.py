@@ -1,6 +1,6 @@
 """The walk of a block: whatever is kept or computed again, every stage sees the same numbers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -59,7 +59,8 @@ def walk_blocks(
         parts = model.structure.parts[number]
         block = model.load(number)
 
-        def solve(stage: Stage, number: int = number) -> None:
+        def solve(stages: Sequence[Stage], number: int = number) -> None:
+            (stage,) = stages
             seen.order.append((number, stage))
             for linear in (f"{model.name(number)}.{name}" for name in stage):
                 model.replace(linear, rounded(model.model.get_submodule(linear).weight))
@@ -181,8 +182,8 @@ def test_the_original_can_be_walked_beside_what_it_becomes(keep_bytes: int, tmp_
     unchanged = HiddenStates(model, IDS)
     for number in range(len(model)):
 
-        def solve(stage: Stage, number: int = number) -> None:
-            for linear in (f"{model.name(number)}.{name}" for name in stage):
+        def solve(stages: Sequence[Stage], number: int = number) -> None:
+            for linear in (f"{model.name(number)}.{name}" for stage in stages for name in stage):
                 model.replace(linear, rounded(model.model.get_submodule(linear).weight))
 
         block = model.load(number)
@@ -247,7 +248,7 @@ def test_a_model_that_computes_otherwise_than_was_found_is_refused(
     block = model.load(0)
     walk = BlockWalk(
         block, parts, len(hidden), lambda i: hidden.forward(i, block, 0),
-        lambda stage: None, keep_bytes=1 << 40, dtype=model.dtype,
+        lambda stages: None, keep_bytes=1 << 40, dtype=model.dtype,
     )  # fmt: skip
     with pytest.raises(SourceError, match=why) as refused:
         for _ in walk.reach([stage for part in parts for stage in part.stages], hidden.put):
