@@ -18,9 +18,13 @@ from transformers import AutoModelForCausalLM
 from marlin_convert import solve
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.reader import Checkpoint
-from marlin_convert.models import routing
+from marlin_convert.hub import Source
+from marlin_convert.models import hidden, routing
 from marlin_convert.models.experts import experts_of, routed
 from marlin_convert.models.tree import module_tree
+from marlin_convert.quantize import Job, plan_job
+from marlin_convert.recipe import Recipe
+from marlin_convert.solvers import gptq
 
 SHARD = "model.safetensors"
 SMALL = ("--samples", 8, "--sequence-length", 64)
@@ -215,7 +219,15 @@ def test_one_group_size_for_all_experts_of_a_layer(source, cli: Cli, tmp_path) -
     assert sizes == {True: {64}, False: {128}}
 
 
-def test_a_stopped_run_goes_on_to_the_same_bytes(source, cli: Cli, tmp_path, monkeypatch) -> None:
+@pytest.fixture
+def micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three of three samples at most, the last one smaller."""
+    monkeypatch.setitem(hidden.TOKENS, "cpu", 192)
+
+
+def test_a_stopped_run_goes_on_to_the_same_bytes(
+    source, cli: Cli, tmp_path, monkeypatch, micro_batches
+) -> None:
     model, whole, output = source("mixtral"), tmp_path / "whole", tmp_path / "out"
     words = ("quantize", model, "--format", "gptq", *SMALL)
     assert cli(*words, "-o", whole).exit_code == 0
@@ -226,29 +238,78 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(source, cli: Cli, tmp_path, mon
             raise KeyboardInterrupt
         return block(self, number)
 
-    monkeypatch.setattr(solve.Solve, "block", stopped)
-    assert cli(*words, "-o", output).exit_code == 130 and not output.exists()
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(solve.Solve, "block", stopped)
+        assert cli(*words, "-o", output).exit_code == 130 and not output.exists()
     assert cli(*words, "-o", output, "--resume").exit_code == 0
     assert (output / SHARD).read_bytes() == (whole / SHARD).read_bytes()
     manifests = [json.loads((path / "marlin_convert.json").read_text()) for path in (whole, output)]
     assert manifests[0]["matrices"] == manifests[1]["matrices"]
 
 
+def made(cli: Cli, output: Path, *words: object) -> tuple[bytes, list[dict[str, Any]]]:
+    """The bytes of a checkpoint and the rows of its matrices, in order of their names."""
+    done = cli("quantize", *words, "-o", output, "--format", "gptq", *SMALL)
+    assert done.exit_code == 0, done.stderr
+    rows = json.loads((output / "marlin_convert.json").read_text())["matrices"]
+    return (output / SHARD).read_bytes(), sorted(rows, key=lambda row: row["name"])
+
+
+@pytest.mark.parametrize("effort", ["fast", "default"])
+def test_it_is_the_same_how_many_experts_are_solved_at_once(
+    effort: str, source, cli: Cli, tmp_path, monkeypatch, micro_batches
+) -> None:
+    """On one thread, bit for bit: alone, three and then one, all; with an expert that no token goes to."""
+    model, found, solved = source("qwen3_moe", num_local_experts=4), {}, []
+    tensors = load_file(model / SHARD)
+    for i in range(4):  # expert 2 is never chosen
+        tensors[f"model.layers.{i}.mlp.gate.weight"][2] = tensors[f"model.layers.{i}.mlp.gate.weight"][1]
+    save_file(tensors, model / SHARD, {"format": "pt"})
+    batch = gptq.solve_batch
+
+    def noting(weights: Tensor, *rest: Any, **settings: Any) -> Any:
+        solved.append(len(weights))
+        return batch(weights, *rest, **settings)
+
+    monkeypatch.setattr(gptq, "solve_batch", noting)
+    words = (model, "--effort", effort)
+    for at_once in (1, 3, 4):
+        solved.clear()
+        monkeypatch.setattr(solve, "experts_at_once", lambda *_, count=at_once: count)
+        found[at_once] = made(cli, tmp_path / f"{effort}-{at_once}", *words)
+        # q, k and v, o, and twice the experts
+        sizes = [at_once] * (4 // at_once) + [4 % at_once] * (4 % at_once > 0)
+        assert solved == 4 * ([1, 1] + [size for size in sizes for _ in range(2)])
+    assert found[1] == found[3] == found[4]
+
+
+def test_how_many_experts_are_solved_at_once_follows_from_shapes(source, monkeypatch) -> None:
+    job = Job(
+        Source(source("qwen3_moe"), "source", None), Path("out"), Recipe(samples=8, sequence_length=64),
+        torch.device("cpu"),
+    )  # fmt: skip
+    plan = plan_job(job)[1]
+    # gate and up are 128 inputs, 256 outputs; half of the tokens go to each of four; float32, in two models
+    expert = gptq.bytes_taken(128, 256) + 2 * 4 * 128 * 8 * 64 // 2
+    for space, count in ((0, 1), (3 * expert - 1, 2), (3 * expert, 3), (100 * expert, 4)):
+        monkeypatch.setitem(solve.AT_ONCE, "cpu", space)
+        assert solve.experts_at_once(plan, 1, torch.device("cpu")) == count
+
+
 def test_repacks_are_exact(source, cli: Cli, tmp_path) -> None:
-    made = tmp_path / "gptq"
-    assert cli("quantize", source("mixtral"), "-o", made, "--format", "gptq", *SMALL).exit_code == 0
+    first_made = tmp_path / "gptq"
+    made(cli, first_made, source("mixtral"))
     for format, before, after in (
-        ("compressed-tensors", made, "ct"),
+        ("compressed-tensors", first_made, "ct"),
         ("marlin", "ct", "marlin"),
         ("gptq", "marlin", "again"),
     ):
         done = cli("quantize", tmp_path / before, "-o", tmp_path / after, "--format", format)
         assert done.exit_code == 0, done.stderr
-    first, last = load_file(made / SHARD), load_file(tmp_path / "again" / SHARD)
+    first, last = load_file(first_made / SHARD), load_file(tmp_path / "again" / SHARD)
     assert first.keys() == last.keys() and all(torch.equal(first[name], last[name]) for name in first)
     manifests = [
-        json.loads((path / "marlin_convert.json").read_text()) for path in (made, tmp_path / "again")
+        json.loads((path / "marlin_convert.json").read_text()) for path in (first_made, tmp_path / "again")
     ]
     tokens = [{row["name"]: row.get("tokens") for row in one["matrices"]} for one in manifests]
     assert tokens[0] == tokens[1]
