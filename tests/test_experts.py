@@ -1,7 +1,7 @@
 """Mixtures of experts: taken apart, calibrated one by one, written one by one, and named where in doubt."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,11 @@ from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.hub import Source
 from marlin_convert.models import hidden, routing
+from marlin_convert.models.blocks import BlockModel
 from marlin_convert.models.experts import experts_of, routed
+from marlin_convert.models.hidden import HiddenStates
+from marlin_convert.models.stages import BlockWalk
+from marlin_convert.models.structure import Stage
 from marlin_convert.models.tree import module_tree
 from marlin_convert.quantize import Job, plan_job
 from marlin_convert.recipe import Recipe
@@ -281,6 +285,56 @@ def test_it_is_the_same_how_many_experts_are_solved_at_once(
         sizes = [at_once] * (4 // at_once) + [4 % at_once] * (4 % at_once > 0)
         assert solved == 4 * ([1, 1] + [size for size in sizes for _ in range(2)])
     assert found[1] == found[3] == found[4]
+
+
+def test_experts_are_walked_beside_the_original(source, micro_batches) -> None:
+    """Both leave what plain forwards leave, bit for bit; of the original only the experts are given up."""
+    ids = torch.randint(4096, (8, 64), generator=torch.Generator().manual_seed(1))
+    directory = source("qwen3_moe")
+
+    def opened() -> tuple[BlockModel, list[HiddenStates]]:
+        model = BlockModel(Weights(Checkpoint.open(directory)), torch.device("cpu"))
+        return model, [HiddenStates(model, ids), HiddenStates(model, ids)]
+
+    def changed(weight: Tensor) -> Tensor:
+        return (weight.float() * 16).round() / 16
+
+    (model, states), (plain, plain_states) = opened(), opened()
+    for number in range(len(model)):
+        block, groups = model.load(number), []
+
+        def replace_all(stages: Sequence[Stage], number: int = number, groups: list = groups) -> None:
+            groups.append(len(stages))
+            for linear in (f"{model.name(number)}.{name}" for stage in stages for name in stage):
+                model.replace(linear, changed(model.model.get_submodule(linear).weight))
+
+        blocks, walks = (block, model.unchanging(block)), []
+        for one, hidden_states, action in zip(blocks, states, (replace_all, None), strict=True):
+            walks.append(
+                BlockWalk(
+                    one, model.structure.parts[number], len(hidden_states),
+                    lambda i, b=one, s=hidden_states, n=number: s.forward(i, b, n), action,
+                    keep_bytes=1 << 30, dtype=model.dtype, at_once=3, beside=walks[0] if walks else None,
+                )
+            )  # fmt: skip
+        stages = model.structure.stages(number)
+        seen: dict[Stage, int] = {}
+        reached = (walk.reach(stages, one.put) for walk, one in zip(walks, states, strict=True))
+        for one, before in zip(*reached, strict=True):
+            assert one.stage == before.stage and one.x.shape == before.x.shape
+            seen[one.stage] = seen.get(one.stage, 0) + (one.routed or 0)
+        assert groups == [1, 1, 3, 3, 1, 1]
+        assert sum(rows for (name, *_), rows in seen.items() if "down" in name) == 2 * ids.numel()
+        for name, parameter in blocks[1].named_parameters():
+            assert parameter.is_meta == (".experts." in name)
+        loaded = plain.load(number)
+        plain_states[1].advance(loaded, number)
+        for linear in (f"{plain.name(number)}.{name}" for stage in stages for name in stage):
+            plain.replace(linear, changed(plain.model.get_submodule(linear).weight))
+        plain_states[0].advance(loaded, number)
+        for walked, advanced in zip(states, plain_states, strict=True):
+            for i in range(len(walked)):
+                assert torch.equal(walked.state(i), advanced.state(i))
 
 
 def test_how_many_experts_are_solved_at_once_follows_from_shapes(source, monkeypatch) -> None:

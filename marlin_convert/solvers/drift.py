@@ -71,10 +71,10 @@ def compensated(
     ridges = [share or 0.0 for share in used]
     share, ridge = torch.tensor([shares, ridges], device=weights.device)[..., None, None]
     right = torch.addcmul(wanted, weights.mT, ridge * diagonals(hessians).mean(-1)[:, None, None])
-    half = torch.linalg.solve_triangular(uppers, right, upper=True)
-    del right
-    moved = torch.linalg.solve_triangular(uppers.mT, half, upper=False).mT.sub_(weights).mul_(share)
-    del half, uppers
+    fits = [_solution(upper, one).T for upper, one in zip(uppers, right, strict=True)]
+    del uppers, right
+    moved = torch.stack(fits).sub_(weights).mul_(share)
+    del fits
     if most is not None:
         far = moved.norm(dim=2, keepdim=True) / weights.norm(dim=2, keepdim=True).mul_(most)
         moved.div_(far.nan_to_num_(1.0).clamp_(min=1.0))
@@ -82,3 +82,10 @@ def compensated(
         if one is None:  # no inputs, or sums that are not finite: the solver rounds, and says so
             moved[number] = 0
     return moved.add_(weights)
+
+
+def _solution(upper: Tensor, right: Tensor) -> Tensor:
+    """X (k, n) with U U^T X = right, U (k, k) upper triangular."""
+    # one matrix after another: batched solvers are for small ones
+    half = torch.linalg.solve_triangular(upper, right, upper=True)
+    return torch.linalg.solve_triangular(upper.T, half, upper=False)
