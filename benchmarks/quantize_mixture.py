@@ -10,6 +10,7 @@ CPU. Models are made on the device, in bfloat16 and with a small vocabulary, in 
 """
 
 import argparse
+import gc
 import json
 import resource
 import subprocess
@@ -78,6 +79,9 @@ def make_model(shape: str, directory: Path, layers: int) -> Path:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+    del model
+    gc.collect()
+    torch.cuda.empty_cache()
     return directory
 
 
@@ -154,8 +158,6 @@ def main() -> None:
         for count in counts:
             started = time.perf_counter()
             model = make_model(shape, here / f"model-{count}", count)
-            if DEVICE.type == "cuda":
-                torch.cuda.empty_cache()
             made = time.perf_counter() - started
             plan = plan_job(job_of(shape, model, here / "none"))[1]
             expected = estimate(plan, DEVICE)
