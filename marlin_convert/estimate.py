@@ -12,7 +12,7 @@ from torch import nn
 from marlin_convert.matrix import Fate
 from marlin_convert.models.blocks import bf16_units, rounding_linear
 from marlin_convert.models.hidden import TOKENS as BATCH
-from marlin_convert.models.memory import memory_for_activations
+from marlin_convert.models.memory import free_memory, memory_for_activations
 from marlin_convert.plan import Plan
 from marlin_convert.solve import experts_at_once
 from marlin_convert.solvers import gptq
@@ -121,8 +121,10 @@ def _memory(plan: Plan, number: int, work: _Work, width: int, device: torch.devi
     solved += 8 * max(one.k for one in work.stages) ** 2
     weights = 2.0 * sum(one.k * one.n for one in work.stages)
     packed = sum(one.k * one.n for one in work.stages if one.count > 1) * 0.6
-    ahead = 2 if plan.blocks > 1 else 1  # the next block is read meanwhile
-    return hidden + solved + ahead * weights + packed + 12.0 * BATCH[device.type] * width
+    memory = hidden + solved + weights + packed + 12.0 * BATCH[device.type] * width
+    # the next block is read meanwhile, where there is room
+    left = free_memory(device) - walks * states - weights
+    return memory + (weights if plan.blocks > 1 and 4 * weights < left else 0)
 
 
 def _stages(plan: Plan, block: list[Fate]) -> list[_Stage]:

@@ -1,5 +1,6 @@
 """The walk of a block: whatever is kept or computed again, every stage sees the same numbers."""
 
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -210,6 +211,28 @@ def test_the_original_can_be_walked_beside_what_it_becomes(keep_bytes: int, tmp_
     shares = (alone.hidden - torch.cat([plain.state(i) for i in range(SAMPLES)])).square().sum(-1)
     shares /= torch.cat([plain.state(i) for i in range(SAMPLES)]).square().sum(-1)
     assert hidden.divergence(unchanged) == pytest.approx(shares.mean().sqrt().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_the_next_block_is_read_meanwhile_where_there_is_room(
+    room: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = open_model("llama", torch.bfloat16, tmp_path)
+    size = sum(parameter.numel() for parameter in model.blocks[0].parameters())
+    size *= 2 if blocks_module.bf16_units() else 4
+    monkeypatch.setattr(blocks_module, "free_memory", lambda device: 5 * size if room else 3 * size)
+    read, begun = model.weights.read, threading.Event()
+
+    def noting(name: str) -> Tensor:
+        if ".layers.1." in name:
+            begun.set()
+        return read(name)
+
+    monkeypatch.setattr(model.weights, "read", noting)
+    model.load(0)
+    assert begun.wait(20 if room else 1) == room
+    model.load(1)
+    assert begun.is_set()
 
 
 def test_the_modules_of_a_block_are_left_as_they_were(tmp_path: Path) -> None:
