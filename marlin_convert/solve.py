@@ -219,14 +219,18 @@ class Solve:
         finite = hessians.isfinite().flatten(1).all(1).tolist()
         if not all(finite):
             raise self._overflow(f"the inputs of {stages[finite.index(False)][0].name} are")
-        # those of a kind as one matrix
-        for sparse, pruned in sorted({(fate.layout.sparse, fate.pruned) for fate in stages[0]}):
-            chosen = [
-                [fate for fate in fates if (fate.layout.sparse, fate.pruned) == (sparse, pruned)]
-                for fates in stages
-            ]
-            solve = self._prune if sparse and pruned else self._quantize
-            yield from solve(chosen, sums, hessians)
+        # those of a kind as one matrix, and side by side the stages that have the same kinds
+        kinds = [tuple((fate.layout.sparse, fate.pruned) for fate in fates) for fates in stages]
+        for same in dict.fromkeys(kinds):
+            these = [number for number, found in enumerate(kinds) if found == same]
+            read = hessians if len(these) == len(stages) else hessians[these]
+            for kind in sorted(set(same)):
+                chosen = [
+                    [fate for fate, one in zip(stages[number], same, strict=True) if one == kind]
+                    for number in these
+                ]
+                solve = self._prune if kind == (True, True) else self._quantize
+                yield from solve(chosen, [sums[number] for number in these], read)
 
     def _weights(self, fates: list[Fate]) -> list[Tensor]:
         return [self._model.model.get_parameter(f"{fate.name}.weight") for fate in fates]
@@ -351,7 +355,8 @@ def experts_at_once(plan: Plan, number: int, device: torch.device) -> int:
         if part.experts:
             first, last = ([plan.fates[f"{path}.{name}"] for name in stage] for stage in part.stages[:2])
             solving = max(gptq.bytes_taken(one[0].k, sum(fate.n for fate in one)) for one in (first, last))
-            read = 2 * plan.dtype.itemsize * last[0].k * tokens * part.choices // part.experts
+            rows = max(tokens * part.choices // part.experts, min(tokens, first[0].k))
+            read = 2 * plan.dtype.itemsize * last[0].k * rows
             counts.append(max(1, min(part.experts, AT_ONCE[device.type] // (solving + read))))
     return max(counts)
 

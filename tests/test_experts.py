@@ -287,6 +287,27 @@ def test_it_is_the_same_how_many_experts_are_solved_at_once(
     assert found[1] == found[3] == found[4]
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("quantize", "--format", "gptq", "--sparsity", "2:4", "--unpruned", "*.experts.1.*"),
+        ("quantize", "--format", "gptq", "--sparsity", "2:4", "--unpruned", "*.experts.2.up_proj"),
+        ("sparsify", "--skip", "*.experts.0.*"),
+    ],
+)
+def test_experts_of_which_not_all_are_pruned(
+    words: tuple[str, ...], source, cli: Cli, tmp_path, monkeypatch
+) -> None:
+    model, found = source("qwen3_moe"), []
+    for at_once in (1, 4):
+        monkeypatch.setattr(solve, "experts_at_once", lambda *_, count=at_once: count)
+        output = tmp_path / str(at_once)
+        done = cli(words[0], model, "-o", output, *words[1:], *SMALL)
+        assert done.exit_code == 0, done.stderr
+        found.append((output / SHARD).read_bytes())
+    assert found[0] == found[1]
+
+
 def test_experts_are_walked_beside_the_original(source, micro_batches) -> None:
     """Both leave what plain forwards leave, bit for bit; of the original only the experts are given up."""
     ids = torch.randint(4096, (8, 64), generator=torch.Generator().manual_seed(1))

@@ -21,7 +21,7 @@ micro-batch's forward on a thread of its own 1.0, but a stopped forward holds ev
 stopped in, twice to four times what is kept here.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -177,25 +177,29 @@ class BlockWalk:
         for start in range(0, part.experts, self._at_once):
             numbers = range(start, min(start + self._at_once, part.experts))
             pieces = [(number, piece) for number in numbers for piece in chosen(ways, number)]
-            first, last = ([part.stages[2 * number + i] for number in numbers] for i in (0, 1))
-            if first[0] in self._stages:
-                for number, piece in pieces:
-                    yield self._of_expert(first[number - start], entering.x[piece.tokens], piece)
-                if self._solve is not None:
-                    self._solve(first)
+            first, last = ({number: part.stages[2 * number + i] for number in numbers} for i in (0, 1))
+            for number, piece in pieces:
+                if first[number] in self._stages:
+                    yield self._of_expert(first[number], entering.x[piece.tokens], piece)
+            self._solve_of(first.values())
             inner = [
                 experts.inner(number, entering.x[piece.tokens].to(self._computed)).to(self._dtype)
                 for number, piece in pieces
             ]
-            if last[0] in self._stages:
-                for (number, piece), x in zip(pieces, inner, strict=True):
-                    yield self._of_expert(last[number - start], x, piece)
-                if self._solve is not None:
-                    self._solve(last)
+            for (number, piece), x in zip(pieces, inner, strict=True):
+                if last[number] in self._stages:
+                    yield self._of_expert(last[number], x, piece)
+            self._solve_of(last.values())
             if self._solve is None:
                 for number in numbers:
                     experts.get_submodule(str(number)).to("meta")
         self._entering = None
+
+    def _solve_of(self, experts: Iterable[Stage]) -> None:
+        """Solve the stages of experts, but for those that are passed over."""
+        stages = [stage for stage in experts if stage in self._stages]
+        if self._solve is not None and stages:
+            self._solve(stages)
 
     def _of_expert(self, stage: Stage, x: Tensor, piece: Chosen) -> Reached:
         return Reached(stage, x if piece.own else x * piece.weight, routed=len(x) if piece.own else 0)
