@@ -15,9 +15,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from pathlib import Path
 
+import parts
 import torch
 
 HERE = Path(__file__).resolve().parent
@@ -119,88 +119,20 @@ def time_peer(model: Path, tokens: Path, output: Path) -> dict:
     return {"command": time.perf_counter() - started}
 
 
-def parts(model: Path, output: Path, effort: str) -> None:
+def time_parts(model: Path, output: Path, effort: str) -> None:
     """One conversion with the GPU waited for around every part."""
-    import marlin_convert.quantize as story
-    import marlin_convert.solve as solve
-    import marlin_convert.solvers.drift as drift
-    import marlin_convert.solvers.gptq as gptq
     from marlin_convert import recipe
     from marlin_convert.hub import resolve
-    from marlin_convert.models.blocks import BlockModel
-    from marlin_convert.models.hidden import HiddenStates
-    from marlin_convert.solvers.hessian import Hessian
 
-    spent: dict[str, float] = defaultdict(float)
-
-    def timed(owner, name, label):
-        whole = getattr(owner, name)
-
-        def call(*args, **kwargs):
-            torch.cuda.synchronize()
-            started, before = time.perf_counter(), sum(spent.values())
-            try:
-                return whole(*args, **kwargs)
-            finally:
-                torch.cuda.synchronize()
-                inner = sum(spent.values()) - before
-                spent[label] += time.perf_counter() - started - inner
-
-        setattr(owner, name, call)
-
-    timed(HiddenStates, "forward", "forwards")
-    timed(HiddenStates, "divergence", "divergence")
-    timed(Hessian, "add", "hessians: products")
-    timed(Hessian, "mean", "hessians: mirror")
-    timed(drift.Products, "add", "drift: products")
-    timed(solve.Sums, "wanted", "drift: wanted")
-    timed(solve, "compensated", "drift: regression")
-    timed(drift, "factorise", "drift: cholesky")
-    timed(gptq, "solve", "solve: rest")
-    timed(gptq, "search_scales", "solve: scale search")
-    timed(gptq, "factorise", "solve: cholesky")
-    timed(gptq, "_descent", "solve: descent matrix")
-    timed(gptq, "sweep", "solve: sweeps")
-    timed(solve, "_error", "error")
-    timed(BlockModel, "unchanging", "copy of the block")
-    timed(solve, "pack", "pack and compare")
-    timed(story, "_dense", "dense tensors")
-    timed(BlockModel, "load", "load block")
-    timed(BlockModel, "__init__", "model outside blocks")
-    timed(BlockModel, "replace", "dequantized weights in")
-    timed(HiddenStates, "__init__", "embed")
-    timed(story.ShardWriter, "write", "hand to writer")
-    timed(story.ShardWriter, "close", "wait for disk")
-    job = story.Job(
+    settings = {"samples": SAMPLES, "sequence_length": LENGTH, "effort": effort}
+    job = parts.story.Job(
         resolve(str(model)),
         output,
-        recipe.load(recipe.DEFAULT).changed(
-            {"samples": SAMPLES, "sequence_length": LENGTH, "effort": effort}
-        ),
+        recipe.load(recipe.DEFAULT).changed(settings),
         torch.device("cuda:0"),
     )
-    blocks = []
-    marks = []
-
-    def progress(numbers, total):
-        for number in numbers:
-            marks.append((time.perf_counter(), dict(spent)))
-            yield number
-            blocks.append(number)
-        marks.append((time.perf_counter(), dict(spent)))
-
-    story.quantize(job, progress)
-    # the first block also compiles kernels and warms the allocator up
-    first, last = marks[1], marks[-1]
-    layers = len(blocks) - 1
-    print(f"\n{effort}: parts, seconds per layer (layers 1 to {layers})")
-    total = 0.0
-    for label in sorted(last[1], key=lambda label: first[1].get(label, 0.0) - last[1][label]):
-        each = (last[1][label] - first[1].get(label, 0.0)) / layers
-        total += each
-        if each > 0.0005:
-            print(f"  {label:28} {each:7.3f}")
-    print(f"  {'sum':28} {total:7.3f}\n  {'wall':28} {(last[0] - first[0]) / layers:7.3f}")
+    print(f"\n{effort}: parts, seconds per layer but the first")
+    print(parts.table(*parts.convert(job)))
     print(f"  peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 
 
@@ -239,7 +171,7 @@ def main() -> None:
         for who, slope in slopes.items():
             print(f"{who} / {efforts[0]}, per layer: {slope / slopes[efforts[0]]:.2f}")
         for effort in efforts if chosen.parts else ():
-            parts(here / f"model-{high}", here / f"parts-{effort}", effort)
+            time_parts(here / f"model-{high}", here / f"parts-{effort}", effort)
 
 
 if __name__ == "__main__":

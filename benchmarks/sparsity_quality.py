@@ -11,7 +11,7 @@ one pass (joint) or two (separate), scales searched on the kept weights.
 import argparse
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import repeat
 from pathlib import Path
@@ -129,19 +129,25 @@ def convert(source: Path, ids: Tensor, solver: Solver, *, drift: bool, together:
     for number in range(len(model)):
         sums: dict[Stage, Sums] = {}
 
-        def solve(stage: Stage, number: int = number, sums: dict = sums) -> None:
+        def solve(stages: Sequence[Stage], number: int = number, sums: dict = sums) -> None:
+            (stage,) = stages
             found = sums.pop(stage)
+            hessian = found.hessian()
             linears = [f"{model.name(number)}.{name}" for name in stage]
             old = [model.model.get_parameter(f"{linear}.weight") for linear in linears]
             todo = [torch.cat(old)] if together else old
             if drift:
                 todo = [
                     compensated(
-                        weight, found.hessian, found.wanted(weight), damping=DAMPING, tokens=found.tokens
-                    )
+                        weight[None],
+                        hessian[None],
+                        found.wanted(weight)[None],
+                        damping=DAMPING,
+                        tokens=[found.tokens],
+                    )[0]
                     for weight in todo
                 ]
-            new = torch.cat([solver(weight, found.hessian) for weight in todo]).split([len(w) for w in old])
+            new = torch.cat([solver(weight, hessian) for weight in todo]).split([len(w) for w in old])
             for linear, weight in zip(linears, new, strict=True):
                 model.replace(linear, weight)
                 weights.solved[f"{linear}.weight"] = weight.contiguous()

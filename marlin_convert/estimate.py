@@ -12,8 +12,9 @@ from torch import nn
 from marlin_convert.matrix import Fate
 from marlin_convert.models.blocks import bf16_units, rounding_linear
 from marlin_convert.models.hidden import TOKENS as BATCH
-from marlin_convert.models.memory import memory_for_activations
+from marlin_convert.models.memory import free_memory, memory_for_activations
 from marlin_convert.plan import Plan
+from marlin_convert.solve import experts_at_once
 from marlin_convert.solvers import gptq
 from marlin_convert.solvers.hessian import Hessian
 from marlin_convert.solvers.straight_through import POSITIONS
@@ -95,20 +96,35 @@ def estimate(plan: Plan, device: torch.device) -> Estimate:
     work = _Work(recipe.samples * recipe.sequence_length, recipe.sequence_length, stages, heads)
     of_a_block = _on_gpu if device.type == "cuda" else _on_cpu
     seconds = plan.blocks * of_a_block(plan, work, device)
-    hidden = 2.0 * work.tokens * min(one.k for one in stages) * (2 if plan.compensates else 1)
-    if plan.structure.experts:  # what enters them is kept beside it
-        hidden *= 2
     if plan.sparsity:
         seconds *= PRUNING
-    width = max(fate.n for fate in block)
-    held = 24.0 * max(one.k * one.n / one.count for one in stages) + 12.0 * max(one.k for one in stages) ** 2
-    # codes of all experts, and their new weights
-    held += 3.0 * sum(one.k * one.n for one in stages if one.count > 1)
-    memory = hidden + held + 2.0 * sum(one.k * one.n for one in stages) + 12.0 * BATCH[device.type] * width
+    memory = _memory(plan, number, work, max(fate.n for fate in block), device)
     if plan.tunes:
         seconds += _tuning(plan, device)
         memory = max(memory, tuning_memory(plan, device))
     return Estimate(seconds, memory)
+
+
+def _memory(plan: Plan, number: int, work: _Work, width: int, device: torch.device) -> float:
+    """Bytes on the device at the most while a block is solved whose widest linear has `width` outputs."""
+    walks = 2 if plan.compensates else 1
+    path = f"{plan.structure.blocks}.{number}"
+    states = 2.0 * work.tokens * plan.fates[f"{path}.{plan.structure.stages(number)[0][0]}"].k
+    hidden = walks * states
+    if plan.structure.experts:  # what enters them is kept beside it, and what the original's give
+        hidden += walks * states + (walks - 1) * states * (1 if device.type == "cuda" else 2)
+    at_once = experts_at_once(plan, number, device)
+    solved = max(
+        (at_once if one.count > 1 else 1) * gptq.bytes_taken(one.k, one.n // one.count) for one in work.stages
+    )
+    # one matrix after another is factorised, in two copies
+    solved += 8 * max(one.k for one in work.stages) ** 2
+    weights = 2.0 * sum(one.k * one.n for one in work.stages)
+    packed = sum(one.k * one.n for one in work.stages if one.count > 1) * 0.6
+    memory = hidden + solved + weights + packed + 12.0 * BATCH[device.type] * width
+    # the next block is read meanwhile, where there is room
+    left = free_memory(device) - walks * states - weights
+    return memory + (weights if plan.blocks > 1 and 4 * weights < left else 0)
 
 
 def _stages(plan: Plan, block: list[Fate]) -> list[_Stage]:

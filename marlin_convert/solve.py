@@ -1,7 +1,7 @@
 """The codes that the solver finds for a dense source, one block after another."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +30,10 @@ from marlin_convert.solvers.hessian import Hessian
 from marlin_convert.solvers.straight_through import residual_latents
 
 log = logging.getLogger("marlin_convert")
+
+# Bytes that the experts of a layer that are solved at once take on a device: never all of a layer's Hessians.
+# It is not asked how much is free, for bits can depend on how many matrices are multiplied side by side.
+AT_ONCE = {"cuda": 8 << 30, "cpu": 1 << 30}
 
 
 @dataclass(frozen=True)
@@ -80,11 +84,11 @@ class Sums:
             self._products = Products(x.shape[-1], wanted.shape[-1], x.device, bf16_units=bf16_units)
         self._products.add(x, wanted.to(x.dtype))
 
-    @cached_property
     def hessian(self) -> Tensor:
-        """The mean of x^T x, (k, k) float32."""
-        assert self._hessian is not None
-        return self._hessian.mean()
+        """The mean of x^T x, (k, k) float32; the sum is given up."""
+        summed, self._hessian = self._hessian, None
+        assert summed is not None
+        return summed.mean()
 
     @cached_property
     def _mean(self) -> Tensor | None:
@@ -154,11 +158,11 @@ class Solve:
         sums: dict[Stage, Sums] = {}
         solved: list[Solved] = []
 
-        def solve_stage(stage: Stage) -> None:
-            linears = [f"{model.name(number)}.{name}" for name in stage]
-            solved.extend(self._solve(linears, sums.pop(stage)))
+        def solve(alike: Sequence[Stage]) -> None:
+            fates = [[self._plan.fates[f"{model.name(number)}.{name}"] for name in stage] for stage in alike]
+            solved.extend(self._solve(fates, [sums.pop(stage) for stage in alike]))
 
-        walk = self._walk(self._hidden, block, number, solve_stage)
+        walk = self._walk(self._hidden, block, number, solve)
         both: Iterable[tuple[Reached, Reached | None]]
         if self._original is None:
             both = ((one, None) for one in walk.reach(stages, self._hidden.put))
@@ -168,6 +172,8 @@ class Solve:
                 walk.reach(stages, self._hidden.put), beside.reach(stages, self._original.put), strict=True
             )
         for one, before in both:
+            while solved:  # codes leave the device while the others are found
+                yield solved.pop(0)
             if one.stage not in sums:
                 linear = block.get_submodule(one.stage[0])
                 assert isinstance(linear, nn.Linear)
@@ -196,7 +202,7 @@ class Solve:
         hidden: HiddenStates,
         block: nn.Module,
         number: int,
-        solve: Callable[[Stage], None] | None,
+        solve: Callable[[Sequence[Stage]], None] | None,
         beside: BlockWalk | None = None,
     ) -> BlockWalk:
         model = self._model
@@ -204,42 +210,55 @@ class Solve:
         return BlockWalk(
             block, model.structure.parts[number], len(hidden), lambda i: hidden.forward(i, block, number),
             solve, keep_bytes=memory_for_activations(model.device) // share, dtype=model.dtype,
-            beside=beside,
+            at_once=experts_at_once(self._plan, number, model.device), beside=beside,
         )  # fmt: skip
 
-    def _solve(self, linears: list[str], sums: Sums) -> Iterator[Solved]:
-        """Solve the linears of a stage and put what they have become into the model."""
-        if not sums.hessian.isfinite().all():
-            raise self._overflow(f"the inputs of {linears[0]} are")
-        fates = [self._plan.fates[linear] for linear in linears]
-        # those of a kind as one matrix
-        for kind in sorted({(fate.layout.sparse, fate.pruned) for fate in fates}):
-            chosen = [fate for fate in fates if (fate.layout.sparse, fate.pruned) == kind]
-            weights: list[Tensor] = [
-                self._model.model.get_parameter(f"{fate.name}.weight") for fate in chosen
-            ]
-            solve = self._prune if kind == (True, True) else self._quantize
-            yield from solve(chosen, weights, sums)
+    def _solve(self, stages: list[list[Fate]], sums: list[Sums]) -> Iterator[Solved]:
+        """Solve the linears of stages that are alike and put what they have become into the model."""
+        hessians = _batch([one.hessian() for one in sums])
+        finite = hessians.isfinite().flatten(1).all(1).tolist()
+        if not all(finite):
+            raise self._overflow(f"the inputs of {stages[finite.index(False)][0].name} are")
+        # those of a kind as one matrix, and side by side the stages that have the same kinds
+        kinds = [tuple((fate.layout.sparse, fate.pruned) for fate in fates) for fates in stages]
+        for same in dict.fromkeys(kinds):
+            these = [number for number, found in enumerate(kinds) if found == same]
+            read = hessians if len(these) == len(stages) else hessians[these]
+            for kind in sorted(set(same)):
+                chosen = [
+                    [fate for fate, one in zip(stages[number], same, strict=True) if one == kind]
+                    for number in these
+                ]
+                solve = self._prune if kind == (True, True) else self._quantize
+                yield from solve(chosen, [sums[number] for number in these], read)
 
-    def _target(self, weights: list[Tensor], sums: Sums, *, sparse: bool) -> Tensor:
-        """What is solved for: the weights as one, (n, k), or what makes up for the drift of the inputs."""
-        weight = torch.cat(weights)
-        wanted = sums.wanted(weight)
-        if wanted is None:
-            return weight
-        if not wanted.isfinite().all():
+    def _weights(self, fates: list[Fate]) -> list[Tensor]:
+        return [self._model.model.get_parameter(f"{fate.name}.weight") for fate in fates]
+
+    def _targets(
+        self, weights: list[list[Tensor]], sums: list[Sums], hessians: Tensor, *, sparse: bool
+    ) -> Tensor:
+        """What is solved for, (batch, n, k): weights as one, or what makes up for the drift of the inputs."""
+        whole = [torch.cat(one) for one in weights]
+        wanted = [one.wanted(weight) for one, weight in zip(sums, whole, strict=True)]
+        known = [one for one in wanted if one is not None]
+        if not known:
+            return _batch(whole)
+        batch = _batch(known)
+        if not batch.isfinite().all():
             raise self._overflow("the original's outputs are")
         # with half of the weights gone, the others have further to go
-        most = None if sparse else MOST
         return compensated(
-            weight, sums.hessian, wanted, damping=self._recipe.damping, tokens=sums.tokens, most=most
-        )
+            _batch(whole), hessians, batch, damping=self._recipe.damping,
+            tokens=[one.tokens for one in sums], most=None if sparse else MOST,
+        )  # fmt: skip
 
-    def _quantize(self, fates: list[Fate], weights: list[Tensor], sums: Sums) -> Iterator[Solved]:
-        recipe, hessian = self._recipe, sums.hessian
-        layout = fates[0].layout  # engines load a stage as one: it has one layout
-        group_size = len(hessian) if layout.group_size == -1 else layout.group_size
-        target = self._target(weights, sums, sparse=layout.sparse)
+    def _quantize(self, stages: list[list[Fate]], sums: list[Sums], hessians: Tensor) -> Iterator[Solved]:
+        recipe = self._recipe
+        layout = stages[0][0].layout  # engines load a stage, and all experts, as one: they have one layout
+        group_size = hessians.shape[1] if layout.group_size == -1 else layout.group_size
+        weights = [self._weights(fates) for fates in stages]
+        targets = self._targets(weights, sums, hessians, sparse=layout.sparse)
         settings: dict[str, Any] = {
             "bits": layout.bits,
             "group_size": group_size,
@@ -248,33 +267,39 @@ class Solve:
             "positive": recipe.scales == "positive",
         }
         if layout.sparse:
-            found = sparsity.solve(target, hessian, mask=self._mask(fates, weights), **settings)
+            masks = [self._mask(fates, own) for fates, own in zip(stages, weights, strict=True)]
+            found = [
+                sparsity.solve(target, hessian, mask=mask, **settings)
+                for target, hessian, mask in zip(targets, hessians, masks, strict=True)
+            ]
         else:
-            found = gptq.solve(target, hessian, **settings)
-        start = 0
-        for fate, weight in zip(fates, weights, strict=True):
-            columns = slice(start, start + len(weight))
-            start += len(weight)
-            layer = QuantizedLinear(
-                found.codes[:, columns].contiguous(),
-                found.scales[:, columns].contiguous(),
-                group_size,
-                layout.bits,
-                kept=None if found.mask is None else found.mask[:, columns].contiguous(),
-            )
-            row = fate.row() | {"error": _error(hessian, weight, layer.dequantize())}
-            row |= _damping(fate, found, recipe.damping)
-            if sums.routed is not None:
-                row["tokens"] = sums.routed
-            self._model.replace(fate.name, layer.dequantize(self._model.dtype))
-            log.debug("%s: relative output error %.4f", fate.name, row["error"])
-            latents = None
-            if self._plan.tunes:
-                latents = residual_latents(
-                    target[columns], hessian, layer.codes, layer.scales,
-                    bits=layout.bits, damping=found.damping or 1.0, kept=layer.kept,
-                )  # fmt: skip
-            yield Solved(fate, layer, row, latents)
+            found = gptq.solve_batch(targets, hessians, **settings)
+        solved: list[Solved] = []
+        energies: list[Tensor] = []
+        for fates, own, one, target, hessian, of_all in zip(
+            stages, weights, sums, targets, hessians, found, strict=True
+        ):
+            for fate, weight, layer, wanted in zip(
+                fates,
+                own,
+                _divided(of_all, own, group_size, layout.bits),
+                target.split([len(x) for x in own]),
+                strict=True,
+            ):
+                written = layer.dequantize()
+                energies.append(_energies(hessian, weight, written))
+                self._model.replace(fate.name, written.to(self._model.dtype))
+                row = fate.row() | {"error": None} | _damping(fate, of_all, recipe.damping)
+                if one.routed is not None:
+                    row["tokens"] = one.routed
+                latents = None
+                if self._plan.tunes:
+                    latents = residual_latents(
+                        wanted, hessian, layer.codes, layer.scales,
+                        bits=layout.bits, damping=of_all.damping or 1.0, kept=layer.kept,
+                    )  # fmt: skip
+                solved.append(Solved(fate, layer, row, latents))
+        yield from _with_errors(solved, energies)
 
     def _mask(self, fates: list[Fate], weights: list[Tensor]) -> Tensor | None:
         """What weights that are 2:4 keep, None if they are not; SourceError if they are said to be."""
@@ -291,31 +316,86 @@ class Solve:
                 )
         return None
 
-    def _prune(self, fates: list[Fate], weights: list[Tensor], sums: Sums) -> Iterator[Solved]:
-        recipe, hessian = self._recipe, sums.hessian
+    def _prune(self, stages: list[list[Fate]], sums: list[Sums], hessians: Tensor) -> Iterator[Solved]:
+        recipe = self._recipe
+        weights = [self._weights(fates) for fates in stages]
+        targets = [torch.cat(own) for own in weights]
         if recipe.method == "sparsegpt":
-            target = self._target(weights, sums, sparse=True).to(weights[0].dtype)
-            pruned, _ = sparsity.prune(target, hessian, damping=recipe.damping, sweeps=recipe.sweeps)
-        else:
-            weight = torch.cat(weights)
-            mask = sparsity.choose_mask(weight, hessian, method=recipe.method, damping=recipe.damping)
-            pruned = weight * mask.T
-        for fate, old, new in zip(fates, weights, pruned.split([len(one) for one in weights]), strict=True):
-            written = new.to(getattr(torch, fate.layout.dtype)).contiguous()
-            row = fate.row() | {"error": _error(hessian, old, written)}
-            self._model.replace(fate.name, written.to(self._model.dtype))
-            log.debug("%s: relative output error %.4f", fate.name, row["error"])
-            yield Solved(fate, written, row)
+            targets = [
+                one.to(own[0].dtype)
+                for one, own in zip(self._targets(weights, sums, hessians, sparse=True), weights, strict=True)
+            ]
+        solved: list[Solved] = []
+        energies: list[Tensor] = []
+        for fates, own, target, hessian in zip(stages, weights, targets, hessians, strict=True):
+            if recipe.method == "sparsegpt":
+                pruned, _ = sparsity.prune(target, hessian, damping=recipe.damping, sweeps=recipe.sweeps)
+            else:
+                mask = sparsity.choose_mask(target, hessian, method=recipe.method, damping=recipe.damping)
+                pruned = target * mask.T
+            for fate, old, new in zip(fates, own, pruned.split([len(one) for one in own]), strict=True):
+                written = new.to(getattr(torch, fate.layout.dtype)).contiguous()
+                energies.append(_energies(hessian, old, written))
+                self._model.replace(fate.name, written.to(self._model.dtype))
+                solved.append(Solved(fate, written, fate.row()))
+        yield from _with_errors(solved, energies)
 
 
-def _error(hessian: Tensor, weight: Tensor, written: Tensor) -> float:
-    """||x (W - W_q)|| / ||x W|| on the calibration text, to six digits, for weights (n, k)."""
-    with gptq.feedback_precision(hessian.device):
-        error, energy = (
-            gptq.output_energy(hessian, one.T).sum().item()
-            for one in (weight.float() - written.float(), weight.float())
+def experts_at_once(plan: Plan, number: int, device: torch.device) -> int:
+    """How many experts of a block are solved at once: as many as AT_ONCE holds, and one at least.
+
+    It follows from their shapes and from the length of the text, so a model has the same bytes wherever it is
+    converted on a kind of device. Beside what the solver takes that is what their last linears read, on the
+    average of all experts and in both models.
+    """
+    path = f"{plan.structure.blocks}.{number}"
+    tokens = plan.recipe.samples * plan.recipe.sequence_length
+    counts = [1]
+    for part in plan.structure.parts[number]:
+        if part.experts:
+            first, last = ([plan.fates[f"{path}.{name}"] for name in stage] for stage in part.stages[:2])
+            solving = max(gptq.bytes_taken(one[0].k, sum(fate.n for fate in one)) for one in (first, last))
+            rows = max(tokens * part.choices // part.experts, min(tokens, first[0].k))
+            read = 2 * plan.dtype.itemsize * last[0].k * rows
+            counts.append(max(1, min(part.experts, AT_ONCE[device.type] // (solving + read))))
+    return max(counts)
+
+
+def _batch(tensors: list[Tensor]) -> Tensor:
+    """Tensors of one shape as one; of a single one a view, for it may be large."""
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
+
+
+def _divided(found: Solution, weights: list[Tensor], group_size: int, bits: int) -> Iterator[QuantizedLinear]:
+    """What was found for weights (n, k) as one, for each of them."""
+    start = 0
+    for weight in weights:
+        columns = slice(start, start + len(weight))
+        start += len(weight)
+        yield QuantizedLinear(
+            found.codes[:, columns].contiguous(),
+            found.scales[:, columns].contiguous(),
+            group_size,
+            bits,
+            kept=None if found.mask is None else found.mask[:, columns].contiguous(),
         )
-    return float(f"{(max(error, 0.0) / energy) ** 0.5:.6g}") if energy > 0 else 0.0
+
+
+def _energies(hessian: Tensor, weight: Tensor, written: Tensor) -> Tensor:
+    """||x (W - W_q)||^2 and ||x W||^2 on the calibration text, (2,), for weights (n, k)."""
+    with gptq.feedback_precision(hessian.device):
+        pair = (weight.float() - written.float(), weight.float())
+        return torch.stack([gptq.output_energy(hessian, one.T).sum() for one in pair])
+
+
+def _with_errors(solved: list[Solved], energies: list[Tensor]) -> Iterator[Solved]:
+    """What was solved with its error, the root of what `_energies` gives as a share, to six digits."""
+    # fetched at once: a GPU would be waited for every time
+    for one, (error, energy) in zip(solved, torch.stack(energies).tolist(), strict=True):
+        share = float(f"{(max(error, 0.0) / energy) ** 0.5:.6g}") if energy > 0 else 0.0
+        log.debug("%s: relative output error %.4f", one.fate.name, share)
+        one.row["error"] = share
+        yield one
 
 
 def _damping(fate: Fate, found: Solution, asked: float) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Mixtures of experts: taken apart, calibrated one by one, written one by one, and named where in doubt."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,17 @@ from transformers import AutoModelForCausalLM
 from marlin_convert import solve
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.reader import Checkpoint
-from marlin_convert.models import routing
+from marlin_convert.hub import Source
+from marlin_convert.models import hidden, routing
+from marlin_convert.models.blocks import BlockModel
 from marlin_convert.models.experts import experts_of, routed
+from marlin_convert.models.hidden import HiddenStates
+from marlin_convert.models.stages import BlockWalk
+from marlin_convert.models.structure import Stage
 from marlin_convert.models.tree import module_tree
+from marlin_convert.quantize import Job, plan_job
+from marlin_convert.recipe import Recipe
+from marlin_convert.solvers import gptq
 
 SHARD = "model.safetensors"
 SMALL = ("--samples", 8, "--sequence-length", 64)
@@ -140,17 +148,25 @@ def test_others_are_evenly_spaced_and_as_many_as_are_missing() -> None:
     x = torch.arange(100.0)[:, None]
     index = torch.zeros(100, 1, dtype=torch.long)
     index[7] = 1
-    entering = [
-        routing.Entering(x[part], routed(index[part], 3), index[part])
-        for part in (slice(40), slice(40, None))
-    ]
-    own, others = routing.chosen(entering, 1, 11)
-    assert routing.gathered(entering, own).flatten().tolist() == [7.0] and routing.weight(own) == 1.0
-    assert routing.gathered(entering, others).flatten().tolist() == [10.0 * i for i in range(10)]
-    assert routing.weight(others) == routing.WEIGHT**0.5
-    assert len(list(routing.chosen(entering, 0, 50))) == 1
-    (everyone,) = routing.chosen(entering, 2, 1000)
-    assert len(routing.gathered(entering, everyone)) == 100
+    entering = routing.Entering(x.expand(100, 11), [own for own, _ in routed(index, 3)])
+    own, others = routing.chosen(entering, 1)
+    assert own.tokens.tolist() == [7] and own.own and own.weight == 1.0
+    assert others.tokens.tolist() == [10 * i for i in range(10)]
+    assert not others.own and others.weight == routing.WEIGHT**0.5
+    (all_its_own,) = routing.chosen(entering, 0)
+    assert len(all_its_own.tokens) == 99 and all_its_own.own
+    (everyone,) = routing.chosen(routing.Entering(x.expand(100, 1000), entering.routed), 2)
+    assert everyone.tokens.tolist() == list(range(100)) and not everyone.own
+
+
+def test_many_tokens_come_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routing, "ROWS", 40)
+    entering = routing.Entering(torch.zeros(120, 110), [torch.arange(10, 110), torch.arange(0)])
+    for number, own in ((0, [40, 40, 20]), (1, [])):
+        pieces = list(routing.chosen(entering, number))
+        assert [len(piece.tokens) for piece in pieces if piece.own] == own
+        others = torch.cat([torch.arange(0), *(piece.tokens for piece in pieces if not piece.own)])
+        assert len(others) == len(others.unique()) == 110 - sum(own)
 
 
 def test_what_is_left_dense_of_a_layer_is_left_dense_of_all_its_experts(source, cli: Cli, tmp_path) -> None:
@@ -207,7 +223,15 @@ def test_one_group_size_for_all_experts_of_a_layer(source, cli: Cli, tmp_path) -
     assert sizes == {True: {64}, False: {128}}
 
 
-def test_a_stopped_run_goes_on_to_the_same_bytes(source, cli: Cli, tmp_path, monkeypatch) -> None:
+@pytest.fixture
+def micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three of three samples at most, the last one smaller."""
+    monkeypatch.setitem(hidden.TOKENS, "cpu", 192)
+
+
+def test_a_stopped_run_goes_on_to_the_same_bytes(
+    source, cli: Cli, tmp_path, monkeypatch, micro_batches
+) -> None:
     model, whole, output = source("mixtral"), tmp_path / "whole", tmp_path / "out"
     words = ("quantize", model, "--format", "gptq", *SMALL)
     assert cli(*words, "-o", whole).exit_code == 0
@@ -218,29 +242,149 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(source, cli: Cli, tmp_path, mon
             raise KeyboardInterrupt
         return block(self, number)
 
-    monkeypatch.setattr(solve.Solve, "block", stopped)
-    assert cli(*words, "-o", output).exit_code == 130 and not output.exists()
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(solve.Solve, "block", stopped)
+        assert cli(*words, "-o", output).exit_code == 130 and not output.exists()
     assert cli(*words, "-o", output, "--resume").exit_code == 0
     assert (output / SHARD).read_bytes() == (whole / SHARD).read_bytes()
     manifests = [json.loads((path / "marlin_convert.json").read_text()) for path in (whole, output)]
     assert manifests[0]["matrices"] == manifests[1]["matrices"]
 
 
+def made(cli: Cli, output: Path, *words: object) -> tuple[bytes, list[dict[str, Any]]]:
+    """The bytes of a checkpoint and the rows of its matrices, in order of their names."""
+    done = cli("quantize", *words, "-o", output, "--format", "gptq", *SMALL)
+    assert done.exit_code == 0, done.stderr
+    rows = json.loads((output / "marlin_convert.json").read_text())["matrices"]
+    return (output / SHARD).read_bytes(), sorted(rows, key=lambda row: row["name"])
+
+
+@pytest.mark.parametrize("effort", ["fast", "default"])
+def test_it_is_the_same_how_many_experts_are_solved_at_once(
+    effort: str, source, cli: Cli, tmp_path, monkeypatch, micro_batches
+) -> None:
+    """On one thread, bit for bit: alone, three and then one, all; with an expert that no token goes to."""
+    model, found, solved = source("qwen3_moe", num_local_experts=4), {}, []
+    tensors = load_file(model / SHARD)
+    for i in range(4):  # expert 2 is never chosen
+        tensors[f"model.layers.{i}.mlp.gate.weight"][2] = tensors[f"model.layers.{i}.mlp.gate.weight"][1]
+    save_file(tensors, model / SHARD, {"format": "pt"})
+    batch = gptq.solve_batch
+
+    def noting(weights: Tensor, *rest: Any, **settings: Any) -> Any:
+        solved.append(len(weights))
+        return batch(weights, *rest, **settings)
+
+    monkeypatch.setattr(gptq, "solve_batch", noting)
+    words = (model, "--effort", effort)
+    for at_once in (1, 3, 4):
+        solved.clear()
+        monkeypatch.setattr(solve, "experts_at_once", lambda *_, count=at_once: count)
+        found[at_once] = made(cli, tmp_path / f"{effort}-{at_once}", *words)
+        # q, k and v, o, and twice the experts
+        sizes = [at_once] * (4 // at_once) + [4 % at_once] * (4 % at_once > 0)
+        assert solved == 4 * ([1, 1] + [size for size in sizes for _ in range(2)])
+    assert found[1] == found[3] == found[4]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("quantize", "--format", "gptq", "--sparsity", "2:4", "--unpruned", "*.experts.1.*"),
+        ("quantize", "--format", "gptq", "--sparsity", "2:4", "--unpruned", "*.experts.2.up_proj"),
+        ("sparsify", "--skip", "*.experts.0.*"),
+    ],
+)
+def test_experts_of_which_not_all_are_pruned(
+    words: tuple[str, ...], source, cli: Cli, tmp_path, monkeypatch
+) -> None:
+    model, found = source("qwen3_moe"), []
+    for at_once in (1, 4):
+        monkeypatch.setattr(solve, "experts_at_once", lambda *_, count=at_once: count)
+        output = tmp_path / str(at_once)
+        done = cli(words[0], model, "-o", output, *words[1:], *SMALL)
+        assert done.exit_code == 0, done.stderr
+        found.append((output / SHARD).read_bytes())
+    assert found[0] == found[1]
+
+
+def test_experts_are_walked_beside_the_original(source, micro_batches) -> None:
+    """Both leave what plain forwards leave, bit for bit; of the original only the experts are given up."""
+    ids = torch.randint(4096, (8, 64), generator=torch.Generator().manual_seed(1))
+    directory = source("qwen3_moe")
+
+    def opened() -> tuple[BlockModel, list[HiddenStates]]:
+        model = BlockModel(Weights(Checkpoint.open(directory)), torch.device("cpu"))
+        return model, [HiddenStates(model, ids), HiddenStates(model, ids)]
+
+    def changed(weight: Tensor) -> Tensor:
+        return (weight.float() * 16).round() / 16
+
+    (model, states), (plain, plain_states) = opened(), opened()
+    for number in range(len(model)):
+        block, groups = model.load(number), []
+
+        def replace_all(stages: Sequence[Stage], number: int = number, groups: list = groups) -> None:
+            groups.append(len(stages))
+            for linear in (f"{model.name(number)}.{name}" for stage in stages for name in stage):
+                model.replace(linear, changed(model.model.get_submodule(linear).weight))
+
+        blocks, walks = (block, model.unchanging(block)), []
+        for one, hidden_states, action in zip(blocks, states, (replace_all, None), strict=True):
+            walks.append(
+                BlockWalk(
+                    one, model.structure.parts[number], len(hidden_states),
+                    lambda i, b=one, s=hidden_states, n=number: s.forward(i, b, n), action,
+                    keep_bytes=1 << 30, dtype=model.dtype, at_once=3, beside=walks[0] if walks else None,
+                )
+            )  # fmt: skip
+        stages = model.structure.stages(number)
+        seen: dict[Stage, int] = {}
+        reached = (walk.reach(stages, one.put) for walk, one in zip(walks, states, strict=True))
+        for one, before in zip(*reached, strict=True):
+            assert one.stage == before.stage and one.x.shape == before.x.shape
+            seen[one.stage] = seen.get(one.stage, 0) + (one.routed or 0)
+        assert groups == [1, 1, 3, 3, 1, 1]
+        assert sum(rows for (name, *_), rows in seen.items() if "down" in name) == 2 * ids.numel()
+        for name, parameter in blocks[1].named_parameters():
+            assert parameter.is_meta == (".experts." in name)
+        loaded = plain.load(number)
+        plain_states[1].advance(loaded, number)
+        for linear in (f"{plain.name(number)}.{name}" for stage in stages for name in stage):
+            plain.replace(linear, changed(plain.model.get_submodule(linear).weight))
+        plain_states[0].advance(loaded, number)
+        for walked, advanced in zip(states, plain_states, strict=True):
+            for i in range(len(walked)):
+                assert torch.equal(walked.state(i), advanced.state(i))
+
+
+def test_how_many_experts_are_solved_at_once_follows_from_shapes(source, monkeypatch) -> None:
+    job = Job(
+        Source(source("qwen3_moe"), "source", None), Path("out"), Recipe(samples=8, sequence_length=64),
+        torch.device("cpu"),
+    )  # fmt: skip
+    plan = plan_job(job)[1]
+    # gate and up are 128 inputs, 256 outputs; half of the tokens go to each of four; float32, in two models
+    expert = gptq.bytes_taken(128, 256) + 2 * 4 * 128 * 8 * 64 // 2
+    for space, count in ((0, 1), (3 * expert - 1, 2), (3 * expert, 3), (100 * expert, 4)):
+        monkeypatch.setitem(solve.AT_ONCE, "cpu", space)
+        assert solve.experts_at_once(plan, 1, torch.device("cpu")) == count
+
+
 def test_repacks_are_exact(source, cli: Cli, tmp_path) -> None:
-    made = tmp_path / "gptq"
-    assert cli("quantize", source("mixtral"), "-o", made, "--format", "gptq", *SMALL).exit_code == 0
+    first_made = tmp_path / "gptq"
+    made(cli, first_made, source("mixtral"))
     for format, before, after in (
-        ("compressed-tensors", made, "ct"),
+        ("compressed-tensors", first_made, "ct"),
         ("marlin", "ct", "marlin"),
         ("gptq", "marlin", "again"),
     ):
         done = cli("quantize", tmp_path / before, "-o", tmp_path / after, "--format", format)
         assert done.exit_code == 0, done.stderr
-    first, last = load_file(made / SHARD), load_file(tmp_path / "again" / SHARD)
+    first, last = load_file(first_made / SHARD), load_file(tmp_path / "again" / SHARD)
     assert first.keys() == last.keys() and all(torch.equal(first[name], last[name]) for name in first)
     manifests = [
-        json.loads((path / "marlin_convert.json").read_text()) for path in (made, tmp_path / "again")
+        json.loads((path / "marlin_convert.json").read_text()) for path in (first_made, tmp_path / "again")
     ]
     tokens = [{row["name"]: row.get("tokens") for row in one["matrices"]} for one in manifests]
     assert tokens[0] == tokens[1]

@@ -136,7 +136,7 @@ def test_block_after_block_the_logits_are_those_of_the_whole_model(model_type: s
             walk = BlockWalk(
                 block, model.structure.parts[number], len(hidden),
                 lambda i, b=block, n=number, h=hidden: h.forward(i, b, n),
-                seen.append, keep_bytes=keep_bytes, dtype=model.dtype,
+                seen.extend, keep_bytes=keep_bytes, dtype=model.dtype,
             )  # fmt: skip
             for _ in walk.reach(model.structure.stages(number), hidden.put):
                 pass

@@ -1,6 +1,7 @@
 """The walk of a block: whatever is kept or computed again, every stage sees the same numbers."""
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -59,7 +60,8 @@ def walk_blocks(
         parts = model.structure.parts[number]
         block = model.load(number)
 
-        def solve(stage: Stage, number: int = number) -> None:
+        def solve(stages: Sequence[Stage], number: int = number) -> None:
+            (stage,) = stages
             seen.order.append((number, stage))
             for linear in (f"{model.name(number)}.{name}" for name in stage):
                 model.replace(linear, rounded(model.model.get_submodule(linear).weight))
@@ -181,8 +183,8 @@ def test_the_original_can_be_walked_beside_what_it_becomes(keep_bytes: int, tmp_
     unchanged = HiddenStates(model, IDS)
     for number in range(len(model)):
 
-        def solve(stage: Stage, number: int = number) -> None:
-            for linear in (f"{model.name(number)}.{name}" for name in stage):
+        def solve(stages: Sequence[Stage], number: int = number) -> None:
+            for linear in (f"{model.name(number)}.{name}" for stage in stages for name in stage):
                 model.replace(linear, rounded(model.model.get_submodule(linear).weight))
 
         block = model.load(number)
@@ -209,6 +211,28 @@ def test_the_original_can_be_walked_beside_what_it_becomes(keep_bytes: int, tmp_
     shares = (alone.hidden - torch.cat([plain.state(i) for i in range(SAMPLES)])).square().sum(-1)
     shares /= torch.cat([plain.state(i) for i in range(SAMPLES)]).square().sum(-1)
     assert hidden.divergence(unchanged) == pytest.approx(shares.mean().sqrt().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_the_next_block_is_read_meanwhile_where_there_is_room(
+    room: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = open_model("llama", torch.bfloat16, tmp_path)
+    size = sum(parameter.numel() for parameter in model.blocks[0].parameters())
+    size *= 2 if blocks_module.bf16_units() else 4
+    monkeypatch.setattr(blocks_module, "free_memory", lambda device: 5 * size if room else 3 * size)
+    read, begun = model.weights.read, threading.Event()
+
+    def noting(name: str) -> Tensor:
+        if ".layers.1." in name:
+            begun.set()
+        return read(name)
+
+    monkeypatch.setattr(model.weights, "read", noting)
+    model.load(0)
+    assert begun.wait(20 if room else 1) == room
+    model.load(1)
+    assert begun.is_set()
 
 
 def test_the_modules_of_a_block_are_left_as_they_were(tmp_path: Path) -> None:
@@ -247,7 +271,7 @@ def test_a_model_that_computes_otherwise_than_was_found_is_refused(
     block = model.load(0)
     walk = BlockWalk(
         block, parts, len(hidden), lambda i: hidden.forward(i, block, 0),
-        lambda stage: None, keep_bytes=1 << 40, dtype=model.dtype,
+        lambda stages: None, keep_bytes=1 << 40, dtype=model.dtype,
     )  # fmt: skip
     with pytest.raises(SourceError, match=why) as refused:
         for _ in walk.reach([stage for part in parts for stage in part.stages], hidden.put):

@@ -1,10 +1,16 @@
 """The solver against slow references written from the papers, and where its inputs are degenerate."""
 
+import weakref
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from marlin_convert.solvers.gptq import Solution, solve
+from marlin_convert.solvers.drift import compensated
+from marlin_convert.solvers.gptq import Solution, bytes_taken, factorise, solve, solve_batch
 from marlin_convert.solvers.hessian import Hessian
 from marlin_convert.solvers.scales import search_scales
 
@@ -305,3 +311,81 @@ def test_linears_solved_side_by_side_are_as_solved_alone() -> None:
         alone = solve(weight[part], hessian, bits=4, group_size=128, damping=0.05, sweeps=2)
         assert torch.equal(alone.scales, together.scales[:, part])
         assert (alone.codes == together.codes[:, part]).double().mean() > 0.999
+
+
+@pytest.mark.parametrize("positive", [False, True])
+@pytest.mark.parametrize("sweeps", [0, 2])
+def test_a_batch_has_the_solutions_of_each(sweeps: int, positive: bool) -> None:
+    """Bit for bit, whatever the others are: one that needs more damping, one that none mends, one unread."""
+    weights, hessians = (torch.stack(many) for many in zip(*(problem(seed=i) for i in range(6)), strict=True))
+    hessians[1], hessians[2], hessians[4] = indefinite(0.3), 0, indefinite(3.0)
+    settings = {"bits": 4, "group_size": 64, "damping": 0.05, "sweeps": sweeps, "positive": positive}
+    kept = weights.clone(), hessians.clone()
+    found = solve_batch(weights, hessians, **settings)
+    assert torch.equal(weights, kept[0]) and torch.equal(hessians, kept[1])
+    assert [one.damping for one in found] == [0.05, 0.5, None, 0.05, None, 0.05]
+    for one, weight, hessian in zip(found, weights, hessians, strict=True):
+        alone = solve(weight, hessian, **settings)
+        for name in ("codes", "scales", "error", "energy"):
+            assert torch.equal(getattr(one, name), getattr(alone, name)), name
+    for number in (2, 4):
+        assert torch.equal(found[number].codes, nearest(weights[number], found[number].scales, 64))
+
+
+def test_every_factor_of_a_batch_is_that_of_its_matrix() -> None:
+    hessians = torch.stack([indefinite(0.3), problem()[1], indefinite(3.0), torch.full((K, K), torch.nan)])
+    used, uppers = factorise(hessians, 0.05)
+    assert used == [0.5, 0.05, None, None]
+    for number in (0, 1):
+        upper = uppers[number].double()
+        assert torch.equal(upper, upper.triu())
+        torch.testing.assert_close(
+            upper @ upper.T, damped(hessians[number], used[number] or 0), rtol=1e-4, atol=1e-4
+        )
+    assert all(torch.equal(uppers[number], torch.eye(K)) for number in (2, 3))
+
+
+def test_every_weight_of_a_batch_is_moved_as_alone() -> None:
+    weights, hessians = (torch.stack(many) for many in zip(*(problem(seed=i) for i in range(4)), strict=True))
+    wanted = hessians @ (weights + 0.1 * torch.randn(weights.shape)).mT
+    hessians[1], hessians[2] = 0, torch.nan
+    tokens = [4 * K, 10, 10, 100 * K]
+    moved = compensated(weights, hessians, wanted, damping=0.05, tokens=tokens)
+    for number, count in enumerate(tokens):
+        one = slice(number, number + 1)
+        alone = compensated(weights[one], hessians[one], wanted[one], damping=0.05, tokens=[count])
+        assert torch.equal(moved[one], alone)
+        assert torch.equal(moved[number], weights[number]) == (number in (1, 2))
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes at one time of the tensors that are made under it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+        self._held: dict[int, int] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        given, new = (
+            [one.untyped_storage() for one in tree_leaves(tensors) if isinstance(one, Tensor)]
+            for tensors in ((args, kwargs), made)
+        )
+        for storage in new:
+            if storage._cdata not in self._held.keys() | {one._cdata for one in given}:
+                self._held[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self._held.pop, storage._cdata, None)
+        self.most = max(self.most, sum(self._held.values()))
+        return made
+
+
+def test_the_bytes_that_a_weight_of_a_batch_takes() -> None:
+    """Counted from the sums of its inputs on: how many fit into memory is reckoned with them."""
+    batch, k, n = 6, 1024, 256
+    x, weights = torch.randn(batch, 2 * k, k), torch.randn(batch, n, k)
+    with Peak() as peak:
+        hessians, products = (x.mT @ x / len(x[0]) for _ in range(2))
+        targets = compensated(weights, hessians, products @ weights.mT, damping=0.05, tokens=[2 * k] * batch)
+        solve_batch(targets, hessians, bits=4, group_size=128, damping=0.05, sweeps=1)
+    assert 0.8 < peak.most / (batch * bytes_taken(k, n)) < 1.05

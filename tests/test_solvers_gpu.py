@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
+import diverse_models
 import pytest
+import tiny_models
 import torch
 from click.testing import CliRunner
 
+from marlin_convert import solve as walk
 from marlin_convert.cli.main import main
-from marlin_convert.solvers import sparsity
+from marlin_convert.solvers import gptq, scales, sparsity
 from marlin_convert.solvers.gptq import solve
 from marlin_convert.solvers.hessian import Hessian
 
@@ -46,6 +49,103 @@ def test_solution_is_the_cpu_s(k: int, n: int, group_size: int, sweeps: int, pos
     # one code off moves the later ones of its output, so codes agree mostly and the error to a hair
     assert (gpu.codes.cpu() == cpu.codes).float().mean() > 0.97
     torch.testing.assert_close(gpu.error.sum().cpu(), cpu.error.sum(), rtol=5e-3, atol=0)
+
+
+def batch(k: int, n: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights (count, n, k) and Hessians (count, k, k), one of them of no inputs at all."""
+    generator = torch.Generator().manual_seed(k)
+    x = inputs(count * 2048, k).float().view(count, 2048, k)
+    hessians = x.mT @ x / 2048
+    hessians[1] = 0
+    return torch.randn(count, n, k, generator=generator) * 0.02, hessians
+
+
+@pytest.mark.parametrize(("k", "n", "group_size"), [(512, 256, 128), (200, 100, 40), (768, 2048, 128)])
+def test_a_batch_has_the_solutions_of_each(k: int, n: int, group_size: int) -> None:
+    weights, hessians = batch(k, n, 5)
+    settings = {"bits": 4, "group_size": group_size, "damping": 0.05, "sweeps": 2}
+    found = gptq.solve_batch(weights.cuda(), hessians.cuda(), **settings)
+    again = gptq.solve_batch(weights.cuda(), hessians.cuda(), **settings)
+    assert [one.damping for one in found] == [0.05, None, 0.05, 0.05, 0.05]
+    for one, other, weight, hessian in zip(found, again, weights, hessians, strict=True):
+        assert torch.equal(one.codes, other.codes) and torch.equal(one.scales, other.scales)
+        for device in ("cuda", "cpu"):
+            alone = solve(weight.to(device), hessian.to(device), **settings)
+            assert (one.scales != alone.scales.cuda()).float().mean() < 1e-3
+            assert (one.codes == alone.codes.cuda()).float().mean() > 0.97
+            torch.testing.assert_close(one.error.sum().cpu(), alone.error.sum().cpu(), rtol=5e-3, atol=0)
+
+
+@pytest.mark.parametrize("rows", [slice(0, 128), slice(128, 192)])
+def test_a_block_of_a_batch_is_rounded_as_torch_does(rows: slice) -> None:
+    """Rows of larger tensors, and nothing beside them is written."""
+    from marlin_convert.solvers.gptq_triton import round_block
+
+    random = torch.Generator("cuda").manual_seed(1)
+    w, before, target, scale, feedback = (
+        torch.randn(3, *shape, generator=random, device="cuda")
+        for shape in ((192, 100), (192, 100), (128, 100), (128, 100), (128, 128))
+    )
+    b = rows.stop - rows.start
+    target, scale, feedback = target[:, :b].contiguous(), scale[:, :b].abs() + 0.1, 0.1 * feedback[:, :b, :b]
+    errors, expected = before.clone(), before.clone()
+    codes = round_block(target.clone(), w[:, rows], scale.contiguous(), feedback, errors[:, rows], 4)
+    reference = gptq._round_block(target.clone(), w[:, rows], scale, feedback, expected[:, rows], 4)
+    assert (codes == reference).float().mean() > 0.999
+    right = codes == reference
+    torch.testing.assert_close(errors[:, rows][right], expected[:, rows][right], rtol=1e-4, atol=1e-3)
+    others = [row for row in range(192) if not rows.start <= row < rows.stop]
+    assert torch.equal(errors[:, others], before[:, others])
+
+
+@pytest.mark.parametrize("positive", [False, True])
+def test_scales_of_a_batch_are_those_of_each(positive: bool) -> None:
+    weights, hessians = (x.cuda() for x in batch(512, 100, 3))
+    wt, importance = weights.mT.contiguous(), gptq.diagonals(hessians) + 1e-3
+    together = scales.search_scales(wt, importance, 64, 4, positive=positive)
+    for one, weight, weighed in zip(together, wt, importance, strict=True):
+        alone = scales.search_scales(weight, weighed.contiguous(), 64, 4, positive=positive)
+        assert torch.equal(one, alone)
+        on_cpu = scales.search_scales(weight.cpu(), weighed.cpu(), 64, 4, positive=positive)
+        assert (one.cpu() != on_cpu).float().mean() < 1e-3
+
+
+def test_the_bytes_that_a_weight_of_a_batch_takes() -> None:
+    weights, hessians = (x.cuda() for x in batch(2048, 512, 6))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() - hessians.nbytes
+    gptq.solve_batch(weights, hessians, bits=4, group_size=128, damping=0.05, sweeps=2)
+    most = torch.cuda.max_memory_allocated() - before + hessians.nbytes  # with the products
+    assert 0.7 < most / (6 * gptq.bytes_taken(2048, 512)) < 1.1
+
+
+def test_a_mixture_has_the_same_bytes_again_and_when_it_goes_on(tmp_path: Path, monkeypatch) -> None:
+    """Three experts at once and then one; the second run was stopped after two of four blocks."""
+    monkeypatch.setattr(walk, "experts_at_once", lambda *_: 3)
+    source = tiny_models.save(diverse_models.build("qwen3_moe", vocab_size=4096), tmp_path / "source")
+    text, runner = ["--samples", "64", "--sequence-length", "256", "--format", "gptq"], CliRunner()
+    block = walk.Solve.block
+
+    def stopped(self: walk.Solve, number: int):
+        if number == 2:
+            raise KeyboardInterrupt
+        return block(self, number)
+
+    files = []
+    for name in ("once", "again", "resumed"):
+        words = ["quantize", str(source), "-o", str(tmp_path / name), "--device", "cuda", *text]
+        if name == "resumed":
+            with monkeypatch.context() as patch:
+                patch.setattr(walk.Solve, "block", stopped)
+                assert runner.invoke(main, words).exit_code == 130
+            words.append("--resume")
+        done = runner.invoke(main, words)
+        assert done.exit_code == 0, done.output
+        files.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert files[0] == files[1]
+    assert files[0] == files[2]
+    checked = runner.invoke(main, ["verify", str(tmp_path / "once"), "--source", str(source)])
+    assert checked.exit_code == 0, checked.output
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.errors import SourceError
 from marlin_convert.models.discover import discover
+from marlin_convert.models.memory import free_memory
 from marlin_convert.models.tree import config_errors, module_tree
 
 
@@ -181,12 +182,14 @@ class BlockModel:
     def load(self, i: int) -> nn.Module:
         """Block i with its weights on the device, for as long as the caller keeps it loaded.
 
-        The block after it is read meanwhile, on a thread and a stream of their own.
+        The block after it is read meanwhile, on a thread and a stream of their own, where a block takes less
+        than a quarter of the memory that is free.
         """
         fetched = self._ahead.pop(i) if i in self._ahead else self._reader.submit(self._fetch_block, i)
         self._ahead.clear()
         values = fetched.result()
-        if i + 1 < len(self):
+        size = sum(value.nbytes for value in values.values())
+        if i + 1 < len(self) and 4 * size < free_memory(self.device):
             self._ahead[i + 1] = self._reader.submit(self._fetch_block, i + 1)
         for path, module in self.blocks[i].named_modules():
             for name in module._parameters:

@@ -49,13 +49,9 @@ class Experts(nn.Module):
         for number, (tokens, choices) in enumerate(routed(top_k_index, self.count)):
             if len(tokens):
                 answer = self.answer(number, hidden_states[tokens])
-                self.add(total, answer, tokens, top_k_weights[tokens, choices])
+                shares = top_k_weights[tokens, choices]
+                total.index_add_(0, tokens, (answer * shares[:, None]).to(total.dtype))
         return total
-
-    @staticmethod
-    def add(total: Tensor, answer: Tensor, tokens: Tensor, shares: Tensor) -> None:
-        """Add an expert's answer (chosen, k) to the total (tokens, k)."""
-        total.index_add_(0, tokens, (answer * shares[:, None]).to(total.dtype))
 
     def linear(self, number: int, role: str) -> nn.Module:
         """The linear of an expert by its role, dense or packed."""
@@ -71,14 +67,10 @@ class Experts(nn.Module):
         both = torch.stack(outputs, -1).flatten(-2) if interleaved else torch.cat(outputs, -1)
         return self._apply_gate(both)
 
-    def outer(self, number: int, inner: Tensor) -> Tensor:
-        """An expert's answer from what its last linear reads."""
-        answer = self.linear(number, self.roles[-1])(inner)
-        return self.post_expert_norm(answer) if self.has_post_expert_norm else answer
-
     def answer(self, number: int, x: Tensor) -> Tensor:
         """An expert's answer to x (tokens, k)."""
-        return self.outer(number, self.inner(number, x))
+        answer = self.linear(number, self.roles[-1])(self.inner(number, x))
+        return self.post_expert_norm(answer) if self.has_post_expert_norm else answer
 
 
 def routed(top_k_index: Tensor, count: int) -> list[tuple[Tensor, Tensor]]:
@@ -89,8 +81,9 @@ def routed(top_k_index: Tensor, count: int) -> list[tuple[Tensor, Tensor]]:
     chosen = top_k_index.T.flatten()
     order = chosen.argsort(stable=True)
     sizes = chosen.bincount(minlength=count)[:count].tolist()
-    places = order[: sum(sizes)].split(sizes)
-    return [(one % len(top_k_index), one // len(top_k_index)) for one in places]
+    places = order[: sum(sizes)]
+    tokens, choices = places % len(top_k_index), places // len(top_k_index)
+    return list(zip(tokens.split(sizes), choices.split(sizes), strict=True))
 
 
 def take_apart(model: PreTrainedModel) -> None:

@@ -11,23 +11,28 @@ kept instead, while it fits the memory limit:
 With both kept, everything but norms and residual sums is computed exactly once: one forward in all. A
 micro-batch that does not fit is run again from the block's input; the numbers are the same.
 
+Experts are walked some at a time, with all of the text that goes to them and not by micro-batches: what
+enters them is kept together, so that an expert's tokens are picked out of it at once. Their outputs are
+computed again when all are solved, by micro-batches as in any forward: the numbers are those of a run that
+was stopped after the block and goes on.
+
 Compared before choosing (forwards per block, of an 8B model): replay alone 2.1; suspending every
 micro-batch's forward on a thread of its own 1.0, but a stopped forward holds every local of the frames it is
 stopped in, twice to four times what is kept here.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from marlin_convert.errors import SourceError
 from marlin_convert.models.experts import Experts, routed
-from marlin_convert.models.routing import Chosen, Entering, chosen, gathered, weight
+from marlin_convert.models.routing import Chosen, Entering, chosen
 from marlin_convert.models.structure import Part, Stage
 
 
@@ -39,10 +44,10 @@ class _BrokenOff(BaseException):
 
 
 class _Entered(BaseException):
-    """Breaks off a forward where it enters the experts."""
+    """Breaks off a forward at the experts: with what they are called with, and their output if they ran."""
 
-    def __init__(self, what: Entering):
-        self.what = what
+    def __init__(self, x: Tensor, index: Tensor, output: Tensor | None):
+        self.x, self.index, self.output = x, index, output
 
 
 @dataclass(frozen=True)
@@ -64,10 +69,12 @@ class Reached:
 class BlockWalk:
     """The walk of all micro-batches through one block.
 
-    `forward(i)` computes the block's output of micro-batch i; `solve(stage)` replaces the weights of the
-    stage's linears, once all micro-batches have reached it. Without `solve` the block stays as it is, and its
-    experts see the tokens that go to them in the walk `beside` it. At most about `keep_bytes` of activations
-    are kept, in `dtype`; what enters experts is kept beyond that.
+    `forward(i)` computes the block's output of micro-batch i; `solve(stages)` replaces the weights of the
+    stages' linears, once all micro-batches have reached them: one stage, or the same of `at_once` experts.
+    Without `solve` the block stays as it is but for its experts: they see the tokens that go to them in the
+    walk `beside` it, and their weights are given up one after another. At most about `keep_bytes` of
+    activations are kept, in `dtype`; what enters experts is kept beyond that, and what those of an unchanged
+    block give.
     """
 
     def __init__(
@@ -76,10 +83,11 @@ class BlockWalk:
         parts: Sequence[Part],
         batches: int,
         forward: Callable[[int], Tensor],
-        solve: Callable[[Stage], None] | None,
+        solve: Callable[[Sequence[Stage]], None] | None,
         *,
         keep_bytes: int,
         dtype: torch.dtype,
+        at_once: int = 1,
         beside: "BlockWalk | None" = None,
     ):
         self.block = block
@@ -90,8 +98,9 @@ class BlockWalk:
         self._solve = solve
         self._room = keep_bytes
         self._dtype = dtype
+        self._at_once = at_once
         self._beside = beside
-        self._entering: list[Entering] = []
+        self._entering: Entering | None = None
         self._computed = dtype
         self._current = 0
         self._stages: Sequence[Stage] = ()
@@ -156,75 +165,83 @@ class BlockWalk:
                 yield Reached(stage, x, residual)
             del x, residual
         if self._solve is not None:
-            self._solve(stage)
+            self._solve([stage])
 
     def _walk_experts(self, part: Part) -> Iterator[Reached]:
-        """Solve one expert after another, with the tokens that go to it."""
+        """Solve some experts after others, each with all the tokens that go to it."""
         experts = self.block.get_submodule(part.module)
         assert isinstance(experts, Experts)
-        self._entering = [self._enter(experts, part.module, i) for i in range(self.batches)]
-        ways = self._beside._entering if self._beside else self._entering
-        if self._solve is not None:
-            for i, one in enumerate(self._entering):
-                output = torch.zeros_like(one.x, dtype=self._computed)
-                if self._fits(output):
-                    self._outputs[part.module, i] = output
-        for number in range(part.experts):
-            first, last = part.stages[2 * number : 2 * number + 2]
-            pieces = list(chosen(ways, number, self._entering[0].x.shape[-1]))
-            if first in self._stages:
-                for piece in pieces:
-                    yield self._of_expert(first, gathered(self._entering, piece), piece)
-                if self._solve is not None:
-                    self._solve(first)
+        entering = self._entering = self._enter(experts, part.module)
+        ways = self._beside._entering if self._beside else entering
+        assert ways is not None
+        for start in range(0, part.experts, self._at_once):
+            numbers = range(start, min(start + self._at_once, part.experts))
+            pieces = [(number, piece) for number in numbers for piece in chosen(ways, number)]
+            first, last = ({number: part.stages[2 * number + i] for number in numbers} for i in (0, 1))
+            for number, piece in pieces:
+                if first[number] in self._stages:
+                    yield self._of_expert(first[number], entering.x[piece.tokens], piece)
+            self._solve_of(first.values())
             inner = [
-                experts.inner(number, gathered(self._entering, piece).to(self._computed)) for piece in pieces
+                experts.inner(number, entering.x[piece.tokens].to(self._computed)).to(self._dtype)
+                for number, piece in pieces
             ]
-            if last in self._stages:
-                for piece, x in zip(pieces, inner, strict=True):
-                    yield self._of_expert(last, x, piece)
-                if self._solve is not None:
-                    self._solve(last)
-            for piece, x in zip(pieces, inner, strict=True):
-                self._answered(part, experts, number, piece, x)
-        self._entering = []
+            for (number, piece), x in zip(pieces, inner, strict=True):
+                if last[number] in self._stages:
+                    yield self._of_expert(last[number], x, piece)
+            self._solve_of(last.values())
+            if self._solve is None:
+                for number in numbers:
+                    experts.get_submodule(str(number)).to("meta")
+        self._entering = None
 
-    def _of_expert(self, stage: Stage, x: Tensor, piece: list[Chosen]) -> Reached:
-        rows = x.to(self._dtype)
-        return Reached(stage, rows * weight(piece), routed=0 if piece[0].choices is None else len(rows))
+    def _solve_of(self, experts: Iterable[Stage]) -> None:
+        """Solve the stages of experts, but for those that are passed over."""
+        stages = [stage for stage in experts if stage in self._stages]
+        if self._solve is not None and stages:
+            self._solve(stages)
 
-    def _answered(
-        self, part: Part, experts: Experts, number: int, piece: list[Chosen], inner: Tensor
-    ) -> None:
-        """Add an expert's answers to the outputs that are kept."""
-        start = 0
-        for one in piece:
-            rows = slice(start, start + len(one.tokens))
-            start = rows.stop
-            output = self._outputs.get((part.module, one.batch))
-            if output is not None and one.choices is not None:
-                shares = self._entering[one.batch].shares[one.tokens, one.choices]
-                experts.add(output, experts.outer(number, inner[rows]), one.tokens, shares)
+    def _of_expert(self, stage: Stage, x: Tensor, piece: Chosen) -> Reached:
+        return Reached(stage, x if piece.own else x * piece.weight, routed=len(x) if piece.own else 0)
 
-    def _enter(self, experts: Experts, path: str, i: int) -> Entering:
-        """What enters the experts with micro-batch i."""
+    def _enter(self, experts: Experts, path: str) -> Entering:
+        """What enters the experts with all micro-batches; what they answer is kept if they do not change."""
 
-        def reached(_: nn.Module, args: Any, kwargs: Any) -> None:
+        def broken_off(_: nn.Module, args: Any, kwargs: Any, output: Tensor | None = None) -> NoReturn:
             names = ("hidden_states", "top_k_index", "top_k_weights")
             given = dict(zip(names, args, strict=False)) | kwargs
-            x, index, shares = (given[name] for name in names)
-            self._computed = x.dtype
-            raise _Entered(Entering(x.to(self._dtype), routed(index, experts.count), shares))
+            raise _Entered(given["hidden_states"], given["top_k_index"], output)
 
-        self._current = i
-        hook = experts.register_forward_pre_hook(reached, with_kwargs=True)
+        if self._solve is None:
+            hook = experts.register_forward_hook(broken_off, with_kwargs=True)
+        else:
+            hook = experts.register_forward_pre_hook(broken_off, with_kwargs=True)
+        x, indices, tokens = torch.empty(0), [], 0
+        try:
+            for i in range(self.batches):
+                self._current = i
+                entered = self._broken_off_at_experts(i, path)
+                if i == 0:  # the others are of its size, but for the last
+                    self._computed, size = (
+                        entered.x.dtype,
+                        (self.batches * len(entered.x), *entered.x.shape[1:]),
+                    )
+                    x = entered.x.new_empty(size, dtype=self._dtype)
+                x[tokens : tokens + len(entered.x)] = entered.x
+                tokens += len(entered.x)
+                indices.append(entered.index)
+                if entered.output is not None:
+                    self._outputs[path, i] = entered.output
+        finally:
+            hook.remove()
+        return Entering(x[:tokens], [own for own, _ in routed(torch.cat(indices), experts.count)])
+
+    def _broken_off_at_experts(self, i: int, path: str) -> _Entered:
         try:
             self._forward(i)
         except _Entered as entered:
             entered.__traceback__ = None
-            return entered.what
-        finally:
-            hook.remove()
+            return entered
         raise SourceError(
             f"{path} of {type(self.block).__name__} is not called with this text.",
             "its model computes otherwise than was found; leave its experts dense with --skip.",
@@ -286,7 +303,11 @@ class BlockWalk:
 
             def sum_of_experts(*args: Any, **kwargs: Any) -> Any:
                 output = self._outputs.get((part.module, self._current))
-                return whole(*args, **kwargs) if output is None else output.to(_dtype_of(*args))
+                if output is None:
+                    output = whole(*args, **kwargs)
+                    if part is not self.parts[-1] and self._fits(output):
+                        self._outputs[part.module, self._current] = output
+                return output.clone()  # blocks add to it in place
 
             if part.experts:
                 module.forward = sum_of_experts

@@ -7,10 +7,12 @@ regression (H + d)^-1 (x^T y0 + d W), H the mean of x^T x, which falls back on W
 rest of the error does not depend on what is solved for.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from marlin_convert.solvers.gptq import factorise
+from marlin_convert.solvers.gptq import diagonals, factorise
 from marlin_convert.solvers.hessian import bf16_products, product
 
 # How far to go from W to V, by measurement (benchmarks/RESULTS.md): V fits the calibration text, and fits it
@@ -49,25 +51,41 @@ class Products:
 
 
 def compensated(
-    weight: Tensor, hessian: Tensor, wanted: Tensor, *, damping: float, tokens: int, most: float | None = MOST
+    weights: Tensor,
+    hessians: Tensor,
+    wanted: Tensor,
+    *,
+    damping: float,
+    tokens: Sequence[int],
+    most: float | None = MOST,
 ) -> Tensor:
-    """`weight` (n, k) moved towards what gives the original outputs, (n, k) float32.
+    """Every one of `weights` (batch, n, k) moved towards what gives the original outputs, in float32.
 
-    hessian (k, k) and wanted (k, n): the means of x^T x and of x^T y0 over so many tokens; `damping` is a
-    share of the mean diagonal, raised as for the solver. No output is moved further than `most` of its norm.
+    hessians (batch, k, k) and wanted (batch, k, n): the means of x^T x and of x^T y0 over so many tokens;
+    `damping` is a share of the mean diagonal, raised as for the solver. No output is moved further than
+    `most` of its norm.
     """
-    weight = weight.float()
-    used, upper = factorise(hessian, damping)
-    if (
-        used is None or upper is None
-    ):  # no inputs, or sums that are not finite: the solver rounds, and says so
-        return weight
-    ridge = used * hessian.diagonal().mean()
-    right = torch.addcmul(wanted, weight.T, ridge)
-    half = torch.linalg.solve_triangular(upper, right, upper=True)
-    share = SHARE / (1 + OVERFIT * weight.shape[1] / tokens)
-    moved = torch.linalg.solve_triangular(upper.T, half, upper=False).T.sub_(weight).mul_(share)
+    weights = weights.float()
+    used, uppers = factorise(hessians, damping)
+    shares = [SHARE / (1 + OVERFIT * weights.shape[2] / count) for count in tokens]
+    ridges = [share or 0.0 for share in used]
+    share, ridge = torch.tensor([shares, ridges], device=weights.device)[..., None, None]
+    right = torch.addcmul(wanted, weights.mT, ridge * diagonals(hessians).mean(-1)[:, None, None])
+    fits = [_solution(upper, one).T for upper, one in zip(uppers, right, strict=True)]
+    del uppers, right
+    moved = torch.stack(fits).sub_(weights).mul_(share)
+    del fits
     if most is not None:
-        far = moved.norm(dim=1, keepdim=True) / weight.norm(dim=1, keepdim=True).mul_(most)
+        far = moved.norm(dim=2, keepdim=True) / weights.norm(dim=2, keepdim=True).mul_(most)
         moved.div_(far.nan_to_num_(1.0).clamp_(min=1.0))
-    return weight + moved
+    for number, one in enumerate(used):
+        if one is None:  # no inputs, or sums that are not finite: the solver rounds, and says so
+            moved[number] = 0
+    return moved.add_(weights)
+
+
+def _solution(upper: Tensor, right: Tensor) -> Tensor:
+    """X (k, n) with U U^T X = right, U (k, k) upper triangular."""
+    # one matrix after another: batched solvers are for small ones
+    half = torch.linalg.solve_triangular(upper, right, upper=True)
+    return torch.linalg.solve_triangular(upper.T, half, upper=False)

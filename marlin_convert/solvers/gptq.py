@@ -5,6 +5,9 @@ made so far (the LDL form of GPTQ, arXiv 2307.13304, section 3.2 and theorem 6).
 upper triangular, the feedback matrix is U's strict upper part: one Cholesky factorisation and no inverse.
 The same sweep with the feedback matrix H / diag(H), zero on its diagonal, is cyclic coordinate descent:
 each row is rounded to the best code given all others. Sweeps of it after GPTQ never raise the error.
+
+Matrices of one shape, as the experts of a layer have, are solved side by side: everything here goes by rows,
+one step after another, and a GPU would wait for the steps of a single small matrix.
 """
 
 from collections.abc import Callable
@@ -49,17 +52,34 @@ def solve(
     and storage stay in natural order (static activation order). Scales take the sign that suits the codes,
     unless they are to be `positive`. Weights must be finite.
     """
-    wt = weight.T.to(torch.float32).contiguous()
-    k = wt.shape[0]
-    mean = hessian.diagonal().mean()
-    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    importance = hessian.diagonal() + damping * mean
-    if not mean > 0:
-        importance = torch.ones_like(importance)
-    scales = search_scales(wt, importance, group_size, bits, positive=positive)
-    group_of_row = (torch.arange(k, device=wt.device) // group_size)[order]
+    (found,) = solve_batch(
+        weight[None], hessian[None],
+        bits=bits, group_size=group_size, damping=damping, sweeps=sweeps, positive=positive,
+    )  # fmt: skip
+    return found
 
-    ordered, w = hessian[order][:, order], wt[order]
+
+def solve_batch(
+    weights: Tensor,
+    hessians: Tensor,
+    *,
+    bits: int,
+    group_size: int,
+    damping: float,
+    sweeps: int,
+    positive: bool = False,
+) -> list[Solution]:
+    """What `solve` finds for each of `weights` (batch, n, k), given its Hessian of (batch, k, k)."""
+    wt = weights.mT.to(torch.float32).contiguous()
+    diagonal = diagonals(hessians)
+    mean = diagonal.mean(-1, keepdim=True)
+    order = torch.argsort(diagonal, descending=True, stable=True)
+    importance = torch.where(mean > 0, diagonal + damping * mean, 1.0)
+    scales = search_scales(wt, importance, group_size, bits, positive=positive)
+    group_of_row = order // group_size
+
+    each = torch.arange(len(wt), device=wt.device)[:, None]
+    ordered, w = hessians[each[..., None], order[:, :, None], order[:, None]], wt[each, order]
     codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)
     errors = torch.zeros_like(w)
     round_block = _round_block
@@ -68,59 +88,88 @@ def solve(
         from marlin_convert.solvers.gptq_triton import round_block
 
     def choose(rows: slice, target: Tensor, feedback: Tensor) -> None:
-        scale = scales[group_of_row[rows]]
-        codes[rows] = round_block(target, w[rows], scale, feedback, errors[rows], bits)
+        scale = scales[each, group_of_row[:, rows]]
+        codes[:, rows] = round_block(target, w[:, rows], scale, feedback, errors[:, rows], bits)
 
     with feedback_precision(wt.device):
         used, feedback = factorise(ordered, damping)
-        if feedback is None:
-            codes[:] = round_to_codes(w, scales[group_of_row], bits)
-            errors = w - codes * scales[group_of_row]
-        else:
-            feedback.div_(feedback.diagonal().clone())
-            sweep(w, feedback, errors, choose, triangular=True)
-            del feedback
-            if sweeps:
-                descent = _descent(ordered, used or damping)
-                for _ in range(sweeps):
-                    sweep(w, descent, errors, choose, triangular=False)
-                del descent
+        feedback.div_(diagonals(feedback).clone()[:, None])
+        sweep(w, feedback, errors, choose, triangular=True)
+        del feedback
+        if sweeps:
+            descent = _descent(ordered, used)
+            for _ in range(sweeps):
+                sweep(w, descent, errors, choose, triangular=False)
+            del descent
         error = output_energy(ordered, errors)
         energy = output_energy(ordered, w)
     stored = torch.empty(wt.shape, dtype=torch.uint8, device=wt.device)
-    stored[order] = (codes + 2 ** (bits - 1)).to(torch.uint8)
-    return Solution(stored, scales.half(), error, energy, used)
+    stored[each, order] = (codes + 2 ** (bits - 1)).to(torch.uint8)
+    return [Solution(*one) for one in zip(stored, scales.half(), error, energy, used, strict=True)]
 
 
-def factorise(hessian: Tensor, damping: float) -> tuple[float | None, Tensor | None]:
-    """(damping used, U) with hessian + damping = U U^T, U (k, k) upper triangular; Nones if there is none.
+def bytes_taken(k: int, n: int) -> int:
+    """Bytes that a weight (n, k) takes while it is solved for, with what its inputs sum up to.
 
-    `damping` is a share of the mean diagonal, raised tenfold up to 1 until there is one.
+    Of (k, k) float32 the Hessian, the products with the original's inputs, the Hessian in order and what is
+    made of it; of (k, n) weights, targets and errors.
     """
-    mean = hessian.diagonal().mean()
-    if not mean > 0:
-        return None, None
-    while damping <= 1:
-        # the factorisation U U^T is the ordinary L L^T of the matrix with rows and columns reversed
-        reversed_ = hessian.flip(0, 1)
-        reversed_.diagonal().add_(damping * mean)
-        lower, info = torch.linalg.cholesky_ex(reversed_)
-        if not info and bool(lower.diagonal().isfinite().all()):
-            return damping, lower.flip(0, 1)
+    return 16 * k * k + 24 * k * n
+
+
+def factorise(hessians: Tensor, damping: float) -> tuple[list[float | None], Tensor]:
+    """Of each of `hessians` (batch, k, k) the damping used and U, upper triangular: H + damping = U U^T.
+
+    `damping` is a share of the mean diagonal, raised tenfold up to 1 until there is a U; where there is none,
+    None and the identity.
+    """
+    mean = diagonals(hessians).mean(-1)
+    uppers = torch.empty_like(hessians).mT  # columns first, as LAPACK gives them
+    used: list[float | None] = [None] * len(hessians)
+    left = [number for number, alive in enumerate((mean > 0).tolist()) if alive]
+    while left and damping <= 1:
+        succeeded = []
+        for number in left:  # the batched factorisation is one for small matrices
+            # U U^T is the ordinary L L^T of the matrix with rows and columns reversed
+            reversed_ = hessians[number].flip(0, 1)
+            reversed_.diagonal().add_(damping * mean[number])
+            lower, info = torch.linalg.cholesky_ex(reversed_)
+            del reversed_
+            uppers[number] = lower.flip(0, 1)
+            succeeded.append((info == 0) & lower.diagonal().isfinite().all())
+        known = dict(zip(left, torch.stack(succeeded).tolist(), strict=True))
+        used = [damping if known.get(number) else before for number, before in enumerate(used)]
+        left = [number for number in left if not known[number]]
         damping *= 10
-    return None, None
+    for number, found in enumerate(used):
+        if found is None:
+            diagonals(uppers[number].zero_()).fill_(1)
+    return used, uppers
+
+
+def diagonals(matrices: Tensor) -> Tensor:
+    """Views of the diagonals (..., k) of matrices (..., k, k)."""
+    return matrices.diagonal(dim1=-2, dim2=-1)
 
 
 def output_energy(hessian: Tensor, x: Tensor) -> Tensor:
-    """x^T H x of every column of x (k, n): (n,)."""
-    return (hessian @ x).mul_(x).sum(0)
+    """x^T H x of every column of x (..., k, n): (..., n)."""
+    return (hessian @ x).mul_(x).sum(-2)
 
 
-def _descent(hessian: Tensor, damping: float) -> Tensor:
-    """The feedback matrix of coordinate descent: column i is H[:, i] / H[i, i], zero at i."""
-    diagonal = hessian.diagonal() + damping * hessian.diagonal().mean()
-    feedback = hessian / diagonal
-    feedback.fill_diagonal_(0)
+def _descent(hessians: Tensor, damping: list[float | None]) -> Tensor:
+    """The feedback matrices of coordinate descent: column i is H[:, i] / H[i, i], zero at i.
+
+    Where no damping helps there is no descent, and all is zero.
+    """
+    diagonal = diagonals(hessians)
+    shares = torch.tensor([share or 0.0 for share in damping], device=hessians.device)
+    diagonal = diagonal + shares[:, None] * diagonal.mean(-1, keepdim=True)
+    feedback = hessians / diagonal[:, None]
+    diagonals(feedback).zero_()
+    for number, share in enumerate(damping):
+        if share is None:
+            feedback[number] = 0
     return feedback
 
 
@@ -132,23 +181,31 @@ def sweep(
     *,
     triangular: bool,
 ) -> None:
-    """Go through w (k, n) once, a block of rows at a time.
+    """Go through every w of (batch, k, n) once, a block of rows at a time.
 
-    `choose(rows, target, feedback)` replaces errors[rows]; target (b, n) is w[rows] + feedback[:, rows]^T
-    errors, all of it that is known before the block, feedback (b, b) what is left to it: between blocks the
-    product goes as one of matrices.
+    `choose(rows, target, feedback)` replaces errors[:, rows]; target (batch, b, n) is w[rows] +
+    feedback[:, rows]^T errors, all of it that is known before the block, feedback (batch, b, b) what is left
+    to it: between blocks the product goes as one of matrices.
     """
-    for start in range(0, w.shape[0], BLOCK):
-        rows = slice(start, min(start + BLOCK, w.shape[0]))
+    for start in range(0, w.shape[1], BLOCK):
+        rows = slice(start, min(start + BLOCK, w.shape[1]))
         known = slice(0, start) if triangular else slice(None)
-        target = torch.addmm(w[rows], feedback[known, rows].T, errors[known])
-        choose(rows, target, feedback[rows, rows])
+        target = torch.baddbmm(w[:, rows], feedback[:, known, rows].mT, errors[:, known])
+        choose(rows, target, feedback[:, rows, rows])
 
 
 def _round_block(
     target: Tensor, w: Tensor, scale: Tensor, feedback: Tensor, errors: Tensor, bits: int
 ) -> Tensor:
-    """Round the rows of one block; `target` (b, n) holds the feedback of all errors known before it."""
+    """Round the rows of one block; `target` (batch, b, n) holds the feedback of all errors before it."""
+    matrices = zip(target, w, scale, feedback, errors, strict=True)
+    return torch.stack([_round_rows(*one, bits) for one in matrices])
+
+
+def _round_rows(
+    target: Tensor, w: Tensor, scale: Tensor, feedback: Tensor, errors: Tensor, bits: int
+) -> Tensor:
+    """Round the rows (b, n) of one matrix."""
     codes = torch.empty_like(w)
     change = torch.empty_like(w)
     for i in range(w.shape[0]):

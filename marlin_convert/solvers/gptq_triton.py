@@ -1,4 +1,4 @@
-"""One block of the GPTQ sweep as a single GPU kernel over all output channels."""
+"""One block of the GPTQ sweep as a single GPU kernel over all output channels of a batch of matrices."""
 
 import torch
 import triton
@@ -17,6 +17,7 @@ def _kernel(
     codes,
     rows,
     n,
+    stride,
     LOW: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -24,6 +25,13 @@ def _kernel(
     row = tl.arange(0, ROWS)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < n
+    matrix = tl.program_id(1).to(tl.int64)
+    target += matrix * rows * n
+    scale += matrix * rows * n
+    codes += matrix * rows * n
+    feedback += matrix * rows * rows
+    w += matrix * stride
+    errors += matrix * stride
     at = row[:, None] * n + column[None, :]
     t = tl.load(target + at, mask=(row < rows)[:, None] & inside[None, :], other=0.0)
     for i in range(rows):
@@ -45,13 +53,14 @@ def round_block(
 ) -> Tensor:
     """Round the rows of one block in order, as `gptq._round_block` does.
 
-    All float32, (b, n) but feedback (b, b). Updates `errors`, returns signed codes int8.
+    All float32, (batch, b, n) but feedback (batch, b, b); `w` and `errors` are rows of larger tensors of one
+    shape. Updates `errors`, returns signed codes int8.
     """
-    rows, n = w.shape
+    batch, rows, n = w.shape
     codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)
     columns = 16  # one warp each: the rows' dependency makes latency count, not occupancy
     with torch.cuda.device_of(w):  # Triton launches on the current device, whatever it is given
-        _kernel[(triton.cdiv(n, columns),)](
+        _kernel[(triton.cdiv(n, columns), batch)](
             target,
             w,
             scale,
@@ -60,6 +69,7 @@ def round_block(
             codes,
             rows,
             n,
+            w.stride(0),
             LOW=-(2 ** (bits - 1)),
             ROWS=triton.next_power_of_2(rows),
             COLUMNS=columns,

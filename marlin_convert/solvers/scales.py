@@ -15,11 +15,11 @@ SMALLEST = torch.finfo(torch.float16).smallest_normal
 def search_scales(
     weight: Tensor, importance: Tensor, group_size: int, bits: int, *, positive: bool = False
 ) -> Tensor:
-    """The scale of every group, (groups, n) float32 of values that float16 holds.
+    """The scale of every group, (..., groups, n) float32 of values that float16 holds.
 
-    weight (k, n) float32; importance (k,) weighs the rounding error of each row, in GPTQ the Hessian's
-    diagonal. The codes' range is lopsided (-8 .. 7), so a scale takes the sign that puts the weight of
-    largest magnitude on the long side; a `positive` one is wide enough for the weights on either side. A
+    weight (..., k, n) float32; importance (..., k) weighs the rounding error of each row, in GPTQ the
+    Hessian's diagonal. The codes' range is lopsided (-8 .. 7), so a scale takes the sign that puts the weight
+    of largest magnitude on the long side; a `positive` one is wide enough for the weights on either side. A
     group too large for any float16 scale gets infinity.
     """
     if weight.is_cuda:
@@ -30,25 +30,25 @@ def search_scales(
             weight, importance, group_size, bits,
             positive=positive, candidates=FRACTIONS, norm=NORM, smallest=SMALLEST,
         )  # fmt: skip
-    k, n = weight.shape
+    *batch, k, n = weight.shape
     low = -(2 ** (bits - 1))
     high = -low - 1
-    scales = torch.full((k // group_size, n), torch.inf, device=weight.device)
+    scales = torch.full((*batch, k // group_size, n), torch.inf, device=weight.device)
     for g in range(k // group_size):
         rows = slice(g * group_size, (g + 1) * group_size)
-        w, d = weight[rows], importance[rows, None]
-        least, most = w.aminmax(dim=0)
+        w, d = weight[..., rows, :], importance[..., rows, None]
+        least, most = w.aminmax(dim=-2)
         if positive:
             widest = torch.maximum(least / low, most / high)
         else:
             widest = torch.where(most > -least, most, least) / low
-        best_error = torch.full((n,), torch.inf, device=weight.device)
-        best = scales[g]
+        best_error = torch.full((*batch, n), torch.inf, device=weight.device)
+        best = scales[..., g, :]
         for fraction in FRACTIONS:
             scale = widest * fraction
             scale = torch.where(scale.abs() < SMALLEST, SMALLEST, scale).half().float()
-            error = torch.round(w / scale).clamp_(low, high).mul_(scale).sub_(w)
-            error = error.abs_().pow_(NORM).mul_(d).sum(0)
+            error = torch.round(w / scale[..., None, :]).clamp_(low, high).mul_(scale[..., None, :]).sub_(w)
+            error = error.abs_().pow_(NORM).mul_(d).sum(-2)
             better = error < best_error
             best_error = torch.where(better, error, best_error)
             best.copy_(torch.where(better, scale, best))

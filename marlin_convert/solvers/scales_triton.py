@@ -1,5 +1,6 @@
 """The scale search as a single GPU kernel: every weight is read once for a group that fits on chip."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +12,7 @@ from triton.language.extra import libdevice
 
 @triton.jit
 def _kernel(
-    weight, importance, fractions, scales, n, group_size,
+    weight, importance, fractions, scales, k, n, group_size,
     COUNT: tl.constexpr, LOW: tl.constexpr, POSITIVE: tl.constexpr, NORM: tl.constexpr,
     SMALLEST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -19,6 +20,10 @@ def _kernel(
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < n
     first = group * group_size
+    matrix = tl.program_id(2).to(tl.int64)
+    weight += matrix * k * n
+    importance += matrix * k
+    scales += matrix * (k // group_size) * n
     largest = tl.zeros((COLUMNS,), tl.float32)
     smallest = tl.zeros((COLUMNS,), tl.float32)
     for start in range(0, group_size, ROWS):
@@ -63,15 +68,15 @@ def search_scales(
     norm: float,
     smallest: float,
 ) -> Tensor:
-    """The scale of every group, as `scales.search_scales` finds it; float32 tensors on a GPU."""
-    k, n = weight.shape
+    """The scale of every group, as `scales.search_scales` finds it; contiguous float32 tensors on a GPU."""
+    *batch, k, n = weight.shape
     low = -(2 ** (bits - 1))
-    scales = torch.empty(k // group_size, n, dtype=torch.float32, device=weight.device)
+    scales = torch.empty(*batch, k // group_size, n, dtype=torch.float32, device=weight.device)
     fractions = torch.tensor(candidates, device=weight.device)
     columns = 32
     with torch.cuda.device_of(weight):  # Triton launches on the current device, whatever it is given
-        _kernel[(triton.cdiv(n, columns), k // group_size)](
-            weight, importance, fractions, scales, n, group_size,
+        _kernel[(triton.cdiv(n, columns), k // group_size, math.prod(batch))](
+            weight, importance.contiguous(), fractions, scales, k, n, group_size,
             COUNT=len(candidates), LOW=low, POSITIVE=positive, NORM=norm, SMALLEST=smallest,
             ROWS=min(triton.next_power_of_2(group_size), 128), COLUMNS=columns, num_warps=4,
         )  # fmt: skip

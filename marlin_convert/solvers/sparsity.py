@@ -128,9 +128,8 @@ class _Quads:
         self.errors = torch.zeros_like(self.w)
         self.allowed = None if mask is None else mask[self.order]
         self.kept = torch.empty_like(self.w, dtype=torch.bool)
-        self.used, upper = factorise(self.hessian, damping)
         # without a factorisation the largest are kept, and rounded to nearest
-        self._upper = torch.eye(len(w), device=w.device) if upper is None else upper
+        (self.used,), (self._upper,) = factorise(self.hessian[None], damping)
 
     def natural(self, rows: Tensor) -> Tensor:
         """Rows (k, n) in the order of the weight's inputs."""
@@ -162,11 +161,11 @@ class _Quads:
         def choose(rows: slice, target: Tensor, inside: Tensor) -> None:
             quads = slice(rows.start // QUAD, rows.stop // QUAD)
             solve_block(
-                target,
+                target[0],
                 self.w[rows],
                 None if scale is None else scale[rows],
                 None if self.allowed is None else self.allowed[rows],
-                inside,
+                inside[0],
                 tables[quads],
                 metric[quads] if descent else None,
                 self.errors[rows],
@@ -175,7 +174,7 @@ class _Quads:
             )
 
         with feedback_precision(self.w.device):
-            sweep(self.w, feedback, self.errors, choose, triangular=not descent)
+            sweep(self.w[None], feedback[None], self.errors[None], choose, triangular=not descent)
 
 
 def _diagonal_quads(matrix: Tensor) -> Tensor:
