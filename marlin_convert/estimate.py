@@ -22,6 +22,8 @@ from marlin_convert.tune import DENSE, SPARSE, STEP, TOKENS
 
 # How far the parts that are no large matrix product stretch the whole on a GPU, seen on an H200.
 OVERHEAD = 2.0
+# Seconds that any matrix takes beside, of many small ones: seen on an H100 with Qwen3-30B-A3B's.
+EACH = 0.015
 
 # How much longer pruning takes: six masks for every quad.
 PRUNING = 1.5
@@ -187,7 +189,8 @@ def _on_gpu(plan: Plan, work: _Work, device: torch.device) -> float:
     solving = sum((0.5 + plan.recipe.sweeps) * one.k * one.k * one.n for one in work.stages)
     walks = 2 if plan.compensates else 1
     sums = 2 * work.hessians + (work.products if plan.compensates else 0)
-    return OVERHEAD * (walks * work.tokens * work.weights + sums + solving) / rate
+    matrices = sum(one.count for one in work.stages)
+    return matrices * EACH + OVERHEAD * (walks * work.tokens * work.weights + sums + solving) / rate
 
 
 def _rate(device: torch.device) -> float:

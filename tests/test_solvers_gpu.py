@@ -122,7 +122,8 @@ def test_the_bytes_that_a_weight_of_a_batch_takes() -> None:
 def test_a_mixture_has_the_same_bytes_again_and_when_it_goes_on(tmp_path: Path, monkeypatch) -> None:
     """Three experts at once and then one; the second run was stopped after two of four blocks."""
     monkeypatch.setattr(walk, "experts_at_once", lambda *_: 3)
-    source = tiny_models.save(diverse_models.build("qwen3_moe", vocab_size=4096), tmp_path / "source")
+    model = diverse_models.build("qwen3_moe", vocab_size=4096).to(torch.bfloat16)
+    source = tiny_models.save(model, tmp_path / "source")
     text, runner = ["--samples", "64", "--sequence-length", "256", "--format", "gptq"], CliRunner()
     block = walk.Solve.block
 

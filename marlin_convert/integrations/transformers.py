@@ -86,6 +86,7 @@ class MarlinQuantizer(HfQuantizer):
             model.set_submodule(name, _packed(module, weights, name))
         for _, experts in experts_of(model):
             experts.__class__ = type("PackedExperts", (PackedExperts, type(experts)), {})
+        self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
 
     def _process_model_after_weight_loading(self, model: nn.Module, **others: Any) -> nn.Module:
         """Look at what was loaded: SourceError if it was split, KernelError for scales too large."""
@@ -95,10 +96,22 @@ class MarlinQuantizer(HfQuantizer):
                 "leave out tp_plan (device_map='auto' spreads the layers over GPUs), or serve it with vLLM's "
                 "--tensor-parallel-size.",
             )
+        self._cast_renamed(model)
         for name, module in model.named_modules():
             if isinstance(module, PackedLinear):
                 module.check_scales(name)
         return model
+
+    def _cast_renamed(self, model: nn.Module) -> None:
+        """Cast what is in the files by another name than the model's, as transformers 5.15 to 5.17 do not."""
+        plan: Any = getattr(model, "_get_dtype_plan", None)
+        if plan is None:
+            return
+        for name, parameter in model.named_parameters():
+            wanted = self._dtypes.get(name, parameter.dtype)
+            other = parameter.is_floating_point() and parameter.dtype != wanted
+            if other and not any(kept in name for kept in plan(wanted)):
+                parameter.data = parameter.data.to(wanted)
 
     def is_serializable(self) -> bool:
         """Packed linears are saved as they were loaded."""

@@ -79,7 +79,9 @@ def solve_batch(
     group_of_row = order // group_size
 
     each = torch.arange(len(wt), device=wt.device)[:, None]
-    ordered, w = hessians[each[..., None], order[:, :, None], order[:, None]], wt[each, order]
+    w, ordered = wt[each, order], torch.empty_like(hessians)
+    for number, one in enumerate(order):  # all at once, a GPU would make indices six times as large
+        ordered[number] = hessians[number][one][:, one]
     codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)
     errors = torch.zeros_like(w)
     round_block = _round_block
