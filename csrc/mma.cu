@@ -10,20 +10,37 @@ struct Chunk {
   uint4 scales[GROUPS];
 };
 
-extern "C" __global__ void __launch_bounds__(128 * SPLITS, 1) marlin_mma(const Problem p) {
+extern "C" __global__ void __launch_bounds__(128 * SPLITS, 1)
+#if EXPERTS
+marlin_mma(const __grid_constant__ Problem given) {
+  const Problem& p = planned(given);
+#else
+marlin_mma(const Problem p) {
+#endif
   extern __shared__ __align__(128) unsigned char memory[];
   const int thread = threadIdx.x % 128, team = threadIdx.x / 128, warp = thread / 32, lane = thread % 32;
   const u32 xs = shared_address(memory) + team * (2 * TOKENS * 256);
   float* sums = (float*)(memory + SPLITS * 2 * TOKENS * 256);
   const Schedule& plan = p.plan;
-  const int count = plan.count(), columns = p.n / 64;
+  const int count = plan.count();
+#if EXPERTS
+  const int stride = p.pitch, columns = stride / 64;  // of a row of scales and of codes
+#else
+  const int stride = p.n, columns = stride / 64;
+#endif
 
   // whether a chunk has all its rows: groups of 128 leave no half of one
   auto whole = [&](const Position& at) { return GROUP == 128 || at.k * 128 + 64 < p.k; };
   auto load = [&](Chunk& c, const Position& at) {
     // of a narrower last tile the last column, again: its sums are not used
-    const int column = min(at.tile.feature / 64 + warp, columns - 1);
+    const int column = min(at.tile.feature / 64 + (PAIRED ? warp % 2 : warp), p.n / 64 - 1);
     const uint4* w = p.weights + ((u64)at.k * STEPS * columns + column) * 32 + lane;
+    const u16* scales = p.scales + column * 64 + 8 * (lane / 4);
+#if EXPERTS
+    if (PAIRED && warp >= 2) { w += p.weights_up - p.weights; scales += p.scales_up - p.scales; }
+    w += (u64)at.tile.expert * (p.k / 16) * columns * 32;
+    if (GROUP) scales += (u64)at.tile.expert * (p.k / (GROUP ? GROUP : 1)) * stride;
+#endif
     const uint4* rest = whole(at) ? w + (u64)(STEPS / 2) * columns * 32 : w;
     auto held = [&](int i, int all) { return i < all / 2 || whole(at) ? i : i - all / 2; };
 #pragma unroll
@@ -39,16 +56,26 @@ extern "C" __global__ void __launch_bounds__(128 * SPLITS, 1) marlin_mma(const P
 #if GROUP
 #pragma unroll
     for (int g = 0; g < GROUPS; g++)
-      c.scales[g] = *(const uint4*)(p.scales + (u64)(at.k * GROUPS + held(g, GROUPS)) * p.n + column * 64 + 8 * (lane / 4));
+      c.scales[g] = *(const uint4*)(scales + (u64)(at.k * GROUPS + held(g, GROUPS)) * stride);
 #endif
   };
+#if EXPERTS
+  Rows rows;
+#endif
   auto load_x = [&](int buffer, const Position& at) {
+#if EXPERTS
+    rows.find(p, at);
+#endif
 #pragma unroll
     for (int i = 0; i < TILES; i++) {
       const int token = i * 8 + thread / 16, v = thread % 16;
-      const bool there = at.tile.token + token < p.m && (whole(at) || v < 8);
-      copy_async(xs + buffer * (TOKENS * 256) + place(token, v),
-                 p.x + (there ? (u64)(at.tile.token + token) * p.k + at.k * 128 + v * 8 : 0), there);
+#if EXPERTS
+      const int row = rows.row[i];
+#else
+      const int row = at.tile.token + token < p.m ? at.tile.token + token : -1;
+#endif
+      const bool there = row >= 0 && (whole(at) || v < 8);
+      copy_async(xs + buffer * (TOKENS * 256) + place(token, v), p.x + (there ? (u64)row * p.k + at.k * 128 + v * 8 : 0), there);
     }
     copies_commit();
   };

@@ -27,6 +27,9 @@ __device__ __forceinline__ u32 load_acquire(const u32* p) {
   return v;
 }
 
+// Between what a thread wrote and has others see, and between their signal and what it reads.
+__device__ __forceinline__ void see_others_writes() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
 // 16 bytes to shared memory, zeros if there is no source.
 __device__ __forceinline__ void copy_async(u32 to, const void* from, bool there) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
@@ -61,6 +64,12 @@ __device__ __forceinline__ void flag_arrive(u32 flag) { asm volatile("mbarrier.a
 __device__ __forceinline__ void flag_wait(u32 flag, u32 phase) {
   asm volatile("{ .reg .pred done;\nAGAIN: mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n@!done bra AGAIN;\n}" ::"r"(flag), "r"(phase) : "memory");
 }
+// Arrives when all that this thread has copied so far is there.
+__device__ __forceinline__ void flag_arrive_copied(u32 flag) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(flag) : "memory");
+}
+// What copies have written is seen by the tensor cores.
+__device__ __forceinline__ void show_to_tensor_cores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 // The blocks of a cluster read each other's shared memory. To the barrier come all threads that have not ended.
 __device__ __forceinline__ int cluster_size() {
   int n;
@@ -83,6 +92,7 @@ __device__ __forceinline__ float4 load_of_block(u32 address, int rank) {
 }
 // A rectangle of a matrix, by the copy engine; what lies outside the matrix arrives as zeros.
 struct __align__(64) TensorMap { u64 opaque[16]; };
+__device__ __forceinline__ void fetch_map(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 __device__ __forceinline__ void copy_tile(u32 to, const TensorMap* map, int column, int row, u32 flag) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
                ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(flag) : "memory");
@@ -112,10 +122,13 @@ __device__ __forceinline__ void store_shared(u32 to, u32 v) { asm volatile("st.s
 __device__ __forceinline__ void store_shared(u32 to, float4 v) {
   asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
 }
-// Four 8 x 8 matrices, each transposed: lane l gives where row l % 8 of matrix l / 8 goes.
+// Two or four 8 x 8 matrices, each transposed: lane l gives where row l % 8 of matrix l / 8 goes.
 __device__ __forceinline__ void store_matrices(u32 to, const u32 (&r)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
                ::"r"(to), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
+}
+__device__ __forceinline__ void store_matrices(u32 to, const u32 (&r)[2]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(to), "r"(r[0]), "r"(r[1]) : "memory");
 }
 template <int registers> __device__ __forceinline__ void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers)); }
 template <int registers> __device__ __forceinline__ void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers)); }

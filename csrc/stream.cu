@@ -1,16 +1,24 @@
 // W4A16 for few tokens on Hopper: one warp keeps the copy engine busy, the others multiply.
 //
-// A stage holds one chunk: 128 rows of k of 256 features, their scales and activations; of a last chunk of 64 rows the
-// rest are zeros. Four warps (a team) take a stage, 64 features each; SPLITS teams take stages in turn.
+// Four warps (a team) take a stage, 64 features each; SPLITS teams take stages in turn.
 //
 // A stage always belongs to the same team: a warp waits for a flag by the parity of its round, and a team that ran
 // ahead by a whole round of another team's stages would take the round before for its own.
 static_assert(STAGES % SPLITS == 0);
-constexpr int WEIGHTS = CODES + METADATA, FILLED = WEIGHTS + TOKENS * 256 + SCALES;
-constexpr int STAGE = (FILLED + 1023) / 1024 * 1024;
 
 extern "C" __global__ void __launch_bounds__(128 * SPLITS + 128, 1)
+#if EXPERTS
+marlin_stream(const __grid_constant__ Problem given, const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap weights_up, const __grid_constant__ TensorMap scales, const __grid_constant__ TensorMap scales_up) {
+  if (threadIdx.x == 0) {
+    fetch_map(&weights);
+    fetch_map(&weights_up);
+    fetch_map(&scales);
+    fetch_map(&scales_up);
+  }
+  const Problem& p = planned(given);
+#else
 marlin_stream(const __grid_constant__ Problem p, const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap metadata, const __grid_constant__ TensorMap scales, const __grid_constant__ TensorMap x) {
+#endif
   extern __shared__ __align__(1024) unsigned char unaligned[];
   unsigned char* memory = unaligned + (-shared_address(unaligned) & 1023);
   const u32 stages = shared_address(memory), full = stages + STAGES * STAGE, empty = full + 8 * STAGES;
@@ -20,7 +28,7 @@ marlin_stream(const __grid_constant__ Problem p, const __grid_constant__ TensorM
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; s++) {
-      flag_init(full + 8 * s, 1);
+      flag_init(full + 8 * s, EXPERTS ? 1 + 128 : 1);
       flag_init(empty + 8 * s, 4);
     }
     flags_ready();
@@ -28,6 +36,10 @@ marlin_stream(const __grid_constant__ Problem p, const __grid_constant__ TensorM
   __syncthreads();
   if (warp >= 4 * SPLITS) {
     give_registers<GIVE>();
+#if EXPERTS
+    load_experts(p, count, stages, full, empty, weights, weights_up, scales, scales_up);
+    return;
+#else
     if (threadIdx.x != 128 * SPLITS) return;
     auto load = [&](const Position& at, int s) {
       const u32 stage = stages + s * STAGE, flag = full + s * 8;
@@ -54,6 +66,7 @@ marlin_stream(const __grid_constant__ Problem p, const __grid_constant__ TensorM
       if (++s == STAGES) { s = 0; phase ^= 1; }
     }
     return;
+#endif
   }
   take_registers<TAKE>();
   const int team = warp / 4, column = warp % 4;
@@ -67,9 +80,9 @@ marlin_stream(const __grid_constant__ Problem p, const __grid_constant__ TensorM
     for (; i < stop; i += SPLITS) {
       const u32 stage = stages + s * STAGE;
       flag_wait(full + s * 8, phase);
-      multiply(acc, stage + WEIGHTS, [&](int step) { return load_shared(stage + step * 2048 + column * 512 + lane * 16); },
+      multiply(acc, stage + WEIGHTS, [&](int step) { return load_shared(stage + step * CODES_ROW + codes_at(column) + lane * 16); },
                [&](int step) { return load_metadata(stage + CODES + step * 1024 + column * 256 + lane * 4); },
-               [&](int g) { return load_shared(stage + WEIGHTS + TOKENS * 256 + g * 512 + column * 128 + lane / 4 * 16); });
+               [&](int g) { return load_shared(stage + WEIGHTS + TOKENS * 256 + g * SCALES_ROW + scales_at(column) + lane / 4 * 16); });
       __syncwarp();
       if (lane == 0) flag_arrive(empty + s * 8);
       if ((s += SPLITS) >= STAGES) { s -= STAGES; phase ^= 1; }

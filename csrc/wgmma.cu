@@ -1,10 +1,8 @@
 // W4A16 for many tokens on Hopper: one warp keeps the copy engine busy, two warpgroups multiply by wgmma.
 //
-// A stage holds one chunk: 128 rows of k of 256 features, their scales and the activations; of a last chunk of 64 rows
-// the rest are zeros. Two warps share 64 features, two fragments of 16 each. The codes of a step are unpacked and scaled
-// while the tensor cores still multiply the step before.
-constexpr int WEIGHTS = CODES + METADATA, FILLED = WEIGHTS + TOKENS * 256 + SCALES;
-constexpr int STAGE = (FILLED + 1023) / 1024 * 1024;
+// Two warps share 64 features, two fragments of 16 each; of PAIRED's features four warps share 64 of gate and those of
+// up, a fragment of either each. The codes of a step are unpacked and scaled while the tensor cores still multiply the
+// step before.
 constexpr int SUMS = TOKENS / 2;  // of a thread, per fragment: features l / 4 and + 8, tokens 8 i + 2 (l % 4) and + 1
 constexpr int PARTS = TOKENS < 64 ? 1 : 2;  // of a warp's share of a tile, that are summed up each by itself
 constexpr int ROWS = TOKENS / PARTS / 8;    // of eight tokens, in a part
@@ -15,7 +13,18 @@ __device__ __forceinline__ void output_registers(const Problem& p, const Tile& t
 __device__ __forceinline__ void output_in_cluster(const Problem& p, const Tile& tile, const Sums& acc, u32 memory, u32 staging, int column, int half);
 
 extern "C" __global__ void __launch_bounds__(384, 1)
+#if EXPERTS
+marlin_wgmma(const __grid_constant__ Problem given, const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap weights_up, const __grid_constant__ TensorMap scales, const __grid_constant__ TensorMap scales_up) {
+  if (threadIdx.x == 0) {
+    fetch_map(&weights);
+    fetch_map(&weights_up);
+    fetch_map(&scales);
+    fetch_map(&scales_up);
+  }
+  const Problem& p = planned(given);
+#else
 marlin_wgmma(const __grid_constant__ Problem p, const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap metadata, const __grid_constant__ TensorMap scales, const __grid_constant__ TensorMap x) {
+#endif
   extern __shared__ __align__(1024) unsigned char unaligned[];
   const u32 stages = (shared_address(unaligned) + 1023) & ~1023u, full = stages + STAGES * STAGE, empty = full + 8 * STAGES;
   const Schedule& plan = p.plan;
@@ -23,7 +32,7 @@ marlin_wgmma(const __grid_constant__ Problem p, const __grid_constant__ TensorMa
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; s++) {
-      flag_init(full + 8 * s, 1);
+      flag_init(full + 8 * s, EXPERTS ? 1 + 128 : 1);
       flag_init(empty + 8 * s, 8);
     }
     flags_ready();
@@ -31,6 +40,10 @@ marlin_wgmma(const __grid_constant__ Problem p, const __grid_constant__ TensorMa
   __syncthreads();
   if (warp >= 8) {
     give_registers<GIVE>();
+#if EXPERTS
+    load_experts(p, count, stages, full, empty, weights, weights_up, scales, scales_up);
+    return;
+#else
     if (threadIdx.x != 256) return;
     Position at(plan, 0);
     for (int s = 0, phase = 1; at.i < count; at.advance(plan, 1)) {
@@ -49,10 +62,13 @@ marlin_wgmma(const __grid_constant__ Problem p, const __grid_constant__ TensorMa
       if (++s == STAGES) { s = 0; phase ^= 1; }
     }
     return;
+#endif
   }
   take_registers<TAKE>();
-  // fragments 2 half and 2 half + 1 of 64 features; the warps of a column of Sparse-MARLIN are of one warpgroup
-  const int column = SPARSE ? warp / 4 * 2 + warp % 2 : warp % 4, half = SPARSE ? warp / 2 % 2 : warp / 4;
+  // Fragments 2 half and 2 half + 1 of 64 features; the warps of a column of Sparse-MARLIN are of one warpgroup. Of PAIRED
+  // fragment `half` of both columns.
+  const int column = PAIRED ? warp / 4 : SPARSE ? warp / 4 * 2 + warp % 2 : warp % 4;
+  const int half = PAIRED ? warp % 4 : SPARSE ? warp / 2 % 2 : warp / 4;
   Sums acc;
   u32 which[STEPS] = {};  // rows of four the codes of a step are
   wait_for_previous_kernel();
@@ -67,21 +83,27 @@ marlin_wgmma(const __grid_constant__ Problem p, const __grid_constant__ TensorMa
     u32 done = 0;  // the flag of the stage before, which the tensor cores still read
     for (; i < stop; i++) {
       const u32 stage = stages + s * STAGE;
-      const u32 codes = stage + column * 512 + lane * 16 + half * 8;
-      const u32 scale = stage + WEIGHTS + TOKENS * 256 + column * 128 + lane / 4 * 16 + half * 8;
+      const u32 codes = stage + column * 512 + lane * 16 + half * (PAIRED ? 4 : 8);
+      const u32 scale = stage + WEIGHTS + TOKENS * 256 + column * 128 + lane / 4 * 16 + half * (PAIRED ? 4 : 8);
       const u32 tokens = uniform(matrix(stage + WEIGHTS));
       flag_wait(full + s * 8, phase);
+      if (EXPERTS) show_to_tensor_cores();
+      // of two fragments
+      const auto load_words = [&](u32 (&words)[2], u32 from, int up) {
+        if (PAIRED) { words[0] = load_shared_word(from); words[1] = load_shared_word(from + up); }
+        else load_shared(words, from);
+      };
       const auto metadata = [&](int step) { return load_shared_word(stage + CODES + step * 1024 + column * 256 + half * 128 + lane * 4); };
       u32 words[STEPS][2], pairs[2], a[2][2][4];
       Factor factor[2][2];
 #pragma unroll
       for (int r = 0; r < STEPS; r++) {
-        load_shared(words[r], codes + r * 2048);
+        load_words(words[r], codes + r * CODES_ROW, CODES / 2);
         if (SPARSE && r < STEPS - 1) which[r] = metadata(r);
       }
 #pragma unroll
       for (int r = 0; r < STEPS; r++) {
-        if (GROUP && r % GROUP_STEPS == 0) load_shared(pairs, scale + r / GROUP_STEPS * 512);
+        if (GROUP && r % GROUP_STEPS == 0) load_words(pairs, scale + r / GROUP_STEPS * SCALES_ROW, SCALES / 2);
 #pragma unroll
         for (int j = 0; j < 2; j++) {
           if (GROUP && r % GROUP_STEPS == 0) factors(pairs[j], factor[j]);
@@ -120,21 +142,21 @@ __device__ __forceinline__ void meet(int column) {
 // Of a thread: two fragments, features l / 4 and + 8.
 struct ScaleAndBias {
   float factor[2][2], bias[2][2];
-  __device__ __forceinline__ ScaleAndBias(const Problem& p, int feature, int half) {
+  __device__ __forceinline__ ScaleAndBias(const Problem& p, const Tile& tile, int feature, int half) {
 #pragma unroll
     for (int j = 0; j < 2; j++)
 #pragma unroll
       for (int h = 0; h < 2; h++) {
-        const int f = feature + feature_in_column(2 * half + j, h, threadIdx.x % 32);
-        factor[j][h] = GROUP ? 1.f : single_scale(p, f);
-        bias[j][h] = p.bias ? number(p.bias[f]) : 0.f;
+        const int f = feature + feature_in_column(PAIRED ? half : 2 * half + j, h, threadIdx.x % 32);
+        factor[j][h] = GROUP ? 1.f : single_scale(p, tile, f, PAIRED && j);
+        bias[j][h] = bias_of(p, tile, f, PAIRED && j);
       }
   }
 };
 
 // Eight tokens through shared memory: a lane then has eight neighbouring features of one token. Sums are those of two
 // fragments.
-__device__ __forceinline__ void store_row(const Problem& p, const ScaleAndBias& left, int token, int feature, const float (&sums)[8], u32 staging, int column, int half) {
+__device__ __forceinline__ void store_row(const Problem& p, const Tile& tile, const ScaleAndBias& left, int token, int feature, const float (&sums)[8], u32 staging, int column, int half) {
   const int lane = threadIdx.x % 32, row = lane % 8, back = SPARSE ? 4 * half + lane / 8 : lane / 4;
   const u32 to = staging + half * 512 + row * 64 + ((lane / 8 ^ row / 2) & 3) * 16;
   const u32 from = SPARSE ? staging + back * 128 + ((lane ^ back) & 7) * 16
@@ -142,6 +164,18 @@ __device__ __forceinline__ void store_row(const Problem& p, const ScaleAndBias& 
   float v[2][2][2];  // of two fragments, features l / 4 and + 8, tokens 2 (l % 4) and + 1
 #pragma unroll
   for (int i = 0; i < 8; i++) v[i / 4][i / 2 % 2][i % 2] = sums[i] * left.factor[i / 4][i / 2 % 2] + left.bias[i / 4][i / 2 % 2];
+  if (PAIRED) {  // 16 features of eight tokens, 32 bytes each
+    u32 pairs[2];
+#pragma unroll
+    for (int h = 0; h < 2; h++) pairs[h] = pair(silu_times(v[0][h][0], v[1][h][0]), silu_times(v[0][h][1], v[1][h][1]));
+    const u32 there = staging + half * 256 + lane % 8 * 32;
+    __syncwarp();
+    store_matrices(there + lane / 8 % 2 * 16, pairs);
+    __syncwarp();
+    const int t = token + lane % 8;
+    if (lane < 16 && tile.holds(p, t)) *(uint4*)(p.y + (u64)t * p.n + feature + 16 * half + lane / 8 * 8) = load_shared(there + lane / 8 * 16);
+    return;
+  }
   meet(column);
   if (SPARSE) {
 #pragma unroll
@@ -157,16 +191,16 @@ __device__ __forceinline__ void store_row(const Problem& p, const ScaleAndBias& 
   }
   meet(column);
   const int t = token + back, f = feature + (SPARSE ? lane % 8 * 8 : 32 * half + lane % 4 * 8);
-  if (t < p.m) *(uint4*)(p.y + (u64)t * p.n + f) = load_shared(from);
+  if (tile.holds(p, t)) *(uint4*)(p.y + (u64)t * p.n + f) = load_shared(from);
 }
-__device__ __forceinline__ void store_part(const Problem& p, int token, int feature, const Sums& acc, int part, u32 staging, int column, int half) {
-  const ScaleAndBias left(p, feature, half);
+__device__ __forceinline__ void store_part(const Problem& p, const Tile& tile, int feature, const Sums& acc, int part, u32 staging, int column, int half) {
+  const ScaleAndBias left(p, tile, feature, half);
 #pragma unroll
   for (int r = part * ROWS; r < (part + 1) * ROWS; r++) {
     float sums[8];
 #pragma unroll
     for (int i = 0; i < 8; i++) sums[i] = acc[i / 4][4 * r + i % 4];
-    store_row(p, left, token + 8 * r, feature, sums, staging, column, half);
+    store_row(p, tile, left, tile.token + 8 * r, feature, sums, staging, column, half);
   }
 }
 
@@ -196,7 +230,7 @@ __device__ __forceinline__ void output_in_cluster(const Problem& p, const Tile& 
           const float4 v = load_of_block(place(i / 4, i % 4, j), b);
           sums[4 * j] += v.x; sums[4 * j + 1] += v.y; sums[4 * j + 2] += v.z; sums[4 * j + 3] += v.w;
         }
-    store_row(p, ScaleAndBias(p, feature, half), tile.token + i / 4 * 8, feature, sums, staging, column, half);
+    store_row(p, tile, ScaleAndBias(p, tile, feature, half), tile.token + i / 4 * 8, feature, sums, staging, column, half);
   }
   cluster_barrier();
 }
@@ -273,5 +307,5 @@ __device__ __forceinline__ void output_registers(const Problem& p, const Tile& t
   }
 #pragma unroll
   for (int q = 0; q < PARTS; q++)
-    if (mine >> q & 1) store_part(p, tile.token, feature, acc, q, staging, column, half);
+    if (mine >> q & 1) store_part(p, tile, feature, acc, q, staging, column, half);
 }

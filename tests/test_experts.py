@@ -345,3 +345,34 @@ def test_transformers_loads_experts_in_our_layouts(
     assert all(
         torch.equal(before[name], after[name]) for name in before if name.endswith((".B", ".B_24", ".s"))
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3"])
+def test_experts_of_a_loaded_model_are_multiplied_at_once(
+    model_type: str, source, cli: Cli, tmp_path
+) -> None:
+    """The logits of the CPU, from one kernel for all experts; what is saved then are the same bytes."""
+    import marlin_convert  # noqa: F401  (registers the layouts)
+    from marlin_convert.integrations import transformers_experts as integration
+
+    output, plain = tmp_path / "out", tmp_path / "plain"
+    done = cli("quantize", source(model_type), "-o", output, *SMALL, "--device", "cpu")
+    assert done.exit_code == 0, done.stderr
+    ids = torch.randint(5, 4000, (3, 24), generator=torch.Generator().manual_seed(3))
+    model = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float16)
+    with torch.no_grad():
+        expected = model.float()(ids).logits
+        model = model.half().cuda()
+        found = model(ids.cuda()).logits.cpu().float()
+        layers = [one for _, one in experts_of(model)]
+        assert layers and all(one in integration._grouped for one in layers)
+        assert (found - expected).norm() / expected.norm() < 0.01
+        assert torch.equal(model(ids.cuda()).logits.cpu().float(), found)
+        model.cpu().cuda()  # to other memory
+        assert torch.equal(model(ids.cuda()).logits.cpu().float(), found)
+    model.save_pretrained(plain)
+    before, after = load_file(output / SHARD), load_file(plain / SHARD)
+    packed = [name for name in before if name.endswith((".B", ".s"))]
+    assert packed and all(torch.equal(before[name], after[name]) for name in packed)

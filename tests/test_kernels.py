@@ -29,8 +29,10 @@ from marlin_convert.kernels import compile as compiling
 from marlin_convert.kernels import launch
 from marlin_convert.kernels.configurations import (
     HOPPER_MEMORY,
+    Beside,
     Configuration,
     choose,
+    choose_for_experts,
     chunks_of,
     schedule,
 )
@@ -54,6 +56,19 @@ def configurations(capability: tuple[int, int]) -> list[Configuration]:
         for sparse in (False, True)
         for group in (SPARSE_GROUPS if sparse else GROUPS)
         for bfloat16 in (False, True)
+    }
+    return list(found)
+
+
+def for_experts(capability: tuple[int, int]) -> list[Configuration]:
+    """Everything that can be chosen for experts."""
+    found = {
+        one: None
+        for each in (1, 5, 10, 17, 30, 40, 60, 100, 4096)
+        for group in GROUPS
+        for bfloat16 in (False, True)
+        for fused in (False, True)
+        for one in choose_for_experts(each * 8, 8, (group, group), bfloat16, capability, fused)
     }
     return list(found)
 
@@ -118,6 +133,13 @@ def overwritten(sass: str) -> list[str]:
     return early
 
 
+@pytest.mark.parametrize("bfloat16", [False, True])
+@pytest.mark.parametrize("kernel", ["route", "combine"])
+def test_what_is_beside_them_compiles(kernel: str, bfloat16: bool) -> None:
+    for arch in ("sm_80", "sm_90a", "sm_120"):
+        assert len(compiling.compile(compiling.source(Beside(kernel, bfloat16)), arch)[0]) > 1000
+
+
 @pytest.mark.parametrize("capability", compiling.ARCHITECTURES, ids=lambda c: compiling.ARCHITECTURES[c])
 def test_every_configuration_compiles(capability: tuple[int, int]) -> None:
     arch = compiling.architecture(capability)
@@ -126,6 +148,9 @@ def test_every_configuration_compiles(capability: tuple[int, int]) -> None:
         return compiling.compile(compiling.source(configuration), arch)
 
     found = configurations(capability)
+    if capability in ((8, 0), (9, 0)):
+        # of those for experts, which are many, each kernel in one of the groups
+        found += [one for one in for_experts(capability) if one.group == (128, 0)[one.bfloat16]]
     with ThreadPoolExecutor(2) as pool:  # half the time on two processors
         programs = list(pool.map(compiled, found))
     for configuration, (code, said) in zip(found, programs, strict=True):
@@ -135,7 +160,8 @@ def test_every_configuration_compiles(capability: tuple[int, int]) -> None:
         if configuration.group in (0, 128):
             assert max(spilled) <= SPILLS[configuration.kernel], configuration
         memory = HOPPER_MEMORY if capability == (9, 0) else LEAST_MEMORY
-        assert configuration.shared_memory + 16 <= memory
+        beside = max(int(count) for count in [*re.findall(r"(\d+) bytes smem", said), "16"])
+        assert configuration.shared_memory + beside <= memory
         assert configuration.kernel == "mma" or configuration.stages >= 2
         assert len(code) > 1000
         if configuration.kernel == "wgmma" and configuration.sparse:
@@ -227,7 +253,7 @@ def test_blocks_of_the_grid() -> None:
 )
 def test_blocks_of_a_cluster(configuration, plan, at_once, expected, monkeypatch):
     monkeypatch.setattr(launch, "_clusters", lambda loaded, size: at_once)
-    loaded = launch._Loaded(c_void_p(), configuration, 132, True)
+    loaded = launch.Loaded(c_void_p(), configuration, 132, True)
     assert launch._cluster(loaded, 32, 32, plan) == expected
 
 
@@ -528,8 +554,8 @@ class Driver:
 def driver(monkeypatch) -> Driver:
     found = Driver()
     monkeypatch.setattr(launch, "_driver", lambda: found)
-    monkeypatch.setattr(launch, "load", lambda one, device: launch._Loaded(c_void_p(1), one, 132, False))
-    monkeypatch.setattr(launch, "_workspace", lambda *_: (torch.empty(1), torch.empty(1)))
+    monkeypatch.setattr(launch, "load", lambda one, device: launch.Loaded(c_void_p(1), one, 132, False))
+    monkeypatch.setattr(launch, "workspace", lambda *_: (torch.empty(1), torch.empty(1)))
     stream = SimpleNamespace(cuda_stream=0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
     monkeypatch.setattr(launch, "_tensor_maps", {})

@@ -50,6 +50,7 @@ class MarlinQuantizer(HfQuantizer):
     ) -> None:
         """Replace the linears that are packed in the files; SourceError if these are not of the model."""
         # there are no models yet where this file is imported
+        from marlin_convert.integrations.transformers_experts import PackedExperts
         from marlin_convert.models.experts import experts_of, take_apart
         from marlin_convert.models.names import Names
 
@@ -83,6 +84,8 @@ class MarlinQuantizer(HfQuantizer):
                     "load it with the class that config.json names under architectures.",
                 )
             model.set_submodule(name, _packed(module, weights, name))
+        for _, experts in experts_of(model):
+            experts.__class__ = type("PackedExperts", (PackedExperts, type(experts)), {})
 
     def _process_model_after_weight_loading(self, model: nn.Module, **others: Any) -> nn.Module:
         """Look at what was loaded: SourceError if it was split, KernelError for scales too large."""

@@ -17,6 +17,7 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
     register_weight_loader_v2_supported_method,
 )
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.parameter import (
     ChannelQuantScaleParameter,
     GroupQuantScaleParameter,
@@ -30,25 +31,23 @@ from marlin_convert.kernels.dequantized import dequantize
 from marlin_convert.kernels.matmul import check_scales, matmul
 
 SCALES = "s"
-# The classes of a layer's experts, by version, and what the last linear of one is called.
+# The classes of a layer's experts, by version.
 EXPERTS = {"FusedMoE", "RoutedExperts"}
-LAST_OF_EXPERTS = ("down_proj", "w2")
 
 
 def linear_method(
     layer: nn.Module, prefix: str, scheme: formats.Scheme, fused: Mapping[str, Sequence[str]]
-) -> LinearMethodBase | None:
-    """The method of a linear, dense or packed as the config says; None if it is no linear.
+) -> QuantizeMethodBase | None:
+    """The method of a linear or of experts, dense or packed as the config says; None for anything else.
 
-    FormatError when what vLLM fuses is not stored in one way, and for packed experts.
+    FormatError when what vLLM fuses is not stored in one way, and for experts that there is no kernel for.
     """
     if EXPERTS & {kind.__name__ for kind in type(layer).__mro__}:
-        if not any(scheme.skips(f"{prefix}.0.{last}") for last in LAST_OF_EXPERTS):
-            raise FormatError(
-                f"{prefix} are experts in MARLIN's layout, for which there is no kernel in vLLM yet.",
-                "marlin-convert quantize DIR -o OTHER --format gptq repacks them exactly.",
-            )
-        return None
+        from marlin_convert.integrations.vllm_experts import MarlinExpertsMethod, stored_dense
+
+        if stored_dense(scheme, prefix):
+            return None
+        return MarlinExpertsMethod(scheme, prefix, layer.moe_config)
     if not isinstance(layer, LinearBase):
         return None
     path, _, name = prefix.rpartition(".")

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from marlin_convert.errors import KernelError
-from marlin_convert.kernels.configurations import Configuration
+from marlin_convert.kernels.configurations import Beside, Configuration
 
 SOURCES = Path(__file__).parents[1] / "csrc"
 CACHE = "MARLIN_CONVERT_CACHE"
@@ -44,14 +44,14 @@ def architecture(capability: tuple[int, int]) -> str:
     return found
 
 
-def source(configuration: Configuration) -> str:
+def source(configuration: Configuration | Beside) -> str:
     """The whole program, macros in front."""
     macros = "".join(f"#define {name} {value}\n" for name, value in configuration.defines.items())
     return macros + "".join((SOURCES / name).read_text("utf-8") for name in configuration.sources)
 
 
 @cache
-def cubin(configuration: Configuration, arch: str) -> bytes:
+def cubin(configuration: Configuration | Beside, arch: str) -> bytes:
     """The compiled kernel, from the cache if it is there and whole.
 
     An entry is the sha256 of the code and the code; its name that of program, architecture and compiler.

@@ -16,6 +16,9 @@ HOPPER_MEMORY = 227 * 1024
 # Blocks that every GPU with clusters can run as one.
 LARGEST_CLUSTER = 8
 
+# Bytes that kernels for experts have beside what is asked for: the problem, and the order of few tokens.
+STATIC = 2048
+
 # Registers a thread of the loading warps keeps on Hopper; the multiplying ones get the rest.
 GIVEN = 40
 
@@ -25,7 +28,8 @@ class Configuration:
     """A kernel for one number of tokens per tile and one group size.
 
     `group` is the rows of k per scale, 0 where one scale serves all of k. `teams` of four warps multiply.
-    `sparse` is for the Sparse-MARLIN layout.
+    `sparse` is for the Sparse-MARLIN layout. `experts` takes the tokens of many experts; `paired` too, and
+    multiplies by the weights of gate and up at once.
     """
 
     kernel: str
@@ -34,6 +38,8 @@ class Configuration:
     group: int
     bfloat16: bool
     sparse: bool = False
+    experts: bool = False
+    paired: bool = False
 
     @property
     def entry(self) -> str:
@@ -44,7 +50,16 @@ class Configuration:
     def sources(self) -> tuple[str, ...]:
         """The files of csrc that make it, in order."""
         products = "wgmma_ptx.cuh" if self.kernel == "wgmma" else "mma_products.cuh"
-        return ("ptx.cuh", "numbers.cuh", "layout.cuh", "tiles.cuh", products, f"{self.kernel}.cu")
+        files = {
+            **dict.fromkeys(("ptx.cuh", "numbers.cuh", "layout.cuh"), True),
+            "routing.cuh": self.experts,
+            "tiles.cuh": True,
+            "gather.cuh": self.experts,
+            "stages.cuh": self.kernel != "mma",
+            "load_experts.cuh": self.experts and self.kernel != "mma",
+            **dict.fromkeys((products, f"{self.kernel}.cu"), True),
+        }
+        return tuple(name for name, needed in files.items() if needed)
 
     @property
     def threads(self) -> int:
@@ -77,9 +92,9 @@ class Configuration:
     @cached_property
     def stages(self) -> int:
         """Chunks that are in shared memory at once; a whole number for every team."""
-        room = (HOPPER_MEMORY - self._beside) // (self._stage + 16)
+        room = HOPPER_MEMORY - self._beside - (STATIC if self.experts else 0)
         turns = self.teams if self.kernel == "stream" else 1
-        return min(12, room) // turns * turns
+        return min(12, room // (self._stage + 16)) // turns * turns
 
     @cached_property
     def shared_memory(self) -> int:
@@ -97,6 +112,8 @@ class Configuration:
             "GROUP": self.group,
             "BF16": int(self.bfloat16),
             "SPARSE": int(self.sparse),
+            "EXPERTS": int(self.experts),
+            "PAIRED": int(self.paired),
             "LARGEST_CLUSTER": LARGEST_CLUSTER,
         }
         if self.kernel != "mma":
@@ -106,6 +123,35 @@ class Configuration:
             taken = (launch * (others + 1) - GIVEN) // others // 8 * 8
             macros |= {"STAGES": self.stages, "GIVE": GIVEN, "TAKE": min(taken, 232)}
         return macros
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A kernel beside those that multiply: `route` puts tokens in order, `combine` sums answers up."""
+
+    kernel: str
+    bfloat16: bool = False
+    shared_memory: int = 0
+
+    @property
+    def entry(self) -> str:
+        """The name of the CUDA function."""
+        return f"marlin_{self.kernel}"
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The files of csrc that make it, in order."""
+        return ("ptx.cuh", "numbers.cuh", "routing.cuh", f"{self.kernel}.cu")
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return {"route": 1024, "combine": 128}[self.kernel]
+
+    @property
+    def defines(self) -> dict[str, int]:
+        """The macros that the sources are compiled with."""
+        return {"BF16": int(self.bfloat16), "SPARSE": 0}
 
 
 def chunks_of(k: int) -> int:
@@ -152,6 +198,31 @@ def choose(
     else:
         tokens = 64 if (columns <= 24 if m <= 128 else m <= 256 and chunks <= 768) else 128
     return Configuration("wgmma", tokens, 2, group, bfloat16, sparse)
+
+
+# Kernel, tokens and teams, by how many tokens an expert has: from a sweep on an H100 (benchmarks/RESULTS.md).
+EXPERT_TILES = [
+    *(("stream", 8, 3), ("stream", 16, 3), ("stream", 24, 2)),
+    *(("wgmma", tokens, 2) for tokens in (32, 48, 64, 96, 128)),
+]
+
+
+def choose_for_experts(
+    rows: int, experts: int, groups: tuple[int, int], bfloat16: bool, capability: tuple[int, int], fused: bool
+) -> tuple[Configuration, Configuration]:
+    """The configurations for gate and up, together if `fused`, and for down.
+
+    `rows` tokens in all go to `experts` experts; `groups` are the rows of k per scale, 0 for one scale.
+    """
+    each = rows / min(rows, experts)  # of an expert, if they went to all of them alike
+    most = each + 2 * each**0.5  # of all but a few
+    kinds = EXPERT_TILES if capability == (9, 0) else [("mma", tokens, 2) for tokens in (8, 16, 32)]
+    kernel, tokens, teams = next((kind for kind in kinds if kind[1] >= most), kinds[-1])
+    one, other = (
+        Configuration(kernel, tokens, teams, group, bfloat16, experts=True, paired=fused and not number)
+        for number, group in enumerate(groups)
+    )
+    return one, other
 
 
 def schedule(configuration: Configuration, tiles: int, chunks: int, processors: int) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ number of threads may launch, on any streams and devices.
 import ctypes
 import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from ctypes import addressof, c_char, c_int, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import cache
@@ -24,6 +24,7 @@ from marlin_convert.kernels.compile import architecture, cubin
 from marlin_convert.kernels.configurations import (
     FEATURES,
     LARGEST_CLUSTER,
+    Beside,
     Configuration,
     chunks_of,
     schedule,
@@ -44,11 +45,11 @@ TICKETS = 32  # of a block of the grid, as in csrc/tiles.cuh
 
 
 @dataclass(frozen=True, eq=False)
-class _Loaded:
+class Loaded:
     """A kernel in memory: its handle, which has no hash, and what each launch of it needs."""
 
     handle: c_void_p
-    configuration: Configuration
+    configuration: Configuration | Beside
     processors: int
     early: bool  # may begin while the kernel before it ends
 
@@ -74,7 +75,7 @@ def _check(status: int, doing: str) -> None:
 
 
 @cache
-def load(configuration: Configuration, device: int) -> _Loaded:
+def load(configuration: Configuration | Beside, device: int) -> Loaded:
     """Compile a configuration for a device, if that was not done yet, and load it."""
     driver = _driver()
     torch.cuda.current_stream(device)  # makes sure that there is a context
@@ -92,18 +93,21 @@ def load(configuration: Configuration, device: int) -> _Loaded:
         f"asking for {memory} bytes of shared memory",
     )
     properties = torch.cuda.get_device_properties(device)
-    return _Loaded(kernel, configuration, properties.multi_processor_count, properties.major >= 9)
+    return Loaded(kernel, configuration, properties.multi_processor_count, properties.major >= 9)
 
 
-def _tensor_map(
-    address: int, kind: int, rows: int, columns: int, box: tuple[int, int], swizzle: int
+def tensor_map(
+    address: int, kind: int, rows: int, columns: int, box: tuple[int, int], swizzle: int, pitch: int = 0
 ) -> tuple[int, ctypes.Array[c_char]]:
-    """The tensor map of a matrix that is read in boxes of (rows, columns): where it is, and its memory."""
+    """The tensor map of a matrix that is read in boxes of (rows, columns): where it is, and its memory.
+
+    `pitch` is how many elements its rows are apart, if not `columns`.
+    """
     memory = (c_char * 192)()
     place = -(-addressof(memory) // 64) * 64
     status = _driver().cuTensorMapEncodeTiled(
         c_void_p(place), kind, 2, c_void_p(address), (c_uint64 * 2)(columns, rows),
-        (c_uint64 * 1)(columns * BYTES[kind]), (c_uint32 * 2)(box[1], box[0]),
+        (c_uint64 * 1)((pitch or columns) * BYTES[kind]), (c_uint32 * 2)(box[1], box[0]),
         (c_uint32 * 2)(1, 1), 0, swizzle, PROMOTE_256, 0,
     )  # fmt: skip
     _check(status, "describing a matrix")
@@ -121,7 +125,7 @@ def _map_of_activations(
     key = (address, kind, m, k, *box)
     found = _tensor_maps.get(key)
     if found is None:
-        found = _tensor_map(address, kind, m, k, box, SWIZZLE_128)
+        found = tensor_map(address, kind, m, k, box, SWIZZLE_128)
         with _keeping:
             if len(_tensor_maps) >= KEPT:
                 _tensor_maps.pop(next(iter(_tensor_maps)))
@@ -139,8 +143,8 @@ _graph_tickets: dict[tuple[int, int, int], Tensor] = {}
 GRAPHS = 512
 
 
-def _workspace(device: torch.device, stream: int, loaded: _Loaded) -> tuple[Tensor, Tensor]:
-    tokens = loaded.configuration.tokens
+def workspace(device: torch.device, stream: int, loaded: Loaded, tokens: int) -> tuple[Tensor, Tensor]:
+    """Parts of tiles of so many tokens, and cleared tickets, of kernels that follow one another."""
     size = 2 * loaded.processors * tokens * FEATURES
     count = loaded.processors * TICKETS
     if torch.cuda.is_current_stream_capturing():
@@ -164,7 +168,7 @@ def _workspace(device: torch.device, stream: int, loaded: _Loaded) -> tuple[Tens
 
 
 def _launch(
-    loaded: _Loaded, blocks: int, stream: int, cluster: int
+    loaded: Loaded, blocks: int, stream: int, cluster: int
 ) -> tuple[ctypes.Array[c_char], ctypes.Array[c_int]]:
     """A CUlaunchConfig, and its attributes, which must live as long."""
     attributes = (c_int * 36)(PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)
@@ -181,7 +185,7 @@ def _launch(
     return launch, attributes
 
 
-def _cluster(loaded: _Loaded, blocks: int, chunks: int, plan: Sequence[int]) -> int:
+def _cluster(loaded: Loaded, blocks: int, chunks: int, plan: Sequence[int]) -> int:
     """Blocks that sum up through each other's shared memory: those that share a tile, if all run at once.
 
     It is the only tile of each of them, and each has chunks of it.
@@ -194,7 +198,7 @@ def _cluster(loaded: _Loaded, blocks: int, chunks: int, plan: Sequence[int]) -> 
 
 
 @cache
-def _clusters(loaded: _Loaded, size: int) -> int:
+def _clusters(loaded: Loaded, size: int) -> int:
     """How many clusters of so many blocks run at once."""
     launch, _attributes = _launch(loaded, size, 0, size)
     count = c_int()
@@ -217,6 +221,32 @@ def _capture(stream: int) -> int:
     return number.value
 
 
+class Launch:
+    """A launch of a kernel with one block of numbers and addresses as its parameter, some of which change."""
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        blocks: int,
+        parameter: bytes,
+        maps: Sequence[tuple[int, ctypes.Array[c_char]]] = (),
+    ):
+        """Prepare it on the current stream of the current device, with tensor maps as further parameters."""
+        self._parameter = ctypes.create_string_buffer(parameter, len(parameter))
+        places = [addressof(self._parameter), *(place for place, _ in maps)]
+        self._pointers = (c_void_p * len(places))(*places)
+        stream = torch.cuda.current_stream().cuda_stream
+        self._launch, attributes = _launch(loaded, blocks, stream, 1)
+        self._kept, self._handle = (attributes, maps), loaded.handle
+        self._start = _driver().cuLaunchKernelEx
+
+    def __call__(self, addresses: Mapping[int, int]) -> None:
+        """Launch with these addresses at these offsets of the parameter."""
+        for offset, address in addresses.items():
+            c_uint64.from_buffer(self._parameter, offset).value = address
+        _check(self._start(self._launch, self._handle, self._pointers, None), "launching a kernel")
+
+
 class Call:
     """A launch of which only the addresses of activations and output are still to come."""
 
@@ -236,7 +266,7 @@ class Call:
         m, k, n = x.numel() // x.shape[-1], x.shape[-1], s.shape[1]
         loaded = load(configuration, x.device.index)
         stream = torch.cuda.current_stream(x.device).cuda_stream
-        parts, tickets = self._workspace = _workspace(x.device, stream, loaded)
+        parts, tickets = self._parts_and_tickets = workspace(x.device, stream, loaded, configuration.tokens)
         columns, token_tiles, chunks = -(-n // FEATURES), -(-m // configuration.tokens), chunks_of(k)
         blocks, *plan = schedule(configuration, columns * token_tiles, chunks, loaded.processors)
         cluster = _cluster(loaded, blocks, chunks, plan)
@@ -258,13 +288,13 @@ class Call:
             # Boxes of whole chunks: what the last one has beyond k arrives as zeros. As metadata these are no
             # two rows of a quad, but of one that is zeros as well.
             box = configuration.code_rows, FEATURES
-            maps.append(_tensor_map(B.data_ptr(), UINT64, len(B), n, box, NO_SWIZZLE))
+            maps.append(tensor_map(B.data_ptr(), UINT64, len(B), n, box, NO_SWIZZLE))
             if B_meta is None:
                 maps *= 2  # that of the metadata is not read then
             else:
-                maps.append(_tensor_map(B_meta.data_ptr(), UINT32, len(B), n, (4, FEATURES), NO_SWIZZLE))
+                maps.append(tensor_map(B_meta.data_ptr(), UINT32, len(B), n, (4, FEATURES), NO_SWIZZLE))
             box = configuration.scale_rows, FEATURES
-            maps.append(_tensor_map(s.data_ptr(), FLOAT16, len(s), n, box, NO_SWIZZLE))
+            maps.append(tensor_map(s.data_ptr(), FLOAT16, len(s), n, box, NO_SWIZZLE))
             arguments += [*(place for place, _ in maps), 0]
         self._pointers = (c_void_p * len(arguments))(*arguments)
         self._launch, attributes = _launch(loaded, blocks, stream, cluster)

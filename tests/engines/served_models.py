@@ -22,6 +22,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "gemma3": {"vocab_size": 4224, "query_pre_attn_scalar": 32},
     "qwen3_moe": {"vocab_size": 4224},
     "mixtral": {"vocab_size": 4224},
+    "deepseek_v3": {"vocab_size": 4224, "topk_method": "noaux_tc"},
     "mistral3": {"vocab_size": 4224},
     "qwen3_5": DELTA,
 }
