@@ -109,6 +109,8 @@ def time_peer(model: Path, tokens: Path, output: Path) -> dict:
             str(output),
             "--batch-size",
             "8",
+            "--device",
+            "cuda",
             "--threads",
             "16",
         ],

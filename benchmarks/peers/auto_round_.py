@@ -32,7 +32,7 @@ def quantize(chosen: argparse.Namespace) -> None:
         nsamples=samples,
         seqlen=length,
         batch_size=chosen.batch_size,
-        device_map="cpu",
+        device_map=chosen.device,
     )
     rounding.quantize_and_save(str(chosen.out), format="auto_gptq")
     (made,) = chosen.out.iterdir()  # a directory that it names after the model

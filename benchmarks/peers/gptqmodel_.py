@@ -30,7 +30,7 @@ def quantize(chosen: argparse.Namespace) -> None:
     more: dict[str, object] = {} if chosen.setting == "default" else {"mse": 2.0}
     more |= {chosen.setting: {}} if chosen.setting in ("gptaq", "foem") else {}
     config = QuantizeConfig(bits=4, group_size=chosen.group_size, sym=True, **more)
-    model = GPTQModel.load(chosen.model, config, device="cpu")
+    model = GPTQModel.load(chosen.model, config, device=chosen.device)
     calibration = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in ids]
     model.quantize(calibration, batch_size=chosen.batch_size)
     model.save(str(chosen.out))

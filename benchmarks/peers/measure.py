@@ -17,14 +17,17 @@ STARTED = time.perf_counter()
 
 
 def arguments(description: str, batch_size: int, settings: Sequence[str]) -> argparse.Namespace:
-    """Parse `MODEL_DIR TOKENS OUT_DIR --setting --group-size --threads
-    --batch-size` and limit this process's threads."""
+    """Parse `MODEL_DIR TOKENS OUT_DIR --setting --group-size --device --threads --batch-size`.
+
+    This process's threads are limited, and on a CPU it sees no GPU, which some peers take unasked.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("model", help="directory of the unquantized model")
     parser.add_argument("tokens", type=Path, help="safetensors file of `input_ids`, int64 (samples, length)")
     parser.add_argument("out", type=Path, help="directory for the quantized checkpoint; must not exist")
     parser.add_argument("--setting", choices=settings, default="default")
     parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=batch_size)
     chosen = parser.parse_args()
@@ -33,6 +36,8 @@ def arguments(description: str, batch_size: int, settings: Sequence[str]) -> arg
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(chosen.threads)
     os.environ["HF_HUB_OFFLINE"] = "1"
+    if chosen.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     return chosen
 
 
