@@ -17,6 +17,7 @@ from marlin_convert.checkpoint.reader import belongs
 from marlin_convert.errors import ConvertError
 from marlin_convert.hub import is_hub_id
 from marlin_convert.matrix import fate_of
+from marlin_convert.recipe import first_match
 
 log = logging.getLogger("marlin_convert")
 
@@ -82,13 +83,18 @@ import marlin_convert
 > **Not without `import marlin_convert`.** transformers alone does not know the layout, prints a warning, and
 > goes on with random weights. vLLM alone refuses it with an error.
 
-Its codes can be written in a layout that both load alone, exactly:
+{experts}Its codes can be written in a layout that both load alone, exactly:
 
 ```
 marlin-convert quantize {repository}{revision} -o DIR --format gptq
 ```
 """
 )
+# What integrations/vllm_experts.py refuses.
+_EXPERTS = """\
+Experts in `marlin-24`, with biases or without a gate load in transformers; vLLM refuses them.
+
+"""
 _DENSE = """\
 It loads as the original does. To quantize it, keeping its zeros:
 
@@ -303,11 +309,13 @@ def _serving(published: Published) -> str:
     if published.also:
         branches = " and ".join(f"`--revision {name}`" for name in published.also)
         also = f" The same codes are in layouts that stock engines load: {branches}."
+    packed = [name for name, fate in manifests.fates(published.manifest).items() if fate.packed]
     text = SERVING[published.format].format(
         repository=published.repository,
         revision="" if main else f" --revision {branch}",
         keyword="" if main else f', revision="{branch}"',
         also=also,
+        experts=_EXPERTS if any(first_match(name, ["experts"]) for name in packed) else "",
     )
     others = [name for name in published.also if published.format not in OURS]
     text += f"\nOther layouts of the same codes: branches {', '.join(others)}.\n" if others else ""

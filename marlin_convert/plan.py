@@ -232,7 +232,7 @@ def make_plan(
         beside=tuple(beside(checkpoint.tensors, model)),
         notes=(
             *_source_notes(weights, model),
-            *_expert_notes(structure, fates, recipe),
+            *_expert_notes(model, structure, fates),
             *_notes(fates, recipe, weights if repack else None),
         ),
         source_bytes=sum(info.end - info.start for info in checkpoint.tensors.values()),
@@ -352,16 +352,26 @@ def _source_notes(weights: Weights, model: PreTrainedModel) -> Iterator[str]:
         yield f"{len(weights.renamed)} tensors are written under their full names, {name} as {full}"
 
 
-def _expert_notes(structure: Structure, fates: Mapping[str, Fate], recipe: Recipe) -> Iterator[str]:
-    """Of a mixture of experts: how many there are, and who reads them."""
+def _expert_notes(model: PreTrainedModel, structure: Structure, fates: Mapping[str, Fate]) -> Iterator[str]:
+    """Of a mixture of experts: how many there are, and what vLLM refuses of them."""
     counts = Counter(structure.experts.values())
     for count, layers in counts.items():
         yield f"{layers} layers of {count} experts, each calibrated on the tokens that go to it; routers stay"
-    packed = any(fate.packed and structure.part_of_experts(fate.name) for fate in fates.values())
-    if packed and recipe.format in ("marlin", "marlin-24"):
+    ours = {
+        fate.layout.format
+        for fate in fates.values()
+        if fate.layout.format in ("marlin", "marlin-24") and structure.part_of_experts(fate.name)
+    }
+    experts = [one for _, one in experts_of(model)]
+    refused = {
+        "in marlin-24": "marlin-24" in ours,
+        "with biases": any(one.has_bias for one in experts),
+        "without a gate": not all(one.has_gate for one in experts),
+    }
+    if ours and any(refused.values()):
         yield (
-            f"experts in {recipe.format} load in transformers with marlin-convert, not in vLLM, which takes "
-            "--format gptq or compressed-tensors"
+            f"experts {' and '.join(why for why, true in refused.items() if true)} load in transformers with "
+            "marlin-convert, not in vLLM, which takes --format gptq or compressed-tensors"
         )
 
 

@@ -165,6 +165,16 @@ def test_a_part_that_is_sparse(quantized: Callable[[str], Path], tmp_path: Path,
     assert "- not 2:4: `model.layers.3.mlp.up_proj` (unpruned by '\\*.3.mlp.\\*')" in text
 
 
+@pytest.mark.parametrize("part", ["experts.0", "shared_experts"])
+def test_what_vllm_refuses_of_experts_is_said(part: str, published: card.Published) -> None:
+    content = json.loads(json.dumps(published.manifest))
+    matrix = Matrix(f"model.layers.0.mlp.{part}.up_proj", 128, 128)
+    content["matrices"] += [Fate(matrix, Layout("marlin", 4, 128), None).row()]
+    text = card.write(replace(published, manifest=content), FACTS)
+    said = "Experts in `marlin-24`, with biases or without a gate load in transformers; vLLM refuses them."
+    assert (said in text) == (part == "experts.0") and said not in card.write(published, FACTS)
+
+
 def test_names_from_a_manifest_cannot_become_markup(published: card.Published) -> None:
     evil = "`x` | <script>\n\n# Pwned\n---\nlicense: mine"
     content = json.loads(json.dumps(published.manifest))

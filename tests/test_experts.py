@@ -453,7 +453,9 @@ def test_transformers_loads_experts_in_our_layouts(
     sparse = ["--sparsity", "2:4"] if format == "marlin-24" else []
     done = cli("quantize", source(model_type), "-o", output, "--format", format, *sparse, *SMALL)
     assert done.exit_code == 0, done.stderr
-    assert "load in transformers with marlin-convert, not in vLLM" in done.stdout
+    refused = ["in marlin-24"] * (format == "marlin-24") + ["with biases"] * (model_type == "gpt_oss")
+    note = f"experts {' and '.join(refused)} load in transformers with marlin-convert, not in vLLM"
+    assert note in done.stdout if refused else "vLLM" not in done.stdout
     model = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
     weights = Weights(Checkpoint.open(output))
     reference = diverse_models.build(model_type, vocab_size=4096)
@@ -489,6 +491,19 @@ def test_transformers_loads_experts_in_our_layouts(
     assert all(
         torch.equal(before[name], after[name]) for name in before if name.endswith((".B", ".B_24", ".s"))
     )
+
+
+@pytest.mark.parametrize("format", ["marlin", "gptq"])
+def test_the_plan_says_that_vllm_refuses_experts_without_a_gate(
+    format: str, source, cli: Cli, tmp_path
+) -> None:
+    done = cli(
+        "quantize", source("nemotron_h"), "-o", tmp_path / "out", "--dry-run", "--only", "experts",
+        "--format", format, *SMALL,
+    )  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    note = "experts without a gate load in transformers with marlin-convert, not in vLLM"
+    assert (note in done.stdout) == (format == "marlin"), done.stdout
 
 
 @pytest.mark.gpu

@@ -32,6 +32,8 @@ class Experts(nn.Module):
     roles: tuple[str, ...]  # the names of gate, up and down, or of up and down
     stacks: tuple[Stacked, ...]
     # what the module has from transformers
+    has_bias: bool
+    has_gate: bool
     has_post_expert_norm: bool = False  # older versions have none
     act_fn: Any
     post_expert_norm: Any
