@@ -3,7 +3,7 @@
 // Few choices, and what route.cu makes of many. Where tiles are large there is no room for it.
 constexpr int FEW = TOKENS <= 16 ? 32 : 1;
 struct Few {
-  Share shares[FEW];
+  Batch batches[FEW];
   int expert[FEW], tiles[FEW], rows[FEW];
 };
 __device__ __forceinline__ void route_few(const Routing& r, Few& few) {
@@ -26,8 +26,8 @@ __device__ __forceinline__ void route_few(const Routing& r, Few& few) {
     if (shown) r.places[slot] = e < 0 ? -1 : row + before;
     if (e >= 0) few.rows[row + before] = slot / r.choices;
     for (int i = 0; e >= 0 && !before && i < tiles; i++) {
-      few.shares[tile + i] = {e, tile, tiles, row, same};
-      if (shown) r.shares[tile + i] = {e, tile, tiles, row, same};
+      few.batches[tile + i] = {e, tile, tiles, row, same};
+      if (shown) r.batches[tile + i] = {e, tile, tiles, row, same};
     }
   }
 }
@@ -68,7 +68,7 @@ __device__ __forceinline__ const Problem& planned(const Problem& given) {
     int token_tiles = 0;
     if (routes) {
       for (int i = 0; i < given.routing.slots; i++) token_tiles += few.tiles[i];
-      known.plan.shares = few.shares;
+      known.plan.batches = few.batches;
       known.rows = few.rows;
       if (blockIdx.x == 0) *given.routing.token_tiles = token_tiles;
     } else {

@@ -32,9 +32,9 @@ extern "C" __global__ void __launch_bounds__(1024, 1) marlin_route(const __grid_
   const int rows = thread < r.count ? start[thread] : 0, tiles = (rows + r.tokens - 1) / r.tokens;
   const int2 end = sums_so_far(rows, tiles);
   if (thread < r.count) {
-    const Share share = {thread, end.y - tiles, tiles, end.x - rows, rows};
-    start[thread] = share.row;
-    for (int t = 0; t < tiles; t++) r.shares[share.tile + t] = share;
+    const Batch batch = {thread, end.y - tiles, tiles, end.x - rows, rows};
+    start[thread] = batch.row;
+    for (int t = 0; t < tiles; t++) r.batches[batch.tile + t] = batch;
   }
   if (thread == 1023) *r.token_tiles = end.y;
   // 1024 choices at a time: before each those of earlier ones, of earlier warps, and of earlier lanes

@@ -18,7 +18,7 @@ struct Schedule {
   int run, share, each, more;  // of the others every `run` chunks go to `share` blocks; the first `more` take one above `each`
 #if EXPERTS
   int tiles;                   // all there are, known here alone: some blocks may have none, or one less alone
-  const Share* shares;         // of every tile of tokens
+  const Batch* batches;        // of every tile of tokens
 #endif
   __device__ bool even() const { return run == chunks; }  // every run is a tile: no block has parts of two
   __device__ int first(int place) const { return place * each + min(place, more); }
@@ -76,7 +76,7 @@ struct Tile {
   __device__ Tile(const Schedule& plan, int number) {
 #if EXPERTS
     // all of a column of an expert, then of its next
-    const Share at = plan.shares[number / plan.columns];
+    const Batch at = plan.batches[number / plan.columns];
     const int place = number - at.tile * plan.columns, column = place / at.tiles;
     expert = at.expert;
     token = at.row + (place - column * at.tiles) * TOKENS;

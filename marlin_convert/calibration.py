@@ -5,7 +5,6 @@ import importlib.util
 import json
 import logging
 import random
-import sysconfig
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from marlin_convert import plain_text
+from marlin_convert import builtin_text, plain_text
 from marlin_convert.errors import ConvertError, SourceError, readable
 from marlin_convert.hub import Source
 
@@ -31,20 +30,6 @@ PROBE = "def f(x):\n    return x + 12345  # na\u00efve caf\u00e9,\t\u4e2d\u6587 
 
 # Files of a sentencepiece vocabulary.
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
-
-# Directories of the standard library that hold tests, tools or generated tables rather than prose and code.
-# What a build writes down of its machine (_sysconfigdata, config-*) is left out too, so that the same version
-# of Python gives the same text everywhere.
-_LEFT_OUT = {
-    "test",
-    "tests",
-    "idle_test",
-    "site-packages",
-    "lib2to3",
-    "encodings",
-    "pydoc_data",
-    "__pycache__",
-}
 
 
 @dataclass(frozen=True)
@@ -262,37 +247,11 @@ def shown(source: str) -> str:
 
 def _documents(source: str, held_out: bool) -> Iterator[str | list[dict[str, Any]]]:
     if source == BUILTIN:
-        yield from _builtin(held_out)
+        yield from builtin_text.python(held_out=True) if held_out else builtin_text.pieces()
     elif source.startswith("hf:"):
         yield from _from_hub(source)
     else:
         yield from _from_file(Path(source))
-
-
-def _builtin(held_out: bool) -> Iterator[str]:
-    """The language reference and library sources of this CPython; a fourth of them, by name, is held out."""
-    import pydoc_data.topics
-
-    library = Path(sysconfig.get_path("stdlib"))
-    sources = sorted(
-        path.relative_to(library).as_posix()
-        for path in library.rglob("*.py")
-        if not _LEFT_OUT.intersection(path.relative_to(library).parts)
-        and not path.name.startswith("_sysconfigdata")
-        and not path.parent.name.startswith("config-")
-    )
-    topics = sorted(pydoc_data.topics.topics)
-    for topic in topics:
-        if _is_held_out(topic) == held_out:
-            yield pydoc_data.topics.topics[topic]
-    for name in sources:
-        if _is_held_out(name) == held_out:
-            yield (library / name).read_text("utf-8", errors="replace")
-
-
-def _is_held_out(name: str) -> bool:
-    """Whether a document is kept from calibration: the same wherever and beside whatever it is installed."""
-    return hashlib.sha256(name.encode()).digest()[0] % 4 == 0
 
 
 def _from_file(path: Path) -> Iterator[str | list[dict[str, Any]]]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from marlin_convert import calibration
+from marlin_convert import builtin_text
 from marlin_convert.calibration import calibrate, load_tokenizer
 from marlin_convert.errors import ConvertError, SourceError
 from marlin_convert.hub import Source
@@ -46,11 +46,20 @@ def test_the_builtin_text_is_the_same_every_time(tokenizer: PreTrainedTokenizerB
 
 
 def test_held_out_documents_are_none_of_those_calibrated_on() -> None:
-    calibrated, held_out = set(calibration._builtin(False)), set(calibration._builtin(True))
+    calibrated, held_out = (set(builtin_text.python(held_out=one)) for one in (False, True))
     # a few files of one line are all alike
     assert all(len(document) < 100 for document in calibrated & held_out)
     assert 0.2 < len(held_out) / len(calibrated | held_out) < 0.3
     assert sum(map(len, calibrated)) > 5_000_000
+
+
+def test_a_fifth_of_the_builtin_text_is_not_python_s() -> None:
+    pieces = list(builtin_text.pieces())
+    assert all(0 < len(piece) <= builtin_text.PIECE for piece in pieces)
+    documents = [*builtin_text.python(held_out=False), *builtin_text.other()]
+    assert "".join(pieces) == "".join(documents)
+    assert 0.19 < sum(map(len, builtin_text.other())) / sum(map(len, pieces)) < 0.22
+    assert sum(piece.endswith("\n") for piece in pieces) > 0.6 * len(pieces)
 
 
 def test_held_out_windows_differ_from_calibration(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -31,12 +31,15 @@ from marlin_convert.kernels.launch import (
 
 MOST = 512  # experts, as in csrc/route.cu
 FEW = 32  # choices, as in csrc/gather.cuh; of tiles of at most 16 tokens
-SHARE = 32  # bytes of a Share of csrc/routing.cuh
+BATCH = 32  # bytes of a Batch of csrc/routing.cuh
+
+# Numbers of tokens, dtypes and streams of a layer.
+KEPT_CALLS = 64
 
 # Where in csrc's Problem the addresses are that a call brings, and where it has a Routing.
-X, Y, ROWS, TOKEN_TILES, SHARES, ROUTING = 8, 32, 152, 160, 120, 176
+X, Y, ROWS, TOKEN_TILES, BATCHES, ROUTING = 8, 32, 152, 160, 120, 176
 # Those of a Routing.
-INDEX, HERE, ORDER, PLACES, TABLE, TILES = range(0, 48, 8)
+INDEX, HERE, ORDER, PLACES, TO_BATCHES, TILES = range(0, 48, 8)
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,6 +155,8 @@ class GroupedExperts:
             if call is None or capturing:
                 call = _Call(self, x, index, shares, here)
                 if not capturing:
+                    while len(self._calls) >= KEPT_CALLS:
+                        self._calls.pop(next(iter(self._calls)))
                     self._calls[key] = call
             call(x.contiguous(), index.contiguous(), shares.contiguous(), here, y)
         return y
@@ -192,10 +197,10 @@ class _Call:
             torch.cuda.get_device_capability(device), experts.activation is None,
         )  # fmt: skip
         tiles = min(self.rows, experts.count) + self.rows // first.tokens
-        # what the launches hand each other, one after another: rows, places, how many tiles, shares
+        # what the launches hand each other, one after another: rows, places, how many tiles, batches
         self._places, self._tiles = 4 * self.rows, 8 * self.rows
-        self._shares = -(-(self._tiles + 4) // 16) * 16
-        self._room = self._shares + SHARE * tiles
+        self._batches = -(-(self._tiles + 4) // 16) * 16
+        self._room = self._batches + BATCH * tiles
         numbers = (self.rows, choices, experts.count if here is None else len(here), experts.count)
         route = struct.pack("=6Q6i", *[0] * 6, *numbers, first.tokens, int(index.dtype == torch.int64))
         # few choices are put in order by each block that needs them
@@ -219,12 +224,12 @@ class _Call:
     def __call__(self, x: Tensor, index: Tensor, shares: Tensor, here: Tensor | None, y: Tensor) -> None:
         room = torch.empty(self._room, dtype=torch.uint8, device=x.device)
         rows = room.data_ptr()
-        places, tiles, table = rows + self._places, rows + self._tiles, rows + self._shares
+        places, tiles, batches = rows + self._places, rows + self._tiles, rows + self._batches
         order = {
             INDEX: index.data_ptr(), HERE: 0 if here is None else here.data_ptr(),
-            ORDER: rows, PLACES: places, TABLE: table, TILES: tiles,
+            ORDER: rows, PLACES: places, TO_BATCHES: batches, TILES: tiles,
         }  # fmt: skip
-        routed = {TOKEN_TILES: tiles, SHARES: table}
+        routed = {TOKEN_TILES: tiles, BATCHES: batches}
         if self._route is None:
             first = {ROUTING + offset: address for offset, address in order.items()}
         else:
@@ -276,6 +281,4 @@ def _product(
                         (rows, width), NO_SWIZZLE, stack.pitch,
                     )
                 )  # fmt: skip
-    launch = Launch(loaded, loaded.processors, parameter, maps)
-    launch.kept = parts, tickets  # type: ignore[attr-defined]
-    return launch
+    return Launch(loaded, loaded.processors, parameter, maps, kept=(parts, tickets))

@@ -230,14 +230,18 @@ class Launch:
         blocks: int,
         parameter: bytes,
         maps: Sequence[tuple[int, ctypes.Array[c_char]]] = (),
+        kept: object = None,
     ):
-        """Prepare it on the current stream of the current device, with tensor maps as further parameters."""
+        """Prepare it on the current stream of the current device, with tensor maps as further parameters.
+
+        `kept` is what must live as long.
+        """
         self._parameter = ctypes.create_string_buffer(parameter, len(parameter))
         places = [addressof(self._parameter), *(place for place, _ in maps)]
         self._pointers = (c_void_p * len(places))(*places)
         stream = torch.cuda.current_stream().cuda_stream
         self._launch, attributes = _launch(loaded, blocks, stream, 1)
-        self._kept, self._handle = (attributes, maps), loaded.handle
+        self._kept, self._handle = (attributes, maps, kept), loaded.handle
         self._start = _driver().cuLaunchKernelEx
 
     def __call__(self, addresses: Mapping[int, int]) -> None:
