@@ -67,7 +67,6 @@ struct Tile {
   __device__ int tokens(const Problem&) const { return min(TOKENS, end - token); }
   __device__ bool holds(const Problem&, int t) const { return t < end; }
 #else
-  static constexpr int expert = 0;
   __device__ int tokens(const Problem& p) const { return min(TOKENS, p.m - token); }
   __device__ bool holds(const Problem& p, int t) const { return t < p.m; }
 #endif

@@ -197,6 +197,7 @@ class _Call:
             torch.cuda.get_device_capability(device), experts.activation is None,
         )  # fmt: skip
         tiles = min(self.rows, experts.count) + self.rows // first.tokens
+        tiles += load(first, device).processors  # blocks without work look up one all the same
         # what the launches hand each other, one after another: rows, places, how many tiles, batches
         self._places, self._tiles = 4 * self.rows, 8 * self.rows
         self._batches = -(-(self._tiles + 4) // 16) * 16
