@@ -1,3 +1,13 @@
+// The copy engine's descriptions of matrices are on their way before it is known what to copy.
+__device__ __forceinline__ void fetch_maps(const TensorMap& weights, const TensorMap& weights_up, const TensorMap& scales, const TensorMap& scales_up) {
+  if (threadIdx.x == 0) {
+    fetch_map(&weights);
+    fetch_map(&weights_up);
+    fetch_map(&scales);
+    fetch_map(&scales_up);
+  }
+}
+
 // What the loading warpgroup does: one thread has the copy engine load weights and scales, all of them load tokens.
 __device__ __forceinline__ void load_experts(const Problem& p, int count, u32 stages, u32 full, u32 empty, const TensorMap& weights, const TensorMap& weights_up, const TensorMap& scales, const TensorMap& scales_up) {
   const Schedule& plan = p.plan;

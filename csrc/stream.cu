@@ -9,12 +9,7 @@ static_assert(STAGES % SPLITS == 0);
 extern "C" __global__ void __launch_bounds__(128 * SPLITS + 128, 1)
 #if EXPERTS
 marlin_stream(const __grid_constant__ Problem given, const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap weights_up, const __grid_constant__ TensorMap scales, const __grid_constant__ TensorMap scales_up) {
-  if (threadIdx.x == 0) {
-    fetch_map(&weights);
-    fetch_map(&weights_up);
-    fetch_map(&scales);
-    fetch_map(&scales_up);
-  }
+  fetch_maps(weights, weights_up, scales, scales_up);
   const Problem& p = planned(given);
 #else
 marlin_stream(const __grid_constant__ Problem p, const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap metadata, const __grid_constant__ TensorMap scales, const __grid_constant__ TensorMap x) {

@@ -84,11 +84,8 @@ class MarlinExpertsMethod(FusedMoEMethodBase):
                     "serve it with a smaller --tensor-parallel-size.",
                 )
             for suffix, (dtype, shape) in formats.tensors(scheme, k, n).items():
-                # vLLM does not say that a tensor is missing: these stay what no scale can be
-                fill = 0 if suffix == "B" else torch.nan
-                parameter = Parameter(
-                    torch.full((num_experts, *shape), fill, dtype=dtype), requires_grad=False
-                )
+                data = torch.empty(num_experts, *shape, dtype=dtype)
+                parameter = Parameter(data, requires_grad=False)
                 parameter.weight_loader = self._loader(layer, f"{weight}_{suffix}")  # type: ignore[attr-defined]
                 layer.register_parameter(f"{weight}_{suffix}", parameter)
                 self.loaded[f"{weight}_{suffix}"] = set()

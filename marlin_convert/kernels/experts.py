@@ -24,17 +24,16 @@ from marlin_convert.kernels.launch import (
     NO_SWIZZLE,
     UINT64,
     Launch,
+    keep,
     load,
     tensor_map,
     workspace,
 )
+from marlin_convert.kernels.matmul import KEPT_CALLS, shape_of
 
 MOST = 512  # experts, as in csrc/route.cu
 FEW = 32  # choices, as in csrc/gather.cuh; of tiles of at most 16 tokens
 BATCH = 32  # bytes of a Batch of csrc/routing.cuh
-
-# Numbers of tokens, dtypes and streams of a layer.
-KEPT_CALLS = 64
 
 # Where in csrc's Problem the addresses are that a call brings, and where it has a Routing.
 X, Y, ROWS, TOKEN_TILES, BATCHES, ROUTING = 8, 32, 152, 160, 120, 176
@@ -56,26 +55,12 @@ class Stack:
 
     def __post_init__(self) -> None:
         """KernelError when the tensors are not of one stack that the kernels can read."""
-        k, n = self.k, self.n
-        if (
-            self.B.dtype != torch.int32
-            or self.s.dtype != torch.float16
-            or self.B.dim() != 3
-            or self.s.dim() != 3
-            or self.B.shape[2] != 2 * n
-            or len(self.B) != len(self.s)
-            or k % 64
-            or n % 64
-            or not len(self.B) <= MOST
-        ):
+        if self.B.dim() != 3 or self.s.dim() != 3 or not 0 < len(self.B) == len(self.s) <= MOST:
             raise KernelError(
-                f"B is {tuple(self.B.shape)} {self.B.dtype} and s {tuple(self.s.shape)} {self.s.dtype}; "
-                "int32 (experts, k / 16, 2n) and float16 (experts, groups, n) are meant, at most "
-                f"{MOST} experts, k and n multiples of 64."
+                f"B is {tuple(self.B.shape)} and s {tuple(self.s.shape)}; (experts, k / 16, 2n) and "
+                f"(experts, groups, n) of at most {MOST} experts are meant."
             )
-        groups = self.s.shape[1]
-        if groups != 1 and (k % groups or k // groups not in (32, 64, 128)):
-            raise KernelError(f"{groups} groups of {k} inputs: groups are of 32, 64 or 128 rows, or one.")
+        shape_of(self.B[0], self.s[0])
         for name, one, width in (("B", self.B, 2), ("s", self.s, 1), ("bias", self.bias, 1)):
             if one is None:
                 continue
@@ -155,9 +140,7 @@ class GroupedExperts:
             if call is None or capturing:
                 call = _Call(self, x, index, shares, here)
                 if not capturing:
-                    while len(self._calls) >= KEPT_CALLS:
-                        self._calls.pop(next(iter(self._calls)))
-                    self._calls[key] = call
+                    keep(self._calls, key, call, KEPT_CALLS)
             call(x.contiguous(), index.contiguous(), shares.contiguous(), here, y)
         return y
 

@@ -15,6 +15,7 @@ from ctypes import addressof, c_char, c_int, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,10 +128,15 @@ def _map_of_activations(
     if found is None:
         found = tensor_map(address, kind, m, k, box, SWIZZLE_128)
         with _keeping:
-            if len(_tensor_maps) >= KEPT:
-                _tensor_maps.pop(next(iter(_tensor_maps)))
-            _tensor_maps[key] = found
+            keep(_tensor_maps, key, found, KEPT)
     return found
+
+
+def keep(cache: dict[Any, Any], key: Any, value: Any, limit: int) -> None:
+    """Put a value into a cache, in place of its oldest one if it is full."""
+    if len(cache) >= limit and key not in cache:
+        cache.pop(next(iter(cache)))
+    cache[key] = value
 
 
 # Parts of tiles and tickets, by device, stream and size: kernels of one stream follow one another.

@@ -15,7 +15,7 @@ from marlin_convert.formats.bounds import LARGEST_SCALE
 from marlin_convert.formats.scheme import Scheme
 from marlin_convert.kernels.configurations import choose
 from marlin_convert.kernels.dequantized import dequantize, kept, kept_beside
-from marlin_convert.kernels.launch import Call
+from marlin_convert.kernels.launch import Call, keep
 from marlin_convert.quantized import QuantizedLinear
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -131,7 +131,7 @@ class MarlinLinear(PackedLinear):
 
     def __init__(self, B: Tensor, s: Tensor, bias: Tensor | None = None):
         """KernelError when B and s are not of one layer, or a scale is beyond LARGEST_SCALE."""
-        super().__init__({"B": B, "s": s}, bias, _shape(B, s))
+        super().__init__({"B": B, "s": s}, bias, shape_of(B, s))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., k) to (..., n), in the dtype of x."""
@@ -150,7 +150,7 @@ class Marlin24Linear(PackedLinear):
 
     def __init__(self, B_24: Tensor, B_meta: Tensor, s: Tensor, bias: Tensor | None = None):
         """KernelError when the tensors are not of one layer, or a scale is beyond LARGEST_SCALE."""
-        super().__init__({"B_24": B_24, "B_meta": B_meta, "s": s}, bias, _shape(B_24, s, B_meta))
+        super().__init__({"B_24": B_24, "B_meta": B_meta, "s": s}, bias, shape_of(B_24, s, B_meta))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., k) to (..., n), in the dtype of x."""
@@ -171,7 +171,7 @@ def check_scales(s: Tensor, name: str) -> None:
         )
 
 
-def _shape(B: Tensor, s: Tensor, B_meta: Tensor | None = None) -> tuple[int, int, int]:
+def shape_of(B: Tensor, s: Tensor, B_meta: Tensor | None = None) -> tuple[int, int, int]:
     """k, n and the number of groups of a layer; KernelError when its tensors do not fit each other."""
     name, step = ("B", 16) if B_meta is None else ("B_24", 32)
     if B.dim() != 2 or s.dim() != 2 or B.dtype != torch.int32 or s.dtype != torch.float16:
@@ -200,7 +200,7 @@ class _Layer:
     def __init__(self, B: Tensor, s: Tensor, bias: Tensor | None, B_meta: Tensor | None):
         self._tensors = [_nothing if one is None else ref(one) for one in (B, s, bias, B_meta)]
         self._addresses = _addresses(B, s, bias, B_meta)
-        self.k, self.n, groups = _shape(B, s, B_meta)
+        self.k, self.n, groups = shape_of(B, s, B_meta)
         self.group = 0 if groups == 1 else self.k // groups
         self.device = B.device.index
         self.calls: dict[tuple[torch.Size, torch.dtype, int], Call] = {}
@@ -286,22 +286,16 @@ def _prepare(x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None, B_meta: Tenso
     if not torch.cuda.is_current_stream_capturing():
         stream = torch._C._cuda_getCurrentRawStream(device)
         with _keeping:
-            _keep(_layers, id(B), layer, KEPT)
-            _keep(layer.calls, (x.shape, x.dtype, stream), call, KEPT_CALLS)
+            keep(_layers, id(B), layer, KEPT)
+            keep(layer.calls, (x.shape, x.dtype, stream), call, KEPT_CALLS)
     return y
 
 
 _keeping = Lock()
 
 
-def _keep(cache: dict[Any, Any], key: Any, value: Any, limit: int) -> None:
-    if len(cache) >= limit and key not in cache:
-        cache.pop(next(iter(cache)))
-    cache[key] = value
-
-
 def _check(x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None, B_meta: Tensor | None) -> None:
-    k, n, _ = _shape(B, s, B_meta)
+    k, n, _ = shape_of(B, s, B_meta)
     if x.dtype not in DTYPES or not x.dim() or x.shape[-1] != k:
         raise KernelError(
             f"x is {tuple(x.shape)} {x.dtype}; float16 or bfloat16 with {k} inputs is meant.",
@@ -348,7 +342,7 @@ def _plain(
 
 def _weight(B: Tensor, s: Tensor, B_meta: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The weight (n, k) of a layer, where its tensors are."""
-    k, _, groups = _shape(B, s, B_meta)
+    k, _, groups = shape_of(B, s, B_meta)
     size = -1 if groups == 1 else k // groups
     if B_meta is None:
         return dequantize(Scheme("marlin", 4, size), {"B": B, "s": s}, dtype, B.device)
