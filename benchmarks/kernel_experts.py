@@ -1,8 +1,9 @@
-"""The kernels for experts beside vLLM's fused Marlin experts, one layer at a time.
+"""The kernels for experts beside vLLM's fused Marlin experts and Humming's, one layer at a time.
 
     python benchmarks/kernel_experts.py OUT.json [--shapes qwen3-30b,deepseek-v3-tp8] [--tokens 1,16,64]
 
-VLLM_C and VLLM_MOE_C name _C_stable_libtorch.abi3.so and _moe_C_stable_libtorch.abi3.so out of vLLM's wheel.
+VLLM_C and VLLM_MOE_C name _C_stable_libtorch.abi3.so and _moe_C_stable_libtorch.abi3.so out of vLLM's wheel;
+Humming's wheel is unpacked on PYTHONPATH.
 Everything that runs after the router is timed, in a CUDA graph that goes over copies of the weights which no
 L2 holds; all tokens go to experts drawn at random. `floor` is the time that the bytes of the experts which
 any token goes to take at the bandwidth that this GPU reads with.
@@ -14,11 +15,16 @@ import math
 import os
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+import triton
 from torch import Tensor
+from triton import language as tl
 
+from marlin_convert.formats import marlin, words
+from marlin_convert.formats.scheme import Scheme
 from marlin_convert.kernels.experts import GroupedExperts, Stack
 
 GROUP = 128
@@ -97,6 +103,85 @@ def vllm(weights: Weights) -> Layer:
     return layer
 
 
+def humming(weights: Weights) -> Layer:
+    """Humming's, as vLLM calls it: tokens indexed by vLLM's own operator, silu by Humming's."""
+    from humming.forward import humming_forward, may_process_input
+    from humming.layer import HummingLayer
+    from humming.tune import get_heuristics_config
+
+    moe, count, hidden, inner = torch.ops._moe_C, weights.count, weights.hidden, weights.inner
+    compute = json.dumps({"use_batch_invariant": False, "use_f16_accum": False, "gemm_type": "indexed"})
+    layers, tuned = [], []
+    for B, s in ((weights.B13, weights.s13), (weights.B2, weights.s2)):
+        scheme = Scheme("marlin", 4, GROUP)
+        experts = [marlin.unpack({"B": B[at], "s": s[at]}, scheme) for at in range(count)]
+        layer = HummingLayer(
+            shape_n=s.shape[2], shape_k=B.shape[1] * 16, num_experts=count,
+            weight_config={"dtype": "int4", "group_size": GROUP}, torch_dtype=torch.float16,
+        ).to(B.device)  # fmt: skip
+        codes = torch.stack([words.pack_rows(one.codes, 4).t() for one in experts])
+        scales = torch.stack([one.scales.t() for one in experts])
+        layer.load_from_tensors({"weight": codes, "weight_scale": scales})
+        layer.transform()
+        layers.append(layer)
+        tuned.append(get_heuristics_config(layer_config=layer.humming_config, gemm_type="indexed"))
+    texts = [json.dumps(one) for one in tuned]
+
+    def ordered(index: Tensor, block: int) -> dict[str, Tensor]:
+        padded = index.numel() + count * (block - 1)
+        if index.numel() < count:
+            padded = min(index.numel() * block, padded)
+        order = torch.empty(padded, dtype=torch.int32, device="cuda")
+        experts = torch.empty(-(-padded // block), dtype=torch.int32, device="cuda")
+        total = torch.empty(1, dtype=torch.int32, device="cuda")
+        moe.moe_align_block_size(index, count, block, order, experts, total, None)
+        return {"sorted_ids": order, "expert_ids": experts, "num_tokens_padded": total}
+
+    def multiply(number: int, x: Tensor, choices: int, rows: int, found: dict[str, Tensor]) -> Tensor:
+        layer = layers[number]
+        y = x.new_empty(rows, layer.shape_n)
+        return humming_forward(
+            layer.humming_config, inputs=x, weight=layer.weight, weight_scale=layer.weight_scale,
+            outputs=y, locks=layer.locks, top_k=choices, valid_shape_m=rows, compute_config=compute,
+            tuning_config=texts[number], **found,
+        )  # fmt: skip
+
+    def run(x: Tensor, index: Tensor, shares: Tensor) -> Tensor:
+        m, choices = index.shape
+        rows = m * choices
+        first, last = (
+            next(config["block_shape"][0] for low, high, config in one if low < rows <= high) for one in tuned
+        )
+        found = ordered(index, first)
+        both = multiply(0, x, choices, rows, found)
+        activated, _, _ = may_process_input(
+            layers[1].humming_config, inputs=both, outputs=x.new_empty(rows, inner),
+            activation_type="binary_split", activation_impl="(a / (1.f + expf(-a))) * b",
+        )  # fmt: skip
+        answers = multiply(1, activated, 1, rows, found if last == first else ordered(index, last))
+        return weighted_sum(answers.view(m, choices, hidden), shares)
+
+    return run
+
+
+def weighted_sum(answers: Tensor, shares: Tensor) -> Tensor:
+    """The sum over choices of answers (tokens, choices, n) times shares (tokens, choices), in one kernel."""
+    tokens, choices, n = answers.shape
+    y = answers.new_empty(tokens, n)
+    _weighted_sum[(tokens, triton.cdiv(n, 1024))](answers, shares, y, n, choices, BLOCK=1024)
+    return y
+
+
+@triton.jit
+def _weighted_sum(answers, shares, y, n, choices: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    token, at = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for choice in tl.static_range(choices):
+        row = (token * choices + choice).to(tl.int64)
+        total += tl.load(answers + row * n + at, mask=at < n).to(tl.float32) * tl.load(shares + row)
+    tl.store(y + token * n + at, total.to(y.dtype.element_ty), mask=at < n)
+
+
 def microseconds(run: Callable[[], object], calls: int) -> float:
     """Of one of `calls` calls that `run` makes: the median of twenty replays of a graph."""
     run()
@@ -141,6 +226,8 @@ def main() -> None:
         torch.ops.load_library(os.environ["VLLM_C"])
         torch.ops.load_library(os.environ["VLLM_MOE_C"])
         layers["vllm"] = vllm
+        if find_spec("humming"):
+            layers["humming"] = humming
     speed = bandwidth()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, reads {speed / 1e12:.2f} TB/s")
     found: dict[str, dict[str, dict[str, float]]] = {}
@@ -151,6 +238,7 @@ def main() -> None:
         copies += [
             Weights(count, hidden, inner) for _ in range(max(1, math.ceil(COLD / (copies[0].nbytes * count))))
         ]
+        made = {kind: [make(one) for one in copies] for kind, make in layers.items()}
         for m in map(int, asked.tokens.split(",")):
             x = torch.randn(m, hidden, dtype=torch.half, device="cuda")
             # few experts are few bytes: other ones each time, so that they are not in L2
@@ -162,26 +250,24 @@ def main() -> None:
             used = sum(len(index.unique()) for index, _ in routes) / times
             cell = {"floor": used * copies[0].nbytes / speed * 1e6}
             answers = {}
-            for kind, make in layers.items():
-                made = [make(one) for one in copies]
-                answers[kind] = made[0](x, *routes[0]).double()
-
-                cell[kind] = microseconds(partial(in_turn, made, x, routes), times)
-            if "vllm" in answers:
-                away = (answers["ours"] - answers["vllm"]).norm() / answers["vllm"].norm()
-                assert away < 2e-3, f"{name} {m}: the answers differ by {away:.4f}"
+            for kind, ready in made.items():
+                answers[kind] = ready[0](x, *routes[0]).double()
+                cell[kind] = microseconds(partial(in_turn, ready, x, routes), times)
+            for kind, theirs in answers.items():
+                away = (answers["ours"] - theirs).norm() / theirs.norm()
+                assert away < 2e-3, f"{name} {m}: {kind}'s answer is {away:.4f} away"
             found.setdefault(name, {})[str(m)] = cell
             line = "  ".join(f"{kind} {us:8.1f}" for kind, us in cell.items())
-            ratio = f"  vllm/ours {cell['vllm'] / cell['ours']:.2f}" if "vllm" in cell else ""
-            print(
-                f"{name:16} {m:5}  {line}{ratio}  floor/ours {cell['floor'] / cell['ours']:.2f}", flush=True
+            ratios = "  ".join(
+                f"{kind}/ours {us / cell['ours']:.2f}" for kind, us in cell.items() if kind != "ours"
             )
-        del copies
-    if "vllm" in layers:
-        for m in asked.tokens.split(","):
-            ratios = [cells[m]["vllm"] / cells[m]["ours"] for cells in found.values()]
+            print(f"{name:16} {m:5}  {line}  {ratios}", flush=True)
+        del copies, made
+    for m in asked.tokens.split(","):
+        for kind in layers.keys() - {"ours"}:
+            ratios = [cells[m][kind] / cells[m]["ours"] for cells in found.values()]
             mean = math.prod(ratios) ** (1 / len(ratios))
-            print(f"{m:>5} tokens: {mean:.2f} times as fast as vLLM (geometric mean)")
+            print(f"{m:>5} tokens: {mean:.2f} times as fast as {kind} (geometric mean)")
     kept = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "us": found}
     asked.out.write_text(json.dumps(kept, indent=1))
 

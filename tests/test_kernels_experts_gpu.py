@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 
 import pytest
+import sanitizer
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu, silu
@@ -246,3 +247,26 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(KernelError):
         Stack(gate.B[:, :, ::2], gate.s)
     assert layer(x[:0], index[:0], shares[:0]).shape == (0, 256)
+
+
+PROGRAM = """
+import torch
+from marlin_convert.kernels.experts import GroupedExperts, Stack
+
+def stack(count, k, n):
+    B = torch.full((count, k // 16, 2 * n), 0x12345678, dtype=torch.int32, device="cuda")
+    return Stack(B, torch.full((count, k // 64, n), 0.01, dtype=torch.half, device="cuda"))
+
+for count, k, inner, choices in ((16, 256, 192, 4), (5, 512, 320, 2), (70, 128, 64, 8)):
+    grouped = GroupedExperts((stack(count, k, inner), stack(count, k, inner)), stack(count, inner, k))
+    for m in (1, 3, 16, 65, 200):
+        x = torch.ones(m, k, dtype=torch.half, device="cuda")
+        shares, index = torch.rand(m, count, device="cuda").topk(choices)
+        grouped(x, index, shares)
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.parametrize("tool", sanitizer.TOOLS)
+def test_compute_sanitizer(tool: str) -> None:
+    sanitizer.check(tool, PROGRAM)

@@ -1,14 +1,13 @@
 """The kernels on a GPU: right at every edge, the same every time, and never quietly wrong."""
 
 import os
-import shutil
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import sanitizer
 import torch
 
 from marlin_convert.errors import KernelError
@@ -431,14 +430,6 @@ torch.cuda.synchronize()
 """
 
 
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+@pytest.mark.parametrize("tool", sanitizer.TOOLS)
 def test_compute_sanitizer(tool: str) -> None:
-    found = shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:/usr/local/cuda/bin")
-    if found is None:
-        pytest.skip("compute-sanitizer is not installed")
-    # memory that torch keeps for later is no error to write to
-    alone = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    command = [found, "--tool", tool, "--error-exitcode", "7", sys.executable, "-c", PRODUCTS]
-    done = subprocess.run(command, env=alone, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "SUMMARY: 0 errors" in done.stdout or "SUMMARY: 0 hazards displayed" in done.stdout
+    sanitizer.check(tool, PRODUCTS)

@@ -63,11 +63,16 @@ def answer(
     out: Path,
     *,
     options: dict[str, Any] | None = None,
+    answers: Answers | None = None,
     **environment: str,
 ) -> tuple[Answers, str]:
-    """What an engine answers, and all that it printed; `options` are those of the engine."""
+    """What an engine answers, and all that it printed; `options` are those of the engine.
+
+    Where `answers` are given, vLLM says what it thinks of those.
+    """
     request = out / "request.json"
-    request.write_text(json.dumps({"prompts": PROMPTS, "tokens": TOKENS, "options": options or {}}))
+    asked = {"prompts": PROMPTS, "tokens": TOKENS, "options": options or {}, "answers": answers or []}
+    request.write_text(json.dumps(asked))
     command = (programs(engine) / "python", HERE / script, checkpoint, request, out / "answers.json")
     done = run(*command, **environment)
     assert done.returncode == 0, done.stdout[-4000:]

@@ -12,14 +12,19 @@ from pathlib import Path
 
 import pytest
 import served_models
-from engine_programs import TOLERANCE, TWO_RANKS, Answers, answer, needs_avx512, programs, run
+import torch
+from engine_programs import PROMPTS, TOLERANCE, TWO_RANKS, Answers, answer, needs_avx512, programs, run
+from transformers import AutoTokenizer
 
 pytestmark = [pytest.mark.engines, needs_avx512]
 
-# vLLM refuses float16 for Gemma 3, and its mixer of Qwen3.5 on a CPU takes nothing else
-BFLOAT16 = ("gemma3_text", "gemma3", "qwen3_5_text", "qwen3_5")
-# of experts in gptq it makes biases, and takes away those that are not in the files
-EXPERTS = ("qwen3_moe", "mixtral")  # on a CPU it has no kernel for those of DeepSeek
+# vLLM refuses float16 for Gemma 3, and its mixer of Qwen3.5 on a CPU takes nothing else; its float16
+# attention of DeepSeek on a CPU is off by nats
+BFLOAT16 = ("gemma3_text", "gemma3", "qwen3_5_text", "qwen3_5", "deepseek_v3")
+EXPERTS = ("qwen3_moe", "mixtral")
+# A token whose router is near a tie goes to one expert or another by a rounding: the share of the others.
+# Two experts of a layer changed for one another, it is off by 0.13 of Qwen3's, 0.46 of Mixtral's.
+NO_TIE = 0.9
 ON_TORCHVISION = (*served_models.PICTURES, "qwen3_5_text")
 STRICT = {"model_loader_extra_config": {"enable_weights_track": True}, "enforce_eager": True}
 
@@ -50,35 +55,56 @@ def convert(source: Path, output: Path, **settings: object) -> Path:
     return output
 
 
-def ask(checkpoint: Path, model_type: str, out: Path, *, tracked: bool = True, **environment: str) -> Answers:
-    """vLLM's answers, in the type that it takes."""
+def ask(
+    checkpoint: Path,
+    model_type: str,
+    out: Path,
+    *,
+    tracked: bool = True,
+    answers: Answers | None = None,
+    **environment: str,
+) -> Answers:
+    """vLLM's answers, or what it thinks of others', in the type that it takes."""
     strict = STRICT if tracked else {"enforce_eager": True}
+    if (
+        answers
+    ):  # which of them go through a model together is a matter of time, and moves numbers of bfloat16
+        strict = {**strict, "max_num_seqs": 1}
     dtype = "bfloat16" if model_type in BFLOAT16 else "float16"
-    answers, _ = answer(
-        "vllm", "vllm_generate.py", checkpoint, out, options={"dtype": dtype, **strict}, **environment
+    options = {"dtype": dtype, **strict}
+    told, _ = answer(
+        "vllm", "vllm_generate.py", checkpoint, out, options=options, answers=answers, **environment
     )
-    return answers
+    return told
 
 
 def tolerance(model_type: str) -> float:
-    """Numbers of bfloat16 are eight times coarser; in float16 some tokens that are near a tie change experts.
-
-    Two experts of one layer changed for one another make 0.3 of Qwen3's, 0.8 of Mixtral's.
-    """
-    return (8 if model_type in BFLOAT16 else 10 if model_type in EXPERTS else 1) * TOLERANCE
+    """Numbers of bfloat16 are eight times coarser."""
+    return (8 if model_type in BFLOAT16 else 1) * TOLERANCE
 
 
 @pytest.mark.parametrize("format", ["gptq", "compressed-tensors", "marlin"])
-@pytest.mark.parametrize("model_type", [one for one in served_models.CHANGES if one != "deepseek_v3"])
+@pytest.mark.parametrize(
+    "model_type", [one for one in served_models.CHANGES if one not in (*EXPERTS, "deepseek_v3")]
+)
 def test_vllm_answers_right_of_a_type(model_type, format, source, plugin, deviation, tmp_path):
     if model_type in ON_TORCHVISION and not has_torchvision():
         pytest.skip(
             "no torchvision beside vLLM, whose models with a tower import it: build .interop/vllm anew"
         )
     checkpoint = convert(source(model_type), tmp_path / format, format=format)
-    tracked = model_type not in EXPERTS or format != "gptq"
-    answers = ask(checkpoint, model_type, tmp_path, tracked=tracked, **(plugin if format == "marlin" else {}))
+    answers = ask(checkpoint, model_type, tmp_path, **(plugin if format == "marlin" else {}))
     assert deviation(answers, checkpoint) < tolerance(model_type)
+
+
+@pytest.mark.parametrize("format", ["gptq", "compressed-tensors", "marlin"])
+@pytest.mark.parametrize("model_type", EXPERTS)
+def test_vllm_answers_right_of_a_mixture(model_type, format, source, plugin, deviation, tmp_path):
+    checkpoint = convert(source(model_type), tmp_path / format, format=format)
+    # of experts in gptq vLLM makes biases, and takes away those that are not in the files
+    environment = plugin if format == "marlin" else {}
+    answers = ask(checkpoint, model_type, tmp_path, tracked=format != "gptq", **environment)
+    assert deviation(answers, checkpoint, NO_TIE) < 2 * TOLERANCE
 
 
 @pytest.mark.parametrize("options", [{}, {"enable_expert_parallel": True}], ids=["matrices", "experts"])
@@ -91,15 +117,25 @@ def test_vllm_with_the_plugin_splits_experts(model_type, options, source, plugin
     answers, _ = answer(
         "vllm", "vllm_generate.py", checkpoint, tmp_path, options=options, **plugin, **TWO_RANKS
     )
-    assert deviation(answers, checkpoint) < tolerance(model_type)
+    assert deviation(answers, checkpoint, NO_TIE) < 2 * TOLERANCE
 
 
-def test_vllm_with_the_plugin_answers_right_of_grouped_routing(source, plugin, deviation, tmp_path):
-    """Of DeepSeek's, for which its CPU build has no kernel of its own; beside experts that see all tokens."""
+def test_vllm_with_the_plugin_answers_right_of_grouped_routing(source, plugin, plain, tmp_path):
+    """DeepSeek's, for which its CPU build has no kernel of its own; beside experts that see all tokens.
+
+    Its attention there is off by tenths of a nat in bfloat16, and answers NaN with AMX where it is packed: so
+    it stays dense, and vLLM is asked what it thinks of the same text with plain weights.
+    """
     settings = {"format": "marlin", "skip": ["*.self_attn.*"]}
     checkpoint = convert(source("deepseek_v3"), tmp_path / "marlin", **settings)
-    answers = ask(checkpoint, "deepseek_v3", tmp_path, **plugin)
-    assert deviation(answers, checkpoint) < 10 * TOLERANCE
+    prompts = AutoTokenizer.from_pretrained(checkpoint)(PROMPTS).input_ids
+    text: Answers = [{"prompt": prompt[:1], "tokens": prompt[1:]} for prompt in prompts]
+    one = ask(checkpoint, "deepseek_v3", tmp_path, answers=text, **plugin)
+    other = ask(plain(checkpoint), "deepseek_v3", tmp_path, answers=text)
+    thought = (torch.tensor([p for at in answers for p in at["logprobs"]]) for answers in (one, other))
+    off = (next(thought) - next(thought)).abs().sort().values
+    assert off.isfinite().all()
+    assert off[int(NO_TIE * len(off))] < 2 * TOLERANCE
 
 
 @pytest.mark.parametrize("format", ["gptq", "compressed-tensors"])
