@@ -148,6 +148,13 @@ def compare(output: Path, plain: Path, kind: type) -> float:
 def stacked(dense: dict[str, torch.Tensor], model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The tensors with those of experts stacked as the modules of a model have them."""
     found = dict(dense)
+    for name in dense:
+        if match := re.fullmatch(r"(.*\.moe)\.experts\.0\.(\w+\.weight)", name):  # of Step 3.7
+            around, role = match.groups()
+            rows = [one for one in dense if re.fullmatch(rf"{re.escape(around)}\.experts\.\d+\.{role}", one)]
+            found[f"{around}.{role}"] = torch.stack(
+                [found.pop(f"{around}.experts.{i}.{role}") for i in range(len(rows))]
+            )
     hidden = model.config.get_text_config().hidden_size
     for path, module in model.named_modules():
         if not hasattr(module, "is_transposed") and not path.endswith(".experts"):
@@ -159,6 +166,8 @@ def stacked(dense: dict[str, torch.Tensor], model: torch.nn.Module) -> dict[str,
             rf"^(.*\b)?{re.escape(path)}\.(\d+)\.(gate_proj|up_proj|down_proj)\.(weight|bias)$"
         )
         mine = {match.groups()[1:]: found.pop(name) for name in dense if (match := inside.match(name))}
+        if not mine:
+            continue
         count = 1 + max(int(number) for number, _, _ in mine)
         for kind in ("weight", "bias") if biases else ("weight",):
             for name, parts in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):

@@ -166,10 +166,10 @@ def _take_apart(path: str, module: Any, known: list[WeightConverter]) -> None:
              *_names(path, last, known, (DOWN,)))  # fmt: skip
     module.count, module.roles = count, names
     module.stacks = (
-        Stacked(f"{path}.{first}", names[:-1], (n, k), not module.is_concatenated),
-        Stacked(f"{path}.{last}", names[-1:], (outputs, inner), False),
-        Stacked(f"{path}.{first}_bias", names[:-1], (n,), not module.is_concatenated),
-        Stacked(f"{path}.{last}_bias", names[-1:], (outputs,), False),
+        Stacked(f"{path}.{first}", names[:-1], (n, k), not module.is_concatenated, module.is_transposed),
+        Stacked(f"{path}.{last}", names[-1:], (outputs, inner), False, module.is_transposed),
+        Stacked(f"{path}.{first}_bias", names[:-1], (n,), not module.is_concatenated, False),
+        Stacked(f"{path}.{last}_bias", names[-1:], (outputs,), False, False),
     )
     gate = {} if hasattr(module, "_apply_gate") else {"_apply_gate": _default_apply_gate}
     module.__class__ = type("Experts", (Experts, type(module)), gate)
