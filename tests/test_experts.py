@@ -79,9 +79,9 @@ def test_every_expert_gets_its_own_weights(model_type: str, square: bool, stacke
     directory = source(model_type, stacked=stacked, **width)
     weights = Weights(Checkpoint.open(directory))
     model = module_tree(weights)
-    whole = (AutoModelForImageTextToText if model_type == "step3p7" else AutoModelForCausalLM).from_pretrained(
-        directory, dtype=torch.float32
-    )
+    whole = (
+        AutoModelForImageTextToText if model_type == "step3p7" else AutoModelForCausalLM
+    ).from_pretrained(directory, dtype=torch.float32)
     expected = experts_by_hand(whole)
     for path, experts in experts_of(model):
         for number in range(experts.count):
@@ -552,7 +552,9 @@ def test_experts_of_llama_4_read_the_tokens_that_go_to_them(top_k: int, source) 
     whole = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     ids = torch.randint(5, 4000, (2, 24), generator=torch.Generator().manual_seed(3))
     scores = []
-    whole.model.layers[1].feed_forward.router.register_forward_hook(lambda *found: scores.append(found[-1][0]))
+    whole.model.layers[1].feed_forward.router.register_forward_hook(
+        lambda *found: scores.append(found[-1][0])
+    )
     with torch.no_grad():
         expected = whole(ids).logits
     model = BlockModel(Weights(Checkpoint.open(directory)), torch.device("cpu"), fast=False)

@@ -176,9 +176,7 @@ def test_the_model_is_left_as_it_was() -> None:
 def test_a_router_that_is_a_linear_stays_dense() -> None:
     """However many experts there are: what it gives is no tensor."""
     found = discover(on_meta(diverse_models.build("llama4_text", num_local_experts=64)))
-    assert found.dense == {
-        f"model.layers.{i}.feed_forward.router": "sends tokens to experts" for i in (1, 3)
-    }
+    assert found.dense == {f"model.layers.{i}.feed_forward.router": "sends tokens to experts" for i in (1, 3)}
 
 
 def test_a_hybrid_has_blocks_of_two_kinds() -> None:

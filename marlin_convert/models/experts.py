@@ -94,7 +94,7 @@ class ScoresOnInputs(nn.Module):
     shared_expert: nn.Module
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """The sum of the experts' answers to hidden_states (..., k), as (tokens, k), and the router's logits."""
+        """The sum of the experts' answers to hidden_states (..., k), (tokens, k), and the router's logits."""
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         scores, logits = self.router(x)
         scores, index = scores.topk(self.top_k)  # of all others they are 0
@@ -136,8 +136,8 @@ def take_apart(model: PreTrainedModel) -> None:
 def _adapt(model: PreTrainedModel) -> None:
     """Let experts be of the interface that are stacked as its own are, but have a forward of their own.
 
-    They must be handed what the interface hands, and say how they apply their gates; or be handed tokens times
-    their scores, by a mixture that ScoresOnInputs can be.
+    They must be handed what the interface hands, and say how they apply their gates; or be handed tokens
+    times their scores, by a mixture that ScoresOnInputs can be.
     """
     for path, module in model.named_modules():
         if hasattr(module, "has_gate") or module._parameters.keys() != {GATE_UP, DOWN}:

@@ -32,6 +32,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "v_head_dim": 128,
         "head_dim": 64,
     },
+    "llama4_text": {"vocab_size": 4224, "num_experts_per_tok": 1},
     "mistral3": {"vocab_size": 4224},
     "qwen3_5": DELTA,
 }
