@@ -125,6 +125,7 @@ TEXT: dict[str, dict[str, Any]] = {
     "olmo3": SLIDING,
     "olmo_hybrid": DELTA,
     "opt": {"ffn_dim": 256, "word_embed_proj_dim": 128},
+    "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_5_text": DELTA,
     "qwen3_moe": {**EXPERTS, "num_experts": 4},
     "qwen3_next": {**DELTA, **EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 128},

@@ -619,3 +619,15 @@ def test_transformers_loads_them_as_it_loads_others(model_type: str, source, cli
     before, after = load_file(output / SHARD), load_file(again / SHARD)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before if name.endswith((".B", ".s")))
+
+
+@pytest.mark.parametrize("model_type", ["llama4_text", "phimoe"])
+def test_a_router_that_is_a_linear_routes_in_16_bits_too(model_type: str, tmp_path: Path) -> None:
+    """Where linears are rounded to the model's type on a CPU: a router does more than multiply."""
+    whole = diverse_models.build(model_type, vocab_size=4096).half()
+    directory = tiny_models.save(whole, tmp_path)
+    ids = torch.randint(5, 4000, (2, 24), generator=torch.Generator().manual_seed(3))
+    model = BlockModel(Weights(Checkpoint.open(directory)), torch.device("cpu"))
+    with torch.no_grad():
+        expected = whole.float()(input_ids=ids).logits.log_softmax(-1)
+    torch.testing.assert_close(log_probabilities(model, ids), expected, atol=0.02, rtol=0)
