@@ -631,3 +631,21 @@ def test_a_router_that_is_a_linear_routes_in_16_bits_too(model_type: str, tmp_pa
     with torch.no_grad():
         expected = whole.float()(input_ids=ids).logits.log_softmax(-1)
     torch.testing.assert_close(log_probabilities(model, ids), expected, atol=0.02, rtol=0)
+
+
+def test_what_vllm_reorders_is_refused_where_it_does_not(source, cli: Cli, tmp_path) -> None:
+    """It knows q and k of Llama 4 in compressed-tensors alone, and would go on with wrong ones in gptq."""
+    directory, output = source("llama4_text"), tmp_path / "out"
+    words = ("quantize", directory, "-o", output, "--dry-run", *SMALL)
+    done = cli(*words, "--format", "gptq")
+    assert done.exit_code == 1
+    assert "vLLM reorders model.layers.0.self_attn.q_proj and 7 more" in done.stderr
+    for name in ("q", "k", "v"):
+        words += ("--skip", f"*.{name}_proj")
+    assert cli(*words, "--format", "gptq").exit_code == 0
+    done = cli(*words[: -2 * 3], "--format", "marlin")
+    assert done.exit_code == 0
+    said = "experts that read tokens times their scores load in transformers with marlin-convert, not in vLLM"
+    assert said in done.stdout
+    done = cli(*words[: -2 * 3], "--format", "marlin", "--skip", "*.experts.*")
+    assert done.exit_code == 1 and "but not in marlin" in done.stderr
