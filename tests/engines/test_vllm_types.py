@@ -20,6 +20,7 @@ pytestmark = [pytest.mark.engines, needs_avx512]
 BFLOAT16 = ("gemma3_text", "gemma3", "qwen3_5_text", "qwen3_5")
 # of experts in gptq it makes biases, and takes away those that are not in the files
 EXPERTS = ("qwen3_moe", "mixtral")  # on a CPU it has no kernel for those of DeepSeek
+ELSEWHERE = ("deepseek_v3", "llama4_text")  # in tests of their own, below
 ON_TORCHVISION = (*served_models.PICTURES, "qwen3_5_text")
 STRICT = {"model_loader_extra_config": {"enable_weights_track": True}, "enforce_eager": True}
 
@@ -69,7 +70,7 @@ def tolerance(model_type: str) -> float:
 
 
 @pytest.mark.parametrize("format", ["gptq", "compressed-tensors", "marlin"])
-@pytest.mark.parametrize("model_type", [one for one in served_models.CHANGES if one != "deepseek_v3"])
+@pytest.mark.parametrize("model_type", [one for one in served_models.CHANGES if one not in ELSEWHERE])
 def test_vllm_answers_right_of_a_type(model_type, format, source, plugin, deviation, tmp_path):
     if model_type in ON_TORCHVISION and not has_torchvision():
         pytest.skip(
@@ -100,6 +101,18 @@ def test_vllm_with_the_plugin_answers_right_of_grouped_routing(source, plugin, d
     checkpoint = convert(source("deepseek_v3"), tmp_path / "marlin", **settings)
     answers = ask(checkpoint, "deepseek_v3", tmp_path, **plugin)
     assert deviation(answers, checkpoint) < 10 * TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "format, skip",
+    [("compressed-tensors", []), ("gptq", ["*.q_proj", "*.k_proj", "*.v_proj"])],
+    ids=["packed", "dense"],
+)
+def test_vllm_answers_right_of_what_it_reorders(format, skip, source, deviation, tmp_path):
+    """Q and k of Llama 4; packed in gptq they are refused."""
+    checkpoint = convert(source("llama4_text"), tmp_path / format, format=format, skip=skip)
+    answers = ask(checkpoint, "llama4_text", tmp_path)
+    assert deviation(answers, checkpoint) < tolerance("llama4_text")
 
 
 @pytest.mark.parametrize("format", ["gptq", "compressed-tensors"])
