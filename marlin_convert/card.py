@@ -92,7 +92,7 @@ marlin-convert quantize {repository}{revision} -o DIR --format gptq
 )
 # What integrations/vllm_experts.py refuses.
 _EXPERTS = """\
-Experts in `marlin-24`, with biases or without a gate load in transformers; vLLM refuses them.
+Experts in `marlin-24`, with biases, without a gate or of Llama 4 load in transformers; vLLM refuses them.
 
 """
 _DENSE = """\

@@ -22,7 +22,7 @@ from marlin_convert.fates import DTYPES, fates_of
 from marlin_convert.formats import mixtures
 from marlin_convert.matrix import Fate, Matrix, dense
 from marlin_convert.models.discover import discover
-from marlin_convert.models.experts import experts_of
+from marlin_convert.models.experts import ScoresOnInputs, experts_of
 from marlin_convert.models.names import beside
 from marlin_convert.models.structure import Stage, Structure
 from marlin_convert.models.tree import check_names, claims_tied, module_tree
@@ -218,6 +218,8 @@ def make_plan(
     else:
         refusals.check_shapes(fates, recipe, together)
 
+    refusals.check_reordered(fates, recipe, model.config.get_text_config().model_type)
+
     specs, owner = _specs(weights, model, structure, fates, recipe, left_out)
     return Plan(
         structure=structure,
@@ -367,6 +369,9 @@ def _expert_notes(model: PreTrainedModel, structure: Structure, fates: Mapping[s
         "in marlin-24": "marlin-24" in ours,
         "with biases": any(one.has_bias for one in experts),
         "without a gate": not all(one.has_gate for one in experts),
+        "that read tokens times their scores": any(
+            isinstance(one, ScoresOnInputs) for one in model.modules()
+        ),
     }
     if ours and any(refused.values()):
         yield (

@@ -21,6 +21,11 @@ Fates = Mapping[str, Fate]
 Together = Mapping[str, Sequence[str]]  # the linears of each linear's stage, which engines fuse into one
 
 
+# Types of which vLLM reorders q and k for its rotary embedding while it loads them, knowing them by the names
+# that compressed-tensors gives to codes and scales.
+REORDERED = ("llama4_text",)
+
+
 def check_patterns(recipe: Recipe, linears: Sequence[str]) -> None:
     """ConvertError for a pattern of the recipe that matches no linear."""
     for option, patterns in (
@@ -144,6 +149,25 @@ def check_shapes(fates: Fates, recipe: Recipe, together: Together) -> None:
         lambda fate: refusal(fate.matrix, fate.layout),
         lambda: other_layouts(fates, recipe, together),
     )
+
+
+def check_reordered(fates: Fates, recipe: Recipe, model_type: str) -> None:
+    """FormatError for q and k that vLLM ought to reorder while it loads them, and in this format does not.
+
+    Those beside experts that it refuses do no harm.
+    """
+    packed = [name for name, fate in fates.items() if fate.packed]
+    refused = recipe.format.startswith("marlin") and any(".experts." in name for name in packed)
+    if model_type not in REORDERED or recipe.format == "compressed-tensors" or refused:
+        return
+    turned = [name for name in packed if name.endswith((".q_proj", ".k_proj"))]
+    if turned:
+        raise FormatError(
+            f"vLLM reorders {turned[0]} and {len(turned) - 1} more while it loads {model_type}, but not in "
+            f"{recipe.format}: its answers would be wrong.",
+            "--format compressed-tensors; or --skip '*.q_proj' --skip '*.k_proj' --skip '*.v_proj' "
+            "leaves them dense.",
+        )
 
 
 def check_source(weights: Weights, format: str) -> None:

@@ -99,6 +99,13 @@ TEXT: dict[str, dict[str, Any]] = {
     "gpt_neox": {},
     "gptj": {"rotary_dim": 16},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False},
+    "llama4_text": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "intermediate_size_mlp": 256,
+        "moe_layers": [1, 3],
+        "attention_chunk_size": 8,
+    },
     "minicpm3": LATENT,
     "mixtral": {"num_local_experts": 4},
     "modernbert-decoder": {"local_attention": 8},
@@ -118,6 +125,7 @@ TEXT: dict[str, dict[str, Any]] = {
     "olmo3": SLIDING,
     "olmo_hybrid": DELTA,
     "opt": {"ffn_dim": 256, "word_embed_proj_dim": 128},
+    "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_5_text": DELTA,
     "qwen3_moe": {**EXPERTS, "num_experts": 4},
     "qwen3_next": {**DELTA, **EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 128},
@@ -144,6 +152,18 @@ IMAGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "qwen2_vl": (
         {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}},
         {**QWEN_TOWER, "hidden_size": 128},
+    ),
+    "step3p7": (
+        {
+            **EXPERTS,
+            "n_routed_experts": 4,
+            "share_expert_dim": 128,
+            "mlp_layer_types": ["dense", "sparse"] * 2,
+            "swiglu_limits": [0.0, 0.0, 0.0, 0.05],
+            "swiglu_limits_shared": [0.0, 0.0, 0.0, 0.05],
+            **SLIDING,
+        },
+        TOWER,
     ),
     "qwen3_5": (DELTA, QWEN_TOWER | {"intermediate_size": 128, "num_position_embeddings": 16}),
 }

@@ -37,7 +37,7 @@ def test_a_wrong_weight_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     "model_type, said",
     [
-        ("llama4_text", "has experts of a kind of its own"),
+        ("longcat_flash", "has experts of a kind of its own"),
         ("gpt2", "keeps most weights of its blocks in Conv1D, not in nn.Linear"),
         ("bart", "is an encoder, or works with one"),
         ("blip-2", "does not run on the ids of a text alone"),

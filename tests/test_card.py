@@ -171,7 +171,10 @@ def test_what_vllm_refuses_of_experts_is_said(part: str, published: card.Publish
     matrix = Matrix(f"model.layers.0.mlp.{part}.up_proj", 128, 128)
     content["matrices"] += [Fate(matrix, Layout("marlin", 4, 128), None).row()]
     text = card.write(replace(published, manifest=content), FACTS)
-    said = "Experts in `marlin-24`, with biases or without a gate load in transformers; vLLM refuses them."
+    said = (
+        "Experts in `marlin-24`, with biases, without a gate or of Llama 4 load in transformers; "
+        "vLLM refuses them."
+    )
     assert (said in text) == (part == "experts.0") and said not in card.write(published, FACTS)
 
 

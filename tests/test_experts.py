@@ -13,11 +13,12 @@ import torch
 from click.testing import Result
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from marlin_convert import solve
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.reader import Checkpoint
+from marlin_convert.checks.divergence import log_probabilities
 from marlin_convert.hub import Source
 from marlin_convert.models import hidden, routing
 from marlin_convert.models.blocks import BlockModel
@@ -51,15 +52,15 @@ def experts_by_hand(model: torch.nn.Module) -> dict[str, Tensor]:
     """Every expert's weights as the stacked tensors of transformers' modules have them."""
     found = {}
     for path, module in model.named_modules():
-        if hasattr(module, "is_transposed"):
+        if hasattr(module, "gate_up_proj") and module.gate_up_proj.dim() == 3:
             both, down = module.gate_up_proj, module.down_proj
-            if module.is_transposed:
+            if getattr(module, "is_transposed", type(module).__name__ == "Llama4TextExperts"):
                 both, down = both.mT, down.mT
             half = both.shape[1] // 2
             for i in range(len(both)):
                 gate, up = (
                     (both[i, :half], both[i, half:])
-                    if module.is_concatenated
+                    if getattr(module, "is_concatenated", True)
                     else (both[i, 0::2], both[i, 1::2])
                 )
                 found |= {f"{path}.{i}.{name}": x for name, x in zip("gud", (gate, up, down[i]), strict=True)}
@@ -67,12 +68,20 @@ def experts_by_hand(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("stacked", [False, True], ids=["a tensor an expert", "stacked"])
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "granitemoe"])
-def test_every_expert_gets_its_own_weights(model_type: str, stacked: bool, source) -> None:
-    directory = source(model_type, stacked=stacked)
+@pytest.mark.parametrize(
+    "model_type",
+    ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "granitemoe", "llama4_text", "step3p7"],
+)
+@pytest.mark.parametrize("square", [False, True])
+def test_every_expert_gets_its_own_weights(model_type: str, square: bool, stacked: bool, source) -> None:
+    """Whatever way the files have them, also where a weight is as wide as high."""
+    width = {"intermediate_size": 128, "moe_intermediate_size": 128} if square else {}
+    directory = source(model_type, stacked=stacked, **width)
     weights = Weights(Checkpoint.open(directory))
     model = module_tree(weights)
-    whole = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    whole = (
+        AutoModelForImageTextToText if model_type == "step3p7" else AutoModelForCausalLM
+    ).from_pretrained(directory, dtype=torch.float32)
     expected = experts_by_hand(whole)
     for path, experts in experts_of(model):
         for number in range(experts.count):
@@ -534,3 +543,109 @@ def test_experts_of_a_loaded_model_are_multiplied_at_once(
     before, after = load_file(output / SHARD), load_file(plain / SHARD)
     packed = [name for name in before if name.endswith((".B", ".s"))]
     assert packed and all(torch.equal(before[name], after[name]) for name in packed)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_experts_of_llama_4_read_the_tokens_that_go_to_them(top_k: int, source) -> None:
+    """Where transformers hands all of them everything, and gives the same logits."""
+    directory = source("llama4_text", num_experts_per_tok=top_k)
+    whole = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    ids = torch.randint(5, 4000, (2, 24), generator=torch.Generator().manual_seed(3))
+    scores = []
+    whole.model.layers[1].feed_forward.router.register_forward_hook(
+        lambda *found: scores.append(found[-1][0])
+    )
+    with torch.no_grad():
+        expected = whole(ids).logits
+    model = BlockModel(Weights(Checkpoint.open(directory)), torch.device("cpu"), fast=False)
+    hidden, seen = HiddenStates(model, ids), []
+    with torch.no_grad():
+        for number in range(len(model)):
+            block = model.load(number)
+            for path, experts in experts_of(block) if number == 1 else ():
+                assert path == "feed_forward.experts"
+                experts.register_forward_pre_hook(lambda _, args: seen.append(args))
+            hidden.advance(block, number)
+            model.unload(number)
+    ((x, index, shares),) = seen
+    assert len(x) == ids.numel() * top_k and (shares == 1).all()
+    assert torch.equal(index.flatten().bincount(minlength=4), (scores[0] > 0).sum(0))
+    torch.testing.assert_close(model.logits(ids, hidden.state(0)), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["llama4_text", "step3p7"])
+def test_what_does_not_use_the_experts_interface_is_converted_as_what_does(
+    model_type: str, source, cli: Cli, tmp_path
+) -> None:
+    """Written one by one under the names that vLLM knows, with the tokens of every expert in the manifest."""
+    output = tmp_path / "out"
+    done = cli("quantize", source(model_type), "-o", output, "--format", "compressed-tensors", *SMALL)
+    assert done.exit_code == 0, done.stderr
+    inside = {"llama4_text": "feed_forward", "step3p7": "moe"}[model_type]
+    tensors = load_file(output / SHARD)
+    packed = {name for name in tensors if ".experts." in name and name.endswith(".weight_packed")}
+    assert packed == {
+        f"model.layers.{i}.{inside}.experts.{e}.{role}_proj.weight_packed"
+        for i in (1, 3) for e in range(4) for role in ("gate", "up", "down")
+    }  # fmt: skip
+    assert {tensors[name].dim() for name in packed} == {2}
+    counted = [
+        row["tokens"]
+        for row in rows.worked_on(json.loads((output / "marlin_convert.json").read_text()))
+        if ".layers.3." in row["name"] and row["name"].endswith("down_proj") and "tokens" in row
+    ]
+    assert len(counted) == 4 and sum(counted) == 8 * 64 * 2
+    checked = cli("verify", output, "--source", tmp_path / model_type)
+    assert checked.exit_code == 0, checked.stdout + checked.stderr
+
+
+@pytest.mark.parametrize("model_type", ["llama4_text", "step3p7"])
+def test_transformers_loads_them_as_it_loads_others(model_type: str, source, cli: Cli, tmp_path) -> None:
+    """The logits of our walk, and when it is saved again the same tensors under the same names."""
+    import marlin_convert  # noqa: F401  (registers the layouts)
+
+    output, again = tmp_path / "out", tmp_path / "again"
+    done = cli("quantize", source(model_type), "-o", output, *SMALL)
+    assert done.exit_code == 0, done.stderr
+    kind = AutoModelForImageTextToText if model_type == "step3p7" else AutoModelForCausalLM
+    model, info = kind.from_pretrained(output, dtype=torch.float32, output_loading_info=True)
+    assert not any(info.values()), info
+    ids = torch.randint(5, 4000, (2, 24), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        found = model(input_ids=ids).logits.log_softmax(-1)
+    walked = BlockModel(Weights(Checkpoint.open(output)), torch.device("cpu"), fast=False)
+    torch.testing.assert_close(found, log_probabilities(walked, ids), atol=2e-3, rtol=1e-3)
+    model.save_pretrained(again)
+    before, after = load_file(output / SHARD), load_file(again / SHARD)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before if name.endswith((".B", ".s")))
+
+
+@pytest.mark.parametrize("model_type", ["llama4_text", "phimoe"])
+def test_a_router_that_is_a_linear_routes_in_16_bits_too(model_type: str, tmp_path: Path) -> None:
+    """Where linears are rounded to the model's type on a CPU: a router does more than multiply."""
+    whole = diverse_models.build(model_type, vocab_size=4096).half()
+    directory = tiny_models.save(whole, tmp_path)
+    ids = torch.randint(5, 4000, (2, 24), generator=torch.Generator().manual_seed(3))
+    model = BlockModel(Weights(Checkpoint.open(directory)), torch.device("cpu"))
+    with torch.no_grad():
+        expected = whole.float()(input_ids=ids).logits.log_softmax(-1)
+    torch.testing.assert_close(log_probabilities(model, ids), expected, atol=0.02, rtol=0)
+
+
+def test_what_vllm_reorders_is_refused_where_it_does_not(source, cli: Cli, tmp_path) -> None:
+    """It knows q and k of Llama 4 in compressed-tensors alone, and would go on with wrong ones in gptq."""
+    directory, output = source("llama4_text"), tmp_path / "out"
+    words = ("quantize", directory, "-o", output, "--dry-run", *SMALL)
+    done = cli(*words, "--format", "gptq")
+    assert done.exit_code == 1
+    assert "vLLM reorders model.layers.0.self_attn.q_proj and 7 more" in done.stderr
+    for name in ("q", "k", "v"):
+        words += ("--skip", f"*.{name}_proj")
+    assert cli(*words, "--format", "gptq").exit_code == 0
+    done = cli(*words[: -2 * 3], "--format", "marlin")
+    assert done.exit_code == 0
+    said = "experts that read tokens times their scores load in transformers with marlin-convert, not in vLLM"
+    assert said in done.stdout
+    done = cli(*words[: -2 * 3], "--format", "marlin", "--skip", "*.experts.*")
+    assert done.exit_code == 1 and "but not in marlin" in done.stderr

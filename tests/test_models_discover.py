@@ -18,6 +18,7 @@ from marlin_convert.errors import SourceError
 from marlin_convert.models import hidden as hidden_module
 from marlin_convert.models.blocks import BlockModel
 from marlin_convert.models.discover import NOT_FOR_TEXT, discover
+from marlin_convert.models.experts import take_apart
 from marlin_convert.models.hidden import HiddenStates
 from marlin_convert.models.stages import BlockWalk
 from marlin_convert.models.structure import Part, Residual, Stage, Structure
@@ -49,9 +50,11 @@ DIVERSE = (*diverse_models.TEXT, *diverse_models.IMAGES)
 
 
 def on_meta(model: PreTrainedModel) -> PreTrainedModel:
-    """The same model without values."""
+    """The same model without values, its experts apart."""
     with torch.device("meta"):
-        return type(model)(model.config).eval()
+        same = type(model)(model.config).eval()
+    take_apart(same)
+    return same
 
 
 def structure(model_type: str) -> Structure:
@@ -168,6 +171,12 @@ def test_the_model_is_left_as_it_was() -> None:
     assert before.keys() == after.keys() and all(before[name] is after[name] for name in before)
     assert not any("forward" in vars(module) for module in model.modules())
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_a_router_that_is_a_linear_stays_dense() -> None:
+    """However many experts there are: what it gives is no tensor."""
+    found = discover(on_meta(diverse_models.build("llama4_text", num_local_experts=64)))
+    assert found.dense == {f"model.layers.{i}.feed_forward.router": "sends tokens to experts" for i in (1, 3)}
 
 
 def test_a_hybrid_has_blocks_of_two_kinds() -> None:

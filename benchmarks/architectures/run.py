@@ -148,21 +148,34 @@ def compare(output: Path, plain: Path, kind: type) -> float:
 def stacked(dense: dict[str, torch.Tensor], model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The tensors with those of experts stacked as the modules of a model have them."""
     found = dict(dense)
+    for name in dense:
+        if match := re.fullmatch(r"(.*\.moe)\.experts\.0\.(\w+\.weight)", name):  # of Step 3.7
+            around, role = match.groups()
+            rows = [one for one in dense if re.fullmatch(rf"{re.escape(around)}\.experts\.\d+\.{role}", one)]
+            found[f"{around}.{role}"] = torch.stack(
+                [found.pop(f"{around}.experts.{i}.{role}") for i in range(len(rows))]
+            )
+    hidden = model.config.get_text_config().hidden_size
     for path, module in model.named_modules():
-        if not hasattr(module, "is_transposed"):
+        if not hasattr(module, "is_transposed") and not path.endswith(".experts"):
             continue
+        # of Llama 4, whose experts do not say how they are stacked
+        transposed = getattr(module, "is_transposed", module.down_proj.shape[-1] == hidden)
+        biases, concatenated = getattr(module, "has_bias", False), getattr(module, "is_concatenated", True)
         inside = re.compile(
             rf"^(.*\b)?{re.escape(path)}\.(\d+)\.(gate_proj|up_proj|down_proj)\.(weight|bias)$"
         )
         mine = {match.groups()[1:]: found.pop(name) for name in dense if (match := inside.match(name))}
+        if not mine:
+            continue
         count = 1 + max(int(number) for number, _, _ in mine)
-        for kind in ("weight", "bias") if module.has_bias else ("weight",):
+        for kind in ("weight", "bias") if biases else ("weight",):
             for name, parts in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
                 rows = []
                 for i in range(count):
                     both = [mine[str(i), part, kind] for part in parts]
-                    whole = torch.cat(both) if module.is_concatenated else torch.stack(both, 1).flatten(0, 1)
-                    rows.append(whole.T if module.is_transposed and kind == "weight" else whole)
+                    whole = torch.cat(both) if concatenated else torch.stack(both, 1).flatten(0, 1)
+                    rows.append(whole.T if transposed and kind == "weight" else whole)
                 found[f"{path}.{name}" + ("_bias" if kind == "bias" else "")] = torch.stack(rows).contiguous()
     return found
 

@@ -325,9 +325,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
 SAMPLE = (
     "apertus", "bamba", "bloom", "cohere2", "deepseek_v3", "exaone4", "falcon", "falcon_h1", "gemma3",
     "gemma3n_text", "gemma4_text", "gemma4_unified_text", "glm_moe_dsa", "gpt_neo", "gpt_neox", "gpt_oss",
-    "granitemoe", "idefics3", "kimi_k25", "lfm2", "llama", "llava", "minicpm3", "minimax_m3_vl", "mistral3",
-    "mixtral", "nemotron", "nemotron_h", "olmo3", "opt", "phi3", "qwen2_vl", "qwen3_5", "qwen3_moe",
-    "qwen3_vl_moe", "recurrent_gemma",
+    "granitemoe", "idefics3", "kimi_k25", "lfm2", "llama", "llama4_text", "llava", "minicpm3",
+    "minimax_m3_vl", "mistral3", "mixtral", "nemotron", "nemotron_h", "olmo3", "opt", "phi3", "qwen2_vl",
+    "qwen3_5", "qwen3_moe", "qwen3_vl_moe", "recurrent_gemma", "step3p7",
 )  # fmt: skip
 
 # More than this is not tiny.

@@ -23,13 +23,15 @@ class Stacked:
     """A weight or bias of all experts as transformers stacks it: `path` is its name, `roles` its linears.
 
     With two of them the first rows of every expert's `shape`, (n, k) or (n,), are the gate's, or the even
-    ones where they are `interleaved`. Files may hold a weight as (E, n, k) or as (E, k, n).
+    ones where they are `interleaved`. Files may hold a weight as (E, n, k) or as (E, k, n); of a square one
+    the shape does not say which, and it is as transformers has it: `transposed` or not.
     """
 
     path: str
     roles: tuple[str, ...]
     shape: tuple[int, ...]
     interleaved: bool
+    transposed: bool
 
 
 # The types of parameters, as safetensors calls them.
@@ -407,17 +409,17 @@ class Weights:
 def _slices(name: str, info: TensorInfo, stack: Stacked) -> Iterator[TensorInfo]:
     """What every expert has of a tensor that stacks it."""
     count, *stored = info.shape
-    transposed = tuple(stored) != stack.shape
+    transposed = tuple(stored) != stack.shape or (stack.transposed and stored == stored[::-1])
     size = (info.end - info.start) // count
     parts = len(stack.roles)
     n, *k = stack.shape
-    (around, _, last), (path, _, own) = name.rpartition("."), stack.path.rpartition(".")
     suffix = "weight" if k else "bias"
+    experts = _experts(name, stack)
     for number in range(count):
         for place, role in enumerate(stack.roles):
             first = slice(place * n // parts, (place + 1) * n // parts)
             rows = slice(place, n, parts) if stack.interleaved else first
-            called, shape = f"{around if last == own else path}.{number}.{role}.{suffix}", (n // parts, *k)
+            called, shape = f"{experts}.{number}.{role}.{suffix}", (n // parts, *k)
             start = info.start + number * size
             if isinstance(info, mxfp4.Stack):
                 yield info.expert(called, number, rows)
@@ -427,6 +429,15 @@ def _slices(name: str, info: TensorInfo, stack: Stacked) -> Iterator[TensorInfo]
             else:
                 start += place * size // parts
                 yield TensorInfo(called, info.code, shape, info.file, start, start + size // parts)
+
+
+def _experts(name: str, stack: Stacked) -> str:
+    """What the experts that a tensor stacks are called on disk, each with its number behind."""
+    (around, _, last), (path, _, own) = name.rpartition("."), stack.path.rpartition(".")
+    if last == own:
+        return around
+    around, _, role = around.rpartition(".")
+    return f"{around}.experts" if role in stack.roles else path
 
 
 def _is_dense(checkpoint: Checkpoint) -> bool:

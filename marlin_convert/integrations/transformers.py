@@ -7,6 +7,7 @@ same bytes. Which linears are packed is what the files say, as everywhere here: 
 else, transformers would find no weights and go on with random ones.
 """
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,11 @@ class MarlinQuantizer(HfQuantizer):
 
     requires_calibration = True  # what is not quantized yet is `marlin-convert quantize`'s to do
 
+    def __init__(self, config: MarlinConfig, **others: Any):
+        super().__init__(config, **others)
+        # experts in files whose place transformers calls otherwise, as theirs and ours
+        self._places: dict[str, str] = {}
+
     def _process_model_before_weight_loading(
         self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **others: Any
     ) -> None:
@@ -65,14 +71,23 @@ class MarlinQuantizer(HfQuantizer):
         # in the files they may have a prefix that this class has not, as one without a head, or older names
         if any(".experts." in name for name in weights.packed_linears()):
             take_apart(model)
-        Names(model).place(weights)
+        names = Names(model)
+        names.place(weights)
         for path, experts in experts_of(model):
-            if not weights.is_packed(f"{path}.0.{experts.roles[-1]}"):
+            first = f"{path}.0.{experts.roles[-1]}"
+            if not weights.is_packed(first):
                 raise SourceError(
                     f"the experts of {path} are dense in the files, and those of other layers packed: "
                     "transformers loads all of them in one way.",
                     "quantize again without --skip for some layers' experts, or serve it with vLLM as gptq.",
                 )
+            # transformers does not rename the experts of all types that are in files by another name
+            codes = next(iter(weights.stored(first).values()))
+            theirs, ours = (
+                ".".join(name.split(".")[-5:-3]) for name in (names.loaded_as(weights.on_disk(codes)), codes)
+            )
+            if theirs != ours:
+                self._places[theirs] = ours
         for name in weights.packed_linears():
             try:
                 module = model.get_submodule(name)
@@ -112,6 +127,14 @@ class MarlinQuantizer(HfQuantizer):
             other = parameter.is_floating_point() and parameter.dtype != wanted
             if other and not any(kept in name for kept in plan(wanted)):
                 parameter.data = parameter.data.to(wanted)
+
+    def get_weight_conversions(self) -> list[Any]:
+        """What transformers is to call otherwise while it loads, beside what it does itself."""
+        from transformers.core_model_loading import WeightRenaming
+
+        return super().get_weight_conversions() + [
+            WeightRenaming(rf"\.{re.escape(theirs)}\.", f".{ours}.") for theirs, ours in self._places.items()
+        ]
 
     def is_serializable(self) -> bool:
         """Packed linears are saved as they were loaded."""

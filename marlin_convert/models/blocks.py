@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -138,10 +138,10 @@ class BlockModel:
                 f"{full_name} does not fit float16: its largest value is {value.abs().max()}.",
                 "compute and write it in bfloat16, which reaches further, with --dtype bfloat16.",
             )
-        return value.to(self._product_dtype if isinstance(module, nn.Linear) else self.compute_dtype)
+        return value.to(self._product_dtype if _is_plain(module) else self.compute_dtype)
 
     def _assign(self, module: nn.Module, name: str, value: Tensor) -> None:
-        if isinstance(module, nn.Linear) and self._linears_round:
+        if _is_plain(module) and self._linears_round:
             module.forward = partial(rounding_linear, module, self.dtype)  # type: ignore[method-assign]
         parameter = nn.Parameter(value, requires_grad=False)
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # _init_weights leaves it alone
@@ -218,7 +218,8 @@ class BlockModel:
     def replace(self, linear: str, weight: Tensor) -> None:
         """Give a linear of the loaded block another weight (n, k)."""
         module = self.model.get_submodule(linear)
-        module.weight = nn.Parameter(weight.to(self.device, self._product_dtype), requires_grad=False)
+        dtype = self._product_dtype if _is_plain(module) else self.compute_dtype
+        module.weight = nn.Parameter(weight.to(self.device, dtype), requires_grad=False)
 
     def unchanging(self, block: nn.Module) -> nn.Module:
         """A copy of a loaded block with the tensors that it has now, whatever `replace` gives it later."""
@@ -282,6 +283,11 @@ class BlockModel:
         finally:
             for block in self.blocks:
                 del block.forward
+
+
+def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a module is a linear that does what linears do: some that route or work in groups do more."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
 def rounding_linear(linear: nn.Linear, dtype: torch.dtype, x: Tensor) -> Tensor:

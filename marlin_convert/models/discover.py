@@ -151,10 +151,13 @@ def discover(model: PreTrainedModel) -> Structure:
         if isinstance(module, nn.Linear) and name.startswith(f"{blocks}.")
     }
     experts = dict(experts_of(model))
+    routers = {call.path for call in calls if isinstance(call.output, tuple)}
     dense = {}
     for name, linear in inside.items():
         path = name.removeprefix(f"{blocks}.").partition(".")[2]
         why = next((why for pattern, why in UNQUANTIZED.items() if fnmatchcase(f".{path}", pattern)), None)
+        if name in routers:
+            why = "sends tokens to experts"
         if why or linear.out_features < NARROW:
             dense[name] = why or f"has only {linear.out_features} outputs"
     _check_linears(model, blocks, inside, dense, experts, calls)

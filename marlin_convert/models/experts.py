@@ -7,6 +7,7 @@ a linear for each of its weights, so that what is true of linears is true of exp
 """
 
 from collections.abc import Iterator
+from inspect import signature
 from typing import Any
 
 import torch
@@ -15,11 +16,16 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import MergeModulelist, WeightConverter
+from transformers.integrations.moe import _default_apply_gate
 
 from marlin_convert.checkpoint.linears import Stacked
 from marlin_convert.errors import SourceError
 
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
+GATE_UP = "gate_up_proj"
+
+# What the interface hands to a module of experts.
+HANDED = ("hidden_states", "top_k_index", "top_k_weights")
 
 
 class Experts(nn.Module):
@@ -75,6 +81,29 @@ class Experts(nn.Module):
         return self.post_expert_norm(answer) if self.has_post_expert_norm else answer
 
 
+class ScoresOnInputs(nn.Module):
+    """What take_apart makes of a mixture whose experts read a token times its score, as Llama 4's do.
+
+    transformers hands every expert all tokens, with a score of 0 where they do not go to it. Here an expert
+    reads the tokens that do.
+    """
+
+    top_k: int
+    router: nn.Module
+    experts: nn.Module
+    shared_expert: nn.Module
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum of the experts' answers to hidden_states (..., k), (tokens, k), and the router's logits."""
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        scores, logits = self.router(x)
+        scores, index = scores.topk(self.top_k)  # of all others they are 0
+        scaled = (x[:, None] * scores[..., None]).flatten(0, 1)
+        answers = self.experts(scaled, index.reshape(-1, 1), torch.ones_like(scores).reshape(-1, 1))
+        total = answers.unflatten(0, scores.shape).sum(1)
+        return self.shared_expert(x) + total, logits
+
+
 def routed(top_k_index: Tensor, count: int) -> list[tuple[Tensor, Tensor]]:
     """Of every expert the tokens that go to it, and as which of their choices, in transformers' order.
 
@@ -93,6 +122,7 @@ def take_apart(model: PreTrainedModel) -> None:
 
     They are called as in files with a tensor an expert, as transformers knows them for the model's type.
     """
+    _adapt(model)
     found = [
         (path, module)
         for path, module in model.named_modules()
@@ -103,8 +133,28 @@ def take_apart(model: PreTrainedModel) -> None:
         _take_apart(path, module, known)
 
 
+def _adapt(model: PreTrainedModel) -> None:
+    """Let experts be of the interface that are stacked as its own are, but have a forward of their own.
+
+    They must be handed what the interface hands, and say how they apply their gates; or be handed tokens
+    times their scores, by a mixture that ScoresOnInputs can be.
+    """
+    for path, module in model.named_modules():
+        if hasattr(module, "has_gate") or module._parameters.keys() != {GATE_UP, DOWN}:
+            continue
+        handed = tuple(signature(module.forward).parameters)
+        around: Any = model.get_submodule(path.rpartition(".")[0])
+        if handed == HANDED[:1] and around._modules.keys() == {"experts", "router", "shared_expert"}:
+            around.__class__ = type("ScoresOnInputs", (ScoresOnInputs, type(around)), {})
+        elif handed != HANDED or not hasattr(module, "_apply_gate"):
+            continue
+        first, last = module._parameters.values()
+        module.has_gate, module.has_bias, module.is_concatenated = True, False, True
+        module.is_transposed = first.shape[2] == 2 * last.shape[1]
+
+
 def _take_apart(path: str, module: Any, known: list[WeightConverter]) -> None:
-    first, last = ("gate_up_proj" if module.has_gate else UP), DOWN
+    first, last = (GATE_UP if module.has_gate else UP), DOWN
     stacks = [module._parameters.pop(name) for name in (first, last)]
     for name in (first, last) if module.has_bias else ():
         del module._parameters[f"{name}_bias"]
@@ -116,12 +166,13 @@ def _take_apart(path: str, module: Any, known: list[WeightConverter]) -> None:
              *_names(path, last, known, (DOWN,)))  # fmt: skip
     module.count, module.roles = count, names
     module.stacks = (
-        Stacked(f"{path}.{first}", names[:-1], (n, k), not module.is_concatenated),
-        Stacked(f"{path}.{last}", names[-1:], (outputs, inner), False),
-        Stacked(f"{path}.{first}_bias", names[:-1], (n,), not module.is_concatenated),
-        Stacked(f"{path}.{last}_bias", names[-1:], (outputs,), False),
+        Stacked(f"{path}.{first}", names[:-1], (n, k), not module.is_concatenated, module.is_transposed),
+        Stacked(f"{path}.{last}", names[-1:], (outputs, inner), False, module.is_transposed),
+        Stacked(f"{path}.{first}_bias", names[:-1], (n,), not module.is_concatenated, False),
+        Stacked(f"{path}.{last}_bias", names[-1:], (outputs,), False, False),
     )
-    module.__class__ = type("Experts", (Experts, type(module)), {})
+    gate = {} if hasattr(module, "_apply_gate") else {"_apply_gate": _default_apply_gate}
+    module.__class__ = type("Experts", (Experts, type(module)), gate)
     module._is_hf_initialized = True  # _init_weights looks for what was stacked
     for number in range(count):
         expert = nn.Module()

@@ -6,6 +6,7 @@ Vision-language models have had two sets of names, `language_model.model.layers.
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -21,6 +22,9 @@ _MTP = re.compile(r"(^|\.)mtp(_\w+)?\.")
 _MTP_COUNTS = ("num_nextn_predict_layers", "num_mtp_layers")
 
 _NUMBER = re.compile(r"\.(\d+)\.")
+
+# A tensor of one expert, and what stands around the experts.
+_OF_EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.(\w+)\.(weight|bias)")
 
 
 class Names:
@@ -62,7 +66,14 @@ class Names:
     def parameter(self, name: str) -> str | None:
         """The parameter that transformers loads a tensor as, None if it loads it as none or converts it."""
         found, converted = self._renamed(name)
-        return found if found in self._expected and not converted else None
+        if found in self._expected and not converted:
+            return found
+        if one := _OF_EXPERT.fullmatch(name):  # as `stacked` is divided where the files know no experts
+            around, number, role, suffix = one.groups()
+            stack = self.stacked(f"{around}.{role}.{suffix}")
+            if stack is not None and role in stack.roles:
+                return f"{stack.path.rpartition('.')[0]}.{number}.{role}.{suffix}"
+        return None
 
     def _joined(self, tensors: Iterable[str]) -> dict[str, tuple[list[str], int]]:
         """The parameters that transformers joins several tensors to, along which dimension.
@@ -84,7 +95,14 @@ class Names:
 
     def stacked(self, name: str) -> Stacked | None:
         """The weight of all experts that a tensor is, if it is one."""
-        return self._stacks.get(self._renamed(name)[0])
+        path, pattern = self._renamed(name)
+        stack = self._stacks.get(path)
+        role = name.removesuffix(".weight").rpartition(".")[2]
+        if stack is None or pattern is None or role not in stack.roles:
+            return stack
+        # one of those that transformers puts side by side
+        n, *k = stack.shape
+        return replace(stack, roles=(role,), shape=(n // len(stack.roles), *k), interleaved=False)
 
     def loaded_as(self, name: str) -> str:
         """What transformers calls a tensor, or the first parameter that it makes of it."""

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from marlin_convert.errors import SourceError
-from marlin_convert.models.experts import Experts, routed
+from marlin_convert.models.experts import HANDED, Experts, routed
 from marlin_convert.models.routing import Chosen, Entering, chosen
 from marlin_convert.models.structure import Part, Stage
 
@@ -208,8 +208,7 @@ class BlockWalk:
         """What enters the experts with all micro-batches; what they answer is kept if they do not change."""
 
         def broken_off(_: nn.Module, args: Any, kwargs: Any, output: Tensor | None = None) -> NoReturn:
-            names = ("hidden_states", "top_k_index", "top_k_weights")
-            given = dict(zip(names, args, strict=False)) | kwargs
+            given = dict(zip(HANDED, args, strict=False)) | kwargs
             raise _Entered(given["hidden_states"], given["top_k_index"], output)
 
         if self._solve is None:

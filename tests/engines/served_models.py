@@ -32,6 +32,13 @@ CHANGES: dict[str, dict[str, Any]] = {
         "v_head_dim": 128,
         "head_dim": 64,
     },
+    # on a CPU vLLM has no kernel for experts that read scaled tokens
+    "llama4_text": {
+        "vocab_size": 4224,
+        "moe_layers": [],
+        "interleave_moe_layer_step": 0,
+        "attention_chunk_size": 128,
+    },
     "mistral3": {"vocab_size": 4224},
     "qwen3_5": DELTA,
 }
