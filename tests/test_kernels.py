@@ -64,7 +64,7 @@ def for_experts(capability: tuple[int, int]) -> list[Configuration]:
     """Everything that can be chosen for experts."""
     found = {
         one: None
-        for each in (1, 5, 10, 17, 30, 40, 60, 100, 4096)
+        for each in (*range(1, 150), 256, 4096)
         for group in GROUPS
         for bfloat16 in (False, True)
         for fused in (False, True)
@@ -322,8 +322,8 @@ def test_inputs_that_64_divides(k: int, group_size: int) -> None:
     x, weight = torch.randn(3, k, dtype=torch.float64), torch.from_numpy(read)
     layer = marlin.unpack(module.state_dict(), Scheme("marlin", 4, group_size))
     torch.testing.assert_close(reference(x, layer), x @ weight.double().t())
-    expected = torch.nn.functional.linear(x.float(), weight, module.bias)
-    torch.testing.assert_close(module(x.float()), expected, rtol=1e-4, atol=1e-4)
+    expected = torch.nn.functional.linear(x, weight.double(), module.bias.double())
+    assert (module(x.float()) - expected).norm() < 1e-5 * expected.norm()
 
 
 def random_linear(seed: int, k: int = 128, n: int = 64, groups: int = 1) -> MarlinLinear:

@@ -125,7 +125,7 @@ def test_every_shape(
 
 
 TILES = [("stream", 8, 3), ("stream", 8, 2), ("stream", 16, 3)]
-TILES += [("wgmma", tokens, 2) for tokens in (16, 32, 64, 128)] + [
+TILES += [("wgmma", tokens, 2) for tokens in (16, 32, 64, 80, 128, 144)] + [
     ("mma", tokens, 2) for tokens in (8, 16, 32)
 ]
 
@@ -204,6 +204,18 @@ def test_experts_that_are_elsewhere_answer_nothing() -> None:
     y = layer(x, index.int(), shares, here)
     assert error(y, reference(gate, up, down, x, known, shares)) <= 7e-4
     assert not y[3:5].any()
+
+
+def test_many_choices_are_put_in_order() -> None:
+    """Each warp of the ordering block has its part of them, the last one less than that."""
+    gate, up, down = (stack(300, *shape, 64) for shape in ((128, 64), (128, 64), (64, 128)))
+    layer = GroupedExperts((gate, up), down)
+    for m in (1001, 6000):
+        x = torch.randn(m, 128, device="cuda", dtype=torch.float16)
+        index, shares = routing(m, 300, 8)
+        index[torch.rand_like(shares) < 0.1] = -1
+        y = layer(x, index, shares)
+        assert error(y, reference(gate, up, down, x, index, shares)) <= 7e-4, m
 
 
 def test_graphs_are_captured_and_give_the_same_bits() -> None:

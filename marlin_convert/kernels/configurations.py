@@ -4,6 +4,7 @@ A tile is 256 features by `tokens` tokens; every kernel works on chunks of 128 r
 may have 64 (csrc/tiles.cuh).
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -127,7 +128,10 @@ class Configuration:
 
 @dataclass(frozen=True)
 class Beside:
-    """A kernel beside those that multiply: `route` puts tokens in order, `combine` sums answers up."""
+    """A kernel beside those that multiply: `route` puts tokens in order, `combine` sums answers up.
+
+    `shared_memory` are the bytes that a block is given.
+    """
 
     kernel: str
     bfloat16: bool = False
@@ -200,11 +204,15 @@ def choose(
     return Configuration("wgmma", tokens, 2, group, bfloat16, sparse)
 
 
-# Kernel, tokens and teams, by how many tokens an expert has: from a sweep on an H100 (benchmarks/RESULTS.md).
+# Kernel, tokens and teams of tiles of an expert's tokens: from a sweep on an H100 (benchmarks/RESULTS.md).
 EXPERT_TILES = [
     *(("stream", 8, 3), ("stream", 16, 3), ("stream", 24, 2)),
-    *(("wgmma", tokens, 2) for tokens in (32, 48, 64, 96, 128)),
+    *(("wgmma", tokens, 2) for tokens in (32, 48, 64, 80, 96, 128, 144)),
 ]
+
+# What a tile takes whatever tokens it has, in tokens: with one an expert Mixtral takes 319 us where tiles are
+# of 32 tokens, 404 of 64, 533 of 96.
+OF_A_TILE = 65
 
 
 def choose_for_experts(
@@ -215,9 +223,9 @@ def choose_for_experts(
     `rows` tokens in all go to `experts` experts; `groups` are the rows of k per scale, 0 for one scale.
     """
     each = rows / min(rows, experts)  # of an expert, if they went to all of them alike
-    most = each + 2 * each**0.5  # of all but a few
+    most = each + 1.4 * each**0.5  # of all but a few
     kinds = EXPERT_TILES if capability == (9, 0) else [("mma", tokens, 2) for tokens in (8, 16, 32)]
-    kernel, tokens, teams = next((kind for kind in kinds if kind[1] >= most), kinds[-1])
+    kernel, tokens, teams = min(kinds, key=lambda kind: math.ceil(most / kind[1]) * (OF_A_TILE + kind[1]))
     one, other = (
         Configuration(kernel, tokens, teams, group, bfloat16, experts=True, paired=fused and not number)
         for number, group in enumerate(groups)

@@ -31,7 +31,7 @@ from marlin_convert.kernels.launch import (
 )
 from marlin_convert.kernels.matmul import KEPT_CALLS, shape_of
 
-MOST = 512  # experts, as in csrc/route.cu
+MOST = 512  # experts, of which csrc/route.cu counts tokens in shared memory
 FEW = 32  # choices, as in csrc/gather.cuh; of tiles of at most 16 tokens
 BATCH = 32  # bytes of a Batch of csrc/routing.cuh
 
@@ -189,7 +189,8 @@ class _Call:
         route = struct.pack("=6Q6i", *[0] * 6, *numbers, first.tokens, int(index.dtype == torch.int64))
         # few choices are put in order by each block that needs them
         few = self.rows <= FEW and first.tokens <= 16
-        self._route = None if few else Launch(load(Beside("route"), device), 1, route)
+        counts = Beside("route", shared_memory=4 * 32 * experts.count)
+        self._route = None if few else Launch(load(counts, device), 1, route)
         pairs: list[tuple[Stack, Stack | None]] = [(one, None) for one in experts.first]
         if experts.activation is None:
             pairs = [(experts.first[0], experts.first[1])]
