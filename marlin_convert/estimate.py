@@ -14,7 +14,7 @@ from marlin_convert.models.blocks import bf16_units, rounding_linear
 from marlin_convert.models.hidden import TOKENS as BATCH
 from marlin_convert.models.memory import free_memory, memory_for_activations
 from marlin_convert.plan import Plan
-from marlin_convert.solve import experts_at_once
+from marlin_convert.solve import experts_at_once, read_of_expert
 from marlin_convert.solvers import gptq
 from marlin_convert.solvers.hessian import Hessian
 from marlin_convert.solvers.straight_through import POSITIONS
@@ -113,9 +113,12 @@ def _memory(plan: Plan, number: int, work: _Work, width: int, device: torch.devi
     path = f"{plan.structure.blocks}.{number}"
     states = 2.0 * work.tokens * plan.fates[f"{path}.{plan.structure.stages(number)[0][0]}"].k
     hidden = walks * states
-    if plan.structure.experts:  # what enters them is kept beside it, and what the original's give
-        hidden += walks * states + (walks - 1) * states * (1 if device.type == "cuda" else 2)
     at_once = experts_at_once(plan, number, device)
+    for part in plan.structure.parts[number]:
+        if part.experts:
+            # what enters them is kept beside it, with what attention gives and the original's experts do
+            hidden += 2 * walks * states + (walks - 1) * states * (1 if device.type == "cuda" else 2)
+            hidden += at_once * read_of_expert(plan, number, part)
     solved = max(
         (at_once if one.count > 1 else 1) * gptq.bytes_taken(one.k, one.n // one.count) for one in work.stages
     )

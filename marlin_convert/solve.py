@@ -20,7 +20,7 @@ from marlin_convert.models.blocks import BlockModel
 from marlin_convert.models.hidden import HiddenStates
 from marlin_convert.models.memory import memory_for_activations
 from marlin_convert.models.stages import BlockWalk, Reached
-from marlin_convert.models.structure import Stage
+from marlin_convert.models.structure import Part, Stage
 from marlin_convert.plan import Plan
 from marlin_convert.quantized import QuantizedLinear, first_crowded, quad_nonzeros
 from marlin_convert.solvers import gptq, sparsity
@@ -345,20 +345,30 @@ def experts_at_once(plan: Plan, number: int, device: torch.device) -> int:
     """How many experts of a block are solved at once: as many as AT_ONCE holds, and one at least.
 
     It follows from their shapes and from the length of the text, so a model has the same bytes wherever it is
-    converted on a kind of device. Beside what the solver takes that is what their last linears read, on the
-    average of all experts and in both models.
+    converted on a kind of device. Beside what the solver takes that is what their last linears read.
     """
-    path = f"{plan.structure.blocks}.{number}"
-    tokens = plan.recipe.samples * plan.recipe.sequence_length
     counts = [1]
     for part in plan.structure.parts[number]:
         if part.experts:
-            first, last = ([plan.fates[f"{path}.{name}"] for name in stage] for stage in part.stages[:2])
+            first, last = _linears_of_expert(plan, number, part)
             solving = max(gptq.bytes_taken(one[0].k, sum(fate.n for fate in one)) for one in (first, last))
-            rows = max(tokens * part.choices // part.experts, min(tokens, first[0].k))
-            read = 2 * plan.dtype.itemsize * last[0].k * rows
-            counts.append(max(1, min(part.experts, AT_ONCE[device.type] // (solving + read))))
+            each = solving + read_of_expert(plan, number, part)
+            counts.append(max(1, min(part.experts, AT_ONCE[device.type] // each)))
     return max(counts)
+
+
+def read_of_expert(plan: Plan, number: int, part: Part) -> int:
+    """Bytes that the last linear of an expert reads, on the average of all experts and in both models."""
+    first, last = _linears_of_expert(plan, number, part)
+    tokens = plan.recipe.samples * plan.recipe.sequence_length
+    rows = max(tokens * part.choices // part.experts, min(tokens, first[0].k))
+    return 2 * plan.dtype.itemsize * last[0].k * rows
+
+
+def _linears_of_expert(plan: Plan, number: int, part: Part) -> list[list[Fate]]:
+    """Those that read what enters the first expert of a block, and those that read what they give."""
+    path = f"{plan.structure.blocks}.{number}"
+    return [[plan.fates[f"{path}.{name}"] for name in stage] for stage in part.stages[:2]]
 
 
 def _batch(tensors: list[Tensor]) -> Tensor:
