@@ -13,7 +13,7 @@ from marlin_convert.cli.output import output_options, set_up_logging
 from marlin_convert.errors import ConvertError
 
 
-@click.command()
+@click.command(short_help="Write a 4-bit checkpoint of a model, or repack one in another layout.")
 @click.argument("model", type=NameOrPlace())
 @click.option(
     "--format",
