@@ -12,7 +12,7 @@ from marlin_convert.cli.output import output_options, set_up_logging
 def env(as_json: bool, quiet: bool, verbose: int) -> None:
     """Print versions, processor and GPUs, for a report of a fault: no names, no paths, no tokens."""
     set_up_logging(quiet, verbose)
-    from marlin_convert.commands import environment as story
+    from marlin_convert.commands import env as story
 
     found = story.environment()
     if as_json:

@@ -37,7 +37,7 @@ def set_up_logging(quiet: bool, verbose: int) -> None:
 
 
 def block_progress(quiet: bool) -> Callable[[range, int], Iterable[int]]:
-    """A bar over the blocks on a terminal, else a plain line per block, with what it took and what is left."""
+    """A bar over the blocks on a terminal, else a line per block with what it took and what is left."""
 
     def progress(blocks: range, total: int) -> Iterable[int]:
         from tqdm import tqdm
