@@ -329,7 +329,7 @@ def _from_hub(source: str) -> Iterator[str | list[dict[str, Any]]]:
     """The first data file of a dataset's split (train unless named), so that little is downloaded."""
     from huggingface_hub import HfApi, hf_hub_download
 
-    from marlin_convert.hub import hub_errors
+    from marlin_convert.hub_calls import hub_errors
 
     dataset, _, split = source.removeprefix("hf:").partition(":")
     with hub_errors(dataset):

@@ -214,7 +214,8 @@ def make_plan(
     refusals.check_stages(fates, together, repack=repack)
     if repack:
         fates = refusals.with_codes(fates, weights, asked, together)
-        refusals.check_quads(fates, weights, recipe, together)
+        if not checkpoint.only_looked_at:
+            refusals.check_quads(fates, weights, recipe, together)
     else:
         refusals.check_shapes(fates, recipe, together)
 
@@ -385,6 +386,8 @@ def _notes(fates: Mapping[str, Fate], recipe: Recipe, repacked: Weights | None) 
     packed = [fate for fate in fates.values() if fate.packed]
     if repacked is not None and repacked.scheme is not None:
         yield f"the source is already {repacked.scheme.format}: its codes are kept, nothing is calibrated"
+        if repacked.checkpoint.only_looked_at:
+            yield "zero points, the order of groups and 2:4 are as its config says until its files are here"
     if recipe.format in ("gptq", "compressed-tensors", "marlin") and any(
         fate.layout.sparse for fate in fates.values()
     ):

@@ -5,10 +5,10 @@ A source that is already quantized is repacked: its codes take the place of cali
 
 import errno
 import logging
-import shutil
+import math
 import time
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,15 +32,17 @@ from marlin_convert.checkpoint.writer import (
 from marlin_convert.codes import Codes
 from marlin_convert.errors import ConvertError, FormatError, SourceError
 from marlin_convert.estimate import tuning_memory
-from marlin_convert.hub import Source
+from marlin_convert.hub import Source, complete
 from marlin_convert.matrix import Fate
 from marlin_convert.models.memory import free_memory
 from marlin_convert.page import html
 from marlin_convert.plan import Plan, make_plan
 from marlin_convert.recipe import Recipe
+from marlin_convert.remote import RemoteFile, fetched_ahead
 from marlin_convert.repack import Repack
+from marlin_convert.room import check_room
 from marlin_convert.solve import Solve
-from marlin_convert.tune import HELD_OUT, TOKENS, Tune, kept_bytes
+from marlin_convert.tune import HELD_OUT, TOKENS, Tune
 
 log = logging.getLogger("marlin_convert")
 
@@ -84,14 +86,15 @@ class Report:
 
 def plan_job(job: Job) -> tuple[Weights, Plan]:
     """Open the source and plan the conversion from headers alone; ConvertError for bad input."""
-    weights = Weights(Checkpoint.open(job.source.directory))
+    remote = job.source.remote
+    weights = Weights(Checkpoint.open(job.source.directory, remote.files if remote else None))
     plan = make_plan(
         weights, job.recipe, group_size=job.group_size, requantize=job.requantize,
         trust_remote_code=job.trust_remote_code,
     )  # fmt: skip
     if not plan.worked_on:
         raise ConvertError("nothing is left to do: every linear stays as it is.", "skip fewer of them.")
-    _check_output(job, plan)
+    _check_output(job)
     if plan.tunes:
         _check_memory(job, plan)
     return weights, plan
@@ -112,7 +115,44 @@ def quantize(
             run.tidy()
         except OSError as error:
             raise _disk_error(job, error) from error
+    with _on_its_way(job) as (weights, plan):
+        return _quantize(job, weights, plan, progress, started)
+
+
+@contextmanager
+def _on_its_way(job: Job) -> Iterator[tuple[Weights, Plan]]:
+    """The source and the plan; files of the Hub come while the context lasts, as blocks want them."""
     weights, plan = plan_job(job)
+    if not (job.resume and job.run.published()):
+        check_room(job, plan)
+    if job.source.remote is None:
+        yield weights, plan
+        return
+    complete(job.source, code=job.trust_remote_code)
+    with fetched_ahead(_in_order(weights, plan)):
+        # again, by what headers do not tell
+        yield plan_job(job)
+
+
+def _in_order(weights: Weights, plan: Plan) -> list[RemoteFile]:
+    """The files that are not here, in the order of the blocks whose weights are in them."""
+    needed: dict[str, tuple[float, RemoteFile]] = {}
+    for name, info in weights.checkpoint.tensors.items():
+        if isinstance(info.file, RemoteFile):
+            number = plan.structure.block_of(name)
+            at = math.inf if number is None else number
+            needed[info.file.name] = min(at, needed.get(info.file.name, (at,))[0]), info.file
+    return [file for _, file in sorted(needed.values(), key=lambda one: (one[0], one[1].name))]
+
+
+def _quantize(
+    job: Job,
+    weights: Weights,
+    plan: Plan,
+    progress: Callable[[range, int], Iterable[int]],
+    started: float,
+) -> Report:
+    run = job.run
     calibration = None if plan.repack else _calibration(job, plan)
     settings = settings_of(job, plan, weights, calibration)
     done = run.earlier(settings, resume=job.resume, discard=job.overwrite)
@@ -298,22 +338,12 @@ def _check_names(job: Job) -> None:
         check_report(job.report, job.output)
 
 
-def _check_output(job: Job, plan: Plan) -> None:
+def _check_output(job: Job) -> None:
     _check_names(job)
     job.run.check_ours()
     if job.resume and job.run.published():
         return
     check_replaceable(job.output, job.overwrite)
-    place = next(parent for parent in job.output.resolve().parents if parent.exists())
-    free = shutil.disk_usage(place).free
-    taken = plan.output_bytes + (kept_bytes(plan) if plan.tunes else 0)
-    if taken > free + job.run.staged_bytes:
-        raise ConvertError(
-            f"no space left: the output takes {plan.output_bytes:,} bytes"
-            + (f", what is solved to be tuned {kept_bytes(plan):,}" if plan.tunes else "")
-            + f", {free:,} are free.",
-            "free some, or choose a directory on another disk.",
-        )
 
 
 def _check_memory(job: Job, plan: Plan) -> None:

@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 WORST = 5
 
 
-def plan_json(plan: "Plan") -> dict[str, Any]:
+def plan_json(plan: "Plan", job: "Job") -> dict[str, Any]:
     """The plan as data."""
+    from marlin_convert.room import rooms
+
     return {
         "format": plan.recipe.format,
         "repack": plan.repack,
@@ -36,12 +38,15 @@ def plan_json(plan: "Plan") -> dict[str, Any]:
         "bits_per_weight": round(plan.bits_per_weight, 4),
         "source_bytes": plan.source_bytes,
         "output_bytes": plan.output_bytes,
+        "download_bytes": job.source.remote.missing if job.source.remote else 0,
+        "room": all(room.enough for room in rooms(job, plan)),
     }
 
 
 def plan_text(plan: "Plan", job: "Job") -> str:
     """The plan for a reader, with what it will take."""
     from marlin_convert.estimate import estimate
+    from marlin_convert.room import rooms
 
     recipe = plan.recipe
     if recipe.format == "dense":
@@ -69,6 +74,10 @@ def plan_text(plan: "Plan", job: "Job") -> str:
         lines += _tuning(plan)
     needs = estimate(plan, job.device)
     lines.append(f"  on {job.device}: about {_time(needs.seconds)}, {_size(needs.memory)} of memory")
+    for room in rooms(job, plan):
+        taken = ", ".join(f"{what} {_size(nbytes)}" for what, nbytes in room.taken.items())
+        short = "" if room.enough else ": not enough, nothing would be begun"
+        lines.append(f"  disk of {room.place}: {taken}; {_size(room.free)} are free{short}")
     lines += [f"  {line}" for line in (*left_out(plan), *beside(plan))]
     lines += [f"  note: {note}" for note in plan.notes]
     return "\n".join(lines)

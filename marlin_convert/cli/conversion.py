@@ -99,7 +99,8 @@ def convert(
 
     if dry_run:
         _, plan = plan_job(job)
-        click.echo(json.dumps(reports.plan_json(plan), indent=2) if as_json else reports.plan_text(plan, job))
+        said = json.dumps(reports.plan_json(plan, job), indent=2) if as_json else None
+        click.echo(said or reports.plan_text(plan, job))
         return
     done = story(job, block_progress(quiet))
     if as_json:

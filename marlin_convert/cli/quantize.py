@@ -93,7 +93,7 @@ def quantize(
             f"{recipe!r} is a recipe of sparsify.", "name a layout with --format, or sparsify."
         )
     job = story.Job(
-        source=resolve(model, revision, code=trust_remote_code),
+        source=resolve(model, revision, code=trust_remote_code, only_look=True),
         output=output,
         recipe=chosen,
         group_size=asked,
