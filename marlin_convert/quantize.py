@@ -86,8 +86,16 @@ class Report:
 
 def plan_job(job: Job) -> tuple[Weights, Plan]:
     """Open the source and plan the conversion from headers alone; ConvertError for bad input."""
+    return _planned(job, _opened(job))
+
+
+def _opened(job: Job) -> Checkpoint:
     remote = job.source.remote
-    weights = Weights(Checkpoint.open(job.source.directory, remote.files if remote else None))
+    return Checkpoint.open(job.source.directory, remote.files if remote else None)
+
+
+def _planned(job: Job, checkpoint: Checkpoint) -> tuple[Weights, Plan]:
+    weights = Weights(checkpoint)
     plan = make_plan(
         weights, job.recipe, group_size=job.group_size, requantize=job.requantize,
         trust_remote_code=job.trust_remote_code,
@@ -122,7 +130,8 @@ def quantize(
 @contextmanager
 def _on_its_way(job: Job) -> Iterator[tuple[Weights, Plan]]:
     """The source and the plan; files of the Hub come while the context lasts, as blocks want them."""
-    weights, plan = plan_job(job)
+    checkpoint = _opened(job)
+    weights, plan = _planned(job, checkpoint)
     if not (job.resume and job.run.published()):
         check_room(job, plan)
     if job.source.remote is None:
@@ -131,7 +140,7 @@ def _on_its_way(job: Job) -> Iterator[tuple[Weights, Plan]]:
     complete(job.source, code=job.trust_remote_code)
     with fetched_ahead(_in_order(weights, plan)):
         # again, by what headers do not tell
-        yield plan_job(job)
+        yield _planned(job, checkpoint)
 
 
 def _in_order(weights: Weights, plan: Plan) -> list[RemoteFile]:
