@@ -1,4 +1,4 @@
-"""The weight files of a repository on the Hub that are not on this disk: parts of them, or all in time.
+"""Large files of a repository on the Hub that are not on this disk: parts of them, or all in time.
 
 A plan needs their headers alone, and these are asked for as ranges of bytes. Once a conversion has begun,
 whole files come in the order in which it needs them, ahead of it; who reads one that is not there yet waits.
@@ -40,7 +40,7 @@ class Remote:
 
 @dataclass
 class RemoteFile:
-    """A weight file, known by its size and its digest.
+    """A file of a repository of some `kind`, known by its size and its digest.
 
     What is read of it are parts that are asked for one by one or, if it `comes`, the whole that was fetched.
     """
@@ -50,6 +50,7 @@ class RemoteFile:
     name: str
     size: int
     digest: str
+    kind: str = "model"
     comes: bool = False
     _path: Path | None = None
     _turn: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -60,7 +61,7 @@ class RemoteFile:
     def open(self, mode: Literal["rb"], buffering: int = -1) -> io.RawIOBase | io.BufferedReader:
         """The bytes, to be read from any place; without buffering no more is asked for than is read."""
         raw = io.FileIO(self.fetch()) if self.comes else _Parts(self)
-        return raw if buffering == 0 else io.BufferedReader(raw, BEGINNING)
+        return io.BufferedReader(raw, BEGINNING if buffering < 0 else buffering) if buffering else raw
 
     def fetch(self) -> Path:
         """Where the file is, once it is in the cache; SourceError if it cannot be had."""
@@ -69,7 +70,11 @@ class RemoteFile:
         with self._turn:
             if self._path is None:
                 with hub_errors(self.repository):
-                    path = aside(lambda: hf_hub_download(self.repository, self.name, revision=self.commit))
+                    path = aside(
+                        lambda: hf_hub_download(
+                            self.repository, self.name, repo_type=self.kind, revision=self.commit
+                        )
+                    )
                 self._path = Path(path)
             return self._path
 
@@ -78,7 +83,7 @@ class RemoteFile:
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
-        url = hf_hub_url(self.repository, self.name, revision=self.commit)
+        url = hf_hub_url(self.repository, self.name, repo_type=self.kind, revision=self.commit)
         headers = build_hf_headers() | {"Range": f"bytes={start}-{end - 1}"}
         with hub_errors(self.repository), http_stream_backoff("GET", url, headers=headers) as answer:
             if answer.status_code >= 400:
@@ -90,10 +95,11 @@ class RemoteFile:
             given = (
                 f"gives {len(data)} bytes of '{self}' for" if in_part else f"gives '{self}' only whole, not"
             )
+            kind = "" if self.kind == "model" else f" --repo-type {self.kind}"
             raise SourceError(
                 f"the Hub {given} bytes {start} to {end}.",
-                f"what stands before it (HF_ENDPOINT) may not know ranges; 'hf download {self.repository} "
-                f"--revision {self.commit}' prints a directory that can be given instead.",
+                "what stands before it (HF_ENDPOINT) may not know ranges; 'hf download "
+                f"{self.repository}{kind} --revision {self.commit}' prints a directory that can be given instead.",
             )
         return data
 
