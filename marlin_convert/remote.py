@@ -99,7 +99,7 @@ class RemoteFile:
             raise SourceError(
                 f"the Hub {given} bytes {start} to {end}.",
                 "what stands before it (HF_ENDPOINT) may not know ranges; 'hf download "
-                f"{self.repository}{kind} --revision {self.commit}' prints a directory that can be given instead.",
+                f"{self.repository}{kind} --revision {self.commit}' says where it is, to be given instead.",
             )
         return data
 

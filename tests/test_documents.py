@@ -72,8 +72,10 @@ def table(path: Path, columns: dict[str, list], group: int = 100) -> Path:
 @pytest.fixture(scope="module")
 def tokenizer(tinypy: Path) -> PreTrainedTokenizerBase:
     tokenizer = AutoTokenizer.from_pretrained(tinypy)
-    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
-        "{% if m.tool is defined %}!{% endif %}\n{% endfor %}"
+    of_tools = "{% if m.tool is defined %}!{% endif %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}" + of_tools + "{% endfor %}"
+    )
     return tokenizer
 
 
