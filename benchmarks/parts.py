@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-import marlin_convert.quantize as story
+import marlin_convert.commands.quantize as story
 import marlin_convert.solve as solve
 import marlin_convert.solvers.drift as drift
 import marlin_convert.solvers.gptq as gptq

@@ -20,11 +20,11 @@ import yaml
 from safetensors import safe_open
 from torch import Tensor
 
-from marlin_convert import quantize as story
 from marlin_convert.calibration import calibrate, load_tokenizer
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.checks.divergence import Comparison, compare
+from marlin_convert.commands import quantize as story
 from marlin_convert.hub import Source
 from marlin_convert.models.blocks import BlockModel
 from marlin_convert.recipe import Recipe

@@ -24,9 +24,9 @@ import parts
 import torch
 
 from marlin_convert import recipe
+from marlin_convert.commands.quantize import Job, plan_job, quantize
 from marlin_convert.estimate import estimate
 from marlin_convert.hub import Source
-from marlin_convert.quantize import Job, plan_job, quantize
 
 HERE = Path(__file__).resolve().parent
 TINYPY = HERE.parent / "examples" / "tinypy-4m"

@@ -10,10 +10,10 @@ from marlin_convert.matrix import Fate
 from marlin_convert.recipe import REPACKED
 
 if TYPE_CHECKING:
+    from marlin_convert.commands.push import Job as PushJob
+    from marlin_convert.commands.push import Outcome
+    from marlin_convert.commands.quantize import Job, Report
     from marlin_convert.plan import Plan
-    from marlin_convert.push import Job as PushJob
-    from marlin_convert.push import Outcome
-    from marlin_convert.quantize import Job, Report
 
 WORST = 5
 

@@ -15,7 +15,8 @@ from typing import Protocol
 STARTER = """
 import ctypes, importlib, json, os, signal, sys
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
-from marlin_convert import calibration, estimate, quantize, report, verify
+from marlin_convert import calibration, estimate, report
+from marlin_convert.commands import quantize, verify
 from marlin_convert.cli.main import main
 from marlin_convert.models import hidden
 

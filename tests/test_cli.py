@@ -19,10 +19,11 @@ from pathlib import Path
 import click
 import pytest
 
-from marlin_convert import quantize, recipe
+from marlin_convert import recipe
 from marlin_convert.cli.arguments import parse_size
 from marlin_convert.cli.devices import pick_device
 from marlin_convert.cli.main import going_on, main
+from marlin_convert.commands import quantize
 from marlin_convert.errors import ConvertError
 
 COMMANDS = sorted(main.commands)
@@ -481,7 +482,7 @@ def test_a_stream_that_is_closed_ends_nothing_and_is_no_file_of_ours(closed, qua
     """As under some daemons; a file that took its number would get what libraries print."""
     seen = tmp_path / "seen"
     program = (
-        "import os, sys, marlin_convert.inspect as story; from marlin_convert.cli.main import main\n"
+        "import os, sys, marlin_convert.commands.inspect as story; from marlin_convert.cli.main import main\n"
         "def text(*_, **more): return sys.argv[2][:open(sys.argv[1], 'w').write(str(os.dup(3)))]\n"
         "story.text = text; main(['inspect', sys.argv[2]])"
     )
@@ -494,7 +495,7 @@ def test_a_stream_that_is_closed_ends_nothing_and_is_no_file_of_ours(closed, qua
 @pytest.mark.parametrize("ci", ["", "1"])  # where CI is set, transformers hands its lines on to our handler
 def test_no_library_moves_the_cursor_with_what_a_file_says(ci, quantized):
     program = (
-        "import logging, sys, warnings, transformers, marlin_convert.inspect as story\n"
+        "import logging, sys, warnings, transformers, marlin_convert.commands.inspect as story\n"
         "from marlin_convert.cli.main import main\n"
         "def text(*_, **more):\n"
         "    warnings.warn('one\\x1b[2J')\n"

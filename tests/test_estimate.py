@@ -16,7 +16,7 @@ import torch
 from marlin_convert import estimate, recipe
 from marlin_convert.hub import Source
 from marlin_convert.models import blocks
-from marlin_convert.quantize import Job, plan_job, quantize
+from marlin_convert.commands.quantize import Job, plan_job, quantize
 source, text, output, units = sys.argv[1:]
 if not int(units):
     blocks.bf16_units = estimate.bf16_units = lambda: False  # the processor's own answer

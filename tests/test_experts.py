@@ -19,6 +19,7 @@ from marlin_convert import solve
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.checks.divergence import log_probabilities
+from marlin_convert.commands.quantize import Job, plan_job
 from marlin_convert.hub import Source
 from marlin_convert.models import hidden, routing
 from marlin_convert.models.blocks import BlockModel
@@ -27,7 +28,6 @@ from marlin_convert.models.hidden import HiddenStates
 from marlin_convert.models.stages import BlockWalk
 from marlin_convert.models.structure import Stage
 from marlin_convert.models.tree import module_tree
-from marlin_convert.quantize import Job, plan_job
 from marlin_convert.recipe import Recipe
 from marlin_convert.solvers import gptq
 

@@ -119,7 +119,9 @@ class Scene:
         assert status == 0, log
         (self.disk / "out").rename(root / "quantized")
         (self.disk / "report").rename(root / "report")
-        status, log = self.run("quantize", "--format", "gptq", kill=("marlin_convert.quantize:publish", -1))
+        status, log = self.run(
+            "quantize", "--format", "gptq", kill=("marlin_convert.commands.quantize:publish", -1)
+        )
         assert status == -signal.SIGKILL, log
         partial(self.disk / "out").rename(root / "abandoned")
         shutil.copytree(root / "quantized", self.disk / "checkpoint")

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from marlin_convert import quantize as story
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.reader import Checkpoint
+from marlin_convert.commands import quantize as story
 from marlin_convert.errors import SourceError
 from marlin_convert.hub import Source
 from marlin_convert.models.blocks import BlockModel

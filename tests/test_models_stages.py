@@ -11,9 +11,9 @@ import tiny_models
 import torch
 from torch import Tensor, nn
 
-from marlin_convert import quantize as story
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.reader import Checkpoint
+from marlin_convert.commands import quantize as story
 from marlin_convert.errors import ConvertError, SourceError
 from marlin_convert.hub import Source
 from marlin_convert.models import blocks as blocks_module

@@ -10,7 +10,7 @@ import torch
 from click.testing import Result
 from runs import contents, earlier_output
 
-from marlin_convert import quantize as story
+from marlin_convert.commands import quantize as story
 
 Cli = Callable[..., Result]
 

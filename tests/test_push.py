@@ -825,7 +825,7 @@ def test_after_any_fault_there_is_the_old_commit_or_the_new_one(
 
 def test_a_hub_that_falls_silent(hub: Hub, checkpoint: Path, tmp_path: Path) -> None:
     program = (
-        "import sys; from marlin_convert import push; from marlin_convert.cli.main import main;"
+        "import sys; from marlin_convert.commands import push; from marlin_convert.cli.main import main;"
         f"push.PATIENCE = 0.5; main(['push', {str(checkpoint)!r}, {REPO!r}])"
     )
     hub.delay, hub.fault = 3, Fault("delay", "commit", -1)

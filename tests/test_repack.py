@@ -25,10 +25,10 @@ from marlin_convert import recipe
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.manifest import MANIFEST
 from marlin_convert.checkpoint.reader import Checkpoint
+from marlin_convert.commands.quantize import Job, quantize
 from marlin_convert.errors import ConvertError
 from marlin_convert.formats import compressed_tensors, gptq, marlin_24
 from marlin_convert.hub import Source
-from marlin_convert.quantize import Job, quantize
 from marlin_convert.quantized import same_codes
 
 

@@ -19,9 +19,9 @@ import tiny_models
 import torch
 from runs import Start, blocks_done, contents, earlier_output, partial, starter
 
-from marlin_convert import quantize as story
 from marlin_convert.checkpoint import writer
 from marlin_convert.checkpoint.unfinished import UnfinishedRun
+from marlin_convert.commands import quantize as story
 from marlin_convert.errors import ConvertError
 from marlin_convert.hub import Source
 from marlin_convert.recipe import Recipe
@@ -104,8 +104,8 @@ PLACES = [
     ("os:fsync", 4),
     ("os:fsync", -9),
     ("marlin_convert.assemble:reading", 2),
-    ("marlin_convert.quantize:publish", -1),
-    ("marlin_convert.quantize:publish", 1),
+    ("marlin_convert.commands.quantize:publish", -1),
+    ("marlin_convert.commands.quantize:publish", 1),
 ]
 
 

@@ -15,19 +15,19 @@ from click.testing import Result
 from runs import contents, partial
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from marlin_convert import quantize as story
 from marlin_convert import tune
 from marlin_convert.calibration import calibrate, load_tokenizer, tuning_text
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.checkpoint.writer import ShardWriter
 from marlin_convert.checks.divergence import compare
+from marlin_convert.commands import quantize as story
+from marlin_convert.commands.quantize import Report
 from marlin_convert.errors import ConvertError
 from marlin_convert.estimate import tuning_memory
 from marlin_convert.hub import Source
 from marlin_convert.models.blocks import BlockModel
 from marlin_convert.plan import make_plan
-from marlin_convert.quantize import Report
 from marlin_convert.recipe import Recipe
 from marlin_convert.report import plan_text, summary_text
 from marlin_convert.student import Student

@@ -13,13 +13,13 @@ import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
 
-from marlin_convert import verify as story
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.manifest import MANIFEST, VERIFIED
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.checks import kernel
 from marlin_convert.checks.divergence import compare
 from marlin_convert.checks.kernel import _kernel_error, _OnKernel
+from marlin_convert.commands import verify as story
 from marlin_convert.errors import FormatError
 from marlin_convert.formats import FORMATS as LAYOUTS
 from marlin_convert.formats import Scheme, marlin, marlin_24

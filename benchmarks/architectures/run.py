@@ -29,10 +29,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from marlin_convert import quantize, recipe, verify
+from marlin_convert import recipe
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.checks.divergence import log_probabilities
+from marlin_convert.commands import quantize, verify
 from marlin_convert.errors import ConvertError
 from marlin_convert.formats import FORMATS, detect
 from marlin_convert.hub import Source

@@ -19,7 +19,7 @@ def inspect(checkpoint: str, revision: str | None, as_json: bool, quiet: bool, v
     last verification.
     """
     set_up_logging(quiet, verbose)
-    from marlin_convert import inspect as story
+    from marlin_convert.commands import inspect as story
     from marlin_convert.hub import resolve
 
     found = story.inspect(resolve(checkpoint, revision, only_look=True))

@@ -48,8 +48,8 @@ def push(
     The token is HF_TOKEN or that of 'hf auth login'. After an interruption, run the same command again.
     """
     set_up_logging(quiet, verbose)
-    from marlin_convert import push as story
     from marlin_convert import report as reports
+    from marlin_convert.commands import push as story
 
     job = story.Job(checkpoint, repo_id, **settings)
     done = story.push(job, dry_run=dry_run, progress=file_progress(quiet))

@@ -75,8 +75,8 @@ def quantize(
     """
     set_up_logging(quiet, verbose)
     with imports():
-        from marlin_convert import quantize as story
         from marlin_convert import recipe as recipes
+        from marlin_convert.commands import quantize as story
         from marlin_convert.hub import resolve
 
     check_report(report)

@@ -45,7 +45,7 @@ def sparsify(
     set_up_logging(quiet, verbose)
     with imports():
         from marlin_convert import recipe as recipes
-        from marlin_convert import sparsify as story
+        from marlin_convert.commands import sparsify as story
         from marlin_convert.hub import resolve
 
     check_report(report)

@@ -95,8 +95,8 @@ def verify(
     Exit status: 0 nothing failed, 3 a check failed, 1 a required check could not run, 2 wrong usage.
     """
     set_up_logging(quiet, verbose)
-    from marlin_convert import verify as story
     from marlin_convert.checkpoint import writer
+    from marlin_convert.commands import verify as story
     from marlin_convert.hub import resolve
 
     check_report(report)

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from marlin_convert.checkpoint.linears import Weights
+from marlin_convert.commands.quantize import Job, Report, quantize
+from marlin_convert.commands.quantize import plan_job as plan_quantizing
 from marlin_convert.plan import Plan
-from marlin_convert.quantize import Job, Report, quantize
-from marlin_convert.quantize import plan_job as plan_quantizing
 
 
 def plan_job(job: Job) -> tuple[Weights, Plan]:

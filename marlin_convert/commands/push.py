@@ -198,10 +198,11 @@ def _repack(job: Job, format: str, directory: Path) -> None:
     """Write the same codes in another layout, verify them, and compare them one by one."""
     import torch
 
-    from marlin_convert import quantize, recipe, verify
+    from marlin_convert import recipe
     from marlin_convert.checkpoint.linears import Weights
     from marlin_convert.checkpoint.reader import Checkpoint
     from marlin_convert.checks import CHECKS
+    from marlin_convert.commands import quantize, verify
 
     source = Source(job.checkpoint, job.repository, None)
     settings = recipe.load(recipe.DEFAULT).changed({"format": format})
