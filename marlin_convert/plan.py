@@ -42,7 +42,8 @@ class Plan:
     `repack` says that the codes of the source are kept; the model computes in `dtype`; `fates` are of all
     matrices, by name; `specs` are the tensors to be written, `owner` maps those that belong to a matrix that
     is worked on to (its name, suffix); `left_out` are source tensors not written, `beside` those that are
-    written and no part of the model as it is built; `config` becomes the config.json.
+    written and no part of the model as it is built; `config` becomes the config.json; `also` are the plans of
+    the same codes in other formats.
     """
 
     structure: Structure
@@ -59,6 +60,7 @@ class Plan:
     source_bytes: int
     vocabulary: int
     config: dict[str, Any]
+    also: tuple["Plan", ...] = ()
 
     @property
     def quantization_config(self) -> dict[str, Any] | None:

@@ -74,6 +74,7 @@ def plan_text(plan: "Plan", job: "Job") -> str:
         lines += _tuning(plan)
     needs = estimate(plan, job.device)
     lines.append(f"  on {job.device}: about {_time(needs.seconds)}, {_size(needs.memory)} of memory")
+    lines += [f"  then repacked to {one.recipe.format}: {_size(one.output_bytes)}" for one in plan.also]
     for room in rooms(job, plan):
         taken = ", ".join(f"{what} {_size(nbytes)}" for what, nbytes in room.taken.items())
         short = "" if room.enough else ": not enough, nothing would be begun"
@@ -162,6 +163,7 @@ def summary(done: "Report") -> dict[str, Any]:
         "output_bytes": done.plan.output_bytes,
         "replayed": done.replayed,
         "tuning_seconds": round(done.tuned, 2),
+        "also": [one.recipe.format for one in done.plan.also],
     }
 
 
@@ -199,6 +201,11 @@ def summary_text(done: "Report", job: "Job") -> str:
         lines.append(
             f"computed again for want of memory: {done.replayed} parts of blocks, over all micro-batches"
         )
+    lines += [
+        f"the same codes as {one.recipe.format}: {job.output.with_name(one.recipe.format)}, "
+        f"{_size(one.output_bytes)}"
+        for one in plan.also
+    ]
     source = shlex.quote(str(job.source.directory))
     if job.source.commit:
         source = f"{job.source.name} --source-revision {job.source.commit}"

@@ -10,8 +10,8 @@ from marlin_convert.errors import ConvertError
 from marlin_convert.tune import kept_bytes
 
 if TYPE_CHECKING:
+    from marlin_convert.commands.quantize import Job
     from marlin_convert.plan import Plan
-    from marlin_convert.quantize import Job
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class Room:
 
 def rooms(job: "Job", plan: "Plan") -> list[Room]:
     """What a conversion takes on every disk: the download, what is kept to be tuned, and the output."""
-    taken = {(job.output, "the output takes"): plan.output_bytes}
+    written = plan.output_bytes + sum(other.output_bytes for other in plan.also)
+    taken = {(job.output, "the output takes"): written}
     if plan.tunes:
         taken[job.output, "what is solved to be tuned"] = kept_bytes(plan)
     if job.source.remote is not None and job.source.remote.missing:

@@ -15,8 +15,8 @@ from fake_hub import Fault, Hub, fake_hub
 from runs import Start, blocks_done, contents, starter
 from safetensors.torch import load_file, save_file
 
-from marlin_convert import quantize as story
 from marlin_convert import recipe, room
+from marlin_convert.commands import quantize as story
 from marlin_convert.errors import ConvertError
 from marlin_convert.hub import Source
 from marlin_convert.remote import BEGINNING, Remote, RemoteFile

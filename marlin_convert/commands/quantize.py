@@ -7,7 +7,7 @@ import errno
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,9 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from marlin_convert import recipe as recipes
 from marlin_convert.assemble import assemble, settings_of
 from marlin_convert.calibration import Calibration, calibrate, load_tokenizer, tuning_text
+from marlin_convert.checkpoint import manifest as manifests
 from marlin_convert.checkpoint.linears import Weights
+from marlin_convert.checkpoint.manifest import MANIFEST
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.checkpoint.unfinished import UnfinishedRun
 from marlin_convert.checkpoint.writer import (
@@ -46,13 +49,17 @@ from marlin_convert.tune import HELD_OUT, TOKENS, Tune
 
 log = logging.getLogger("marlin_convert")
 
+# The groups that each of these takes the ones behind it take too, and 2:4 is no more than zeros to them.
+PICKIEST = ("marlin-24", "gptq", "compressed-tensors", "marlin")
+
 
 @dataclass(frozen=True)
 class Job:
     """What is asked of one conversion.
 
     `group_size` is set when one was asked for by name: a quantized source keeps its own, and one that differs
-    from it is refused; the recipe's may be a mere default.
+    from it is refused; the recipe's may be a mere default. `also` are formats that the output is repacked to,
+    each in a directory beside it that is called as the format.
     """
 
     source: Source
@@ -66,6 +73,7 @@ class Job:
     overwrite: bool = False
     trust_remote_code: bool = False
     report: Path | None = None
+    also: tuple[str, ...] = ()
 
     @property
     def run(self) -> UnfinishedRun:
@@ -96,10 +104,17 @@ def _opened(job: Job) -> Checkpoint:
 
 def _planned(job: Job, checkpoint: Checkpoint) -> tuple[Weights, Plan]:
     weights = Weights(checkpoint)
-    plan = make_plan(
-        weights, job.recipe, group_size=job.group_size, requantize=job.requantize,
-        trust_remote_code=job.trust_remote_code,
-    )  # fmt: skip
+    plan, *also = (
+        make_plan(
+            Weights(checkpoint) if format in job.also else weights,
+            job.recipe.changed({"format": format}),
+            group_size=job.group_size,
+            requantize=job.requantize,
+            trust_remote_code=job.trust_remote_code,
+        )
+        for format in (job.recipe.format, *job.also)
+    )
+    plan = replace(plan, also=tuple(also))
     if not plan.worked_on:
         raise ConvertError("nothing is left to do: every linear stays as it is.", "skip fewer of them.")
     _check_output(job)
@@ -176,6 +191,11 @@ def _quantize(
             run.complete({"blocks": plan.blocks, "solved": 0, "tensors": len(plan.specs), **found})
             check_replaceable(job.output, job.overwrite)  # again: somebody may have put something there
             publish(run.staging, job.output, job.overwrite)
+        # until they are there too, what says that the output is complete stays for --resume
+        for beside in _repacks(job):
+            if not _is_made(beside):
+                quantize(beside)
+            beside.run.tidy()
         if job.report is not None:
             hint = "choose another file, or make room; then --resume writes it: the output is complete."
             write_report(job.report, html(manifest), hint)
@@ -185,6 +205,45 @@ def _quantize(
     finally:
         run.release()
     return Report(manifest, plan, time.monotonic() - started, replayed, tuned)
+
+
+def in_formats(job: Job, formats: Sequence[str]) -> Job:
+    """The job for several formats, each in a directory of its name in the output: one solve, and repacks.
+
+    It solves for the one whose groups all others take. ConvertError for an output that is a checkpoint.
+    """
+    if (job.output / "config.json").exists():
+        raise ConvertError(
+            f"'{job.output}' is a model itself; with several formats it gets a directory for each.",
+            "choose another directory.",
+        )
+    first, *also = sorted(formats, key=PICKIEST.index)
+    recipe = job.recipe.changed({"format": first})
+    return replace(job, output=job.output / first, recipe=recipe, also=tuple(also))
+
+
+def _repacks(job: Job) -> Iterator[Job]:
+    """What repacks the finished output to the other formats."""
+    for format in job.also:
+        yield Job(
+            source=Source(job.output, job.output.name, None),
+            output=job.output.with_name(format),
+            recipe=recipes.load(recipes.DEFAULT).changed({"format": format}),
+            device=torch.device("cpu"),
+            max_shard_size=job.max_shard_size,
+            resume=job.resume,
+            overwrite=job.overwrite,
+            trust_remote_code=job.trust_remote_code,
+        )
+
+
+def _is_made(repack: Job) -> bool:
+    """Whether the output of a repack is there already, from the very checkpoint that is there now."""
+    if not (repack.output / MANIFEST).is_file():
+        return False
+    source = (manifests.load(repack.output) or {}).get("source")
+    made_from = source.get("manifest") if isinstance(source, dict) else None
+    return made_from == manifests.sha256_file(repack.source.directory / MANIFEST)
 
 
 def _disk_error(job: Job, error: OSError) -> ConvertError:
@@ -350,9 +409,15 @@ def _check_names(job: Job) -> None:
 def _check_output(job: Job) -> None:
     _check_names(job)
     job.run.check_ours()
-    if job.resume and job.run.published():
-        return
-    check_replaceable(job.output, job.overwrite)
+    complete = job.resume and job.run.published()
+    for beside in _repacks(job):
+        beside.run.check_ours()
+        if not (complete and _is_made(beside)):
+            check_replaceable(beside.output, job.overwrite)
+        if not job.resume:
+            beside.run.earlier({}, resume=False, discard=job.overwrite)
+    if not complete:
+        check_replaceable(job.output, job.overwrite)
 
 
 def _check_memory(job: Job, plan: Plan) -> None:
