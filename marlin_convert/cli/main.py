@@ -11,9 +11,11 @@ import click
 from marlin_convert import __version__
 from marlin_convert.cli import terminal
 from marlin_convert.cli.bench import bench
+from marlin_convert.cli.env import env
 from marlin_convert.cli.inspect import inspect
 from marlin_convert.cli.push import push
 from marlin_convert.cli.quantize import quantize
+from marlin_convert.cli.recipes import recipes
 from marlin_convert.cli.sparsify import sparsify
 from marlin_convert.cli.verify import verify
 from marlin_convert.errors import ConvertError
@@ -110,5 +112,5 @@ def main() -> None:
     """
 
 
-for command in (quantize, sparsify, verify, push, inspect, bench):
+for command in (quantize, sparsify, verify, push, inspect, recipes, bench, env):
     main.add_command(command)

@@ -19,7 +19,7 @@ def parse_formats(context: click.Context, parameter: click.Parameter, value: str
     return names
 
 
-@click.command()
+@click.command(short_help="Publish a checkpoint on the Hugging Face Hub, with its card.")
 @click.argument("checkpoint", type=Place(path_type=Path))
 @click.argument("repo_id")
 @click.option("--private/--public", default=None, help="For a new repository.  [default: private]")

@@ -24,7 +24,7 @@ def parse_formats(context: click.Context, parameter: click.Parameter, value: str
     return names
 
 
-@click.command()
+@click.command(short_help="Write a 4-bit checkpoint of a model, or repack one in another layout.")
 @click.argument("model", type=NameOrPlace())
 @click.option(
     "--format",

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from marlin_convert.checks import CHECKS
-from marlin_convert.cli.arguments import NameOrPlace, Place, check_report
+from marlin_convert.cli.arguments import NameOrPlace, Names, Place, check_report
 from marlin_convert.cli.devices import pick_device
 from marlin_convert.cli.output import block_progress, output_options, set_up_logging
 from marlin_convert.errors import ConvertError
@@ -23,13 +23,14 @@ def parse_checks(context: click.Context, parameter: click.Parameter, value: str)
     return names
 
 
-@click.command()
+@click.command(short_help="Check a checkpoint: files, layout, numbers, and the kernel's output.")
 @click.argument("checkpoint", type=NameOrPlace())
 @click.option(
     "--source", type=NameOrPlace(), metavar="MODEL", help="Also compare with the model it was made from."
 )
 @click.option(
     "--checks",
+    type=Names(CHECKS),
     default=",".join(name for name in CHECKS if name != "generate"),
     show_default=True,
     callback=parse_checks,

@@ -131,6 +131,7 @@ def quantize(
     Whatever stops it, the source and an earlier output stay as they are, and what is finished can be resumed.
     """
     started = time.monotonic()
+    log.info("planning %s", job.source.name)
     _check_names(job)
     run = job.run
     if not job.resume:
@@ -179,6 +180,10 @@ def _quantize(
     run = job.run
     calibration = None if plan.repack else _calibration(job, plan)
     settings = settings_of(job, plan, weights, calibration)
+    log.info(
+        "%s: %d linears in %d blocks to %s", "repacking" if plan.repack else "solving",
+        len(plan.worked_on), plan.blocks, plan.recipe.format,
+    )  # fmt: skip
     done = run.earlier(settings, resume=job.resume, discard=job.overwrite)
     replayed, tuned = 0, 0.0
     manifest = run.published() if job.resume else None
@@ -304,6 +309,7 @@ def _convert(
                 # is tuned is kept elsewhere
                 continue
             writer.checkpoint(partial(job.run.save, settings, finished))
+        log.info("writing the rest")
         while name is not None:
             writer.write(name, _dense(weights, plan, codes, name))
             name = next(names, None)
@@ -377,6 +383,7 @@ def _finite(tensor: Tensor) -> bool:
 def _calibration(job: Job, plan: Plan) -> Calibration:
     tokenizer = load_tokenizer(job.source, trust_remote_code=job.trust_remote_code)
     recipe = plan.recipe
+    log.info("reading %d x %d tokens of %s", recipe.samples, recipe.sequence_length, recipe.calibration)
     calibration = calibrate(
         tokenizer, recipe.calibration, samples=recipe.samples, length=recipe.sequence_length, seed=recipe.seed
     )
