@@ -73,20 +73,20 @@ def resolve(
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    from marlin_convert.models.tree import check_type
-
     with hub_errors(model):
-        # the architecture first: a model that is refused is not worth its gigabytes
         try:
             config = Path(hf_hub_download(model, "config.json", revision=revision))
         except LocalEntryNotFoundError:
             raise
         except EntryNotFoundError as error:
             raise _no_model(model, revision) from error
-        check_type(json_file(config.parent, config.name))
         commit = config.parent.name
         if only_look and (found := _looked_at(model, commit, code=code)):
             return found
+        # the architecture first: a model that is refused is not worth its gigabytes
+        from marlin_convert.models.tree import check_type
+
+        check_type(json_file(config.parent, config.name))
         return Source(_downloaded(model, commit, _wanted(code=code)), model, commit)
 
 

@@ -85,7 +85,11 @@ def conversion_options(command: Callable) -> Callable:
             type=Place(path_type=Path, dir_okay=False),
             help="Write an HTML page with the error of every linear.",
         ),
-        click.option("--dry-run", is_flag=True, help="Print the plan and stop; of a Hub MODEL no weights are downloaded."),
+        click.option(
+            "--dry-run",
+            is_flag=True,
+            help="Print the plan and stop; of a Hub MODEL no weights are downloaded.",
+        ),
     )[::-1]:
         command = option(command)
     return command
