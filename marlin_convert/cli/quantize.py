@@ -12,13 +12,27 @@ from marlin_convert.cli.imports import imports
 from marlin_convert.cli.output import output_options, set_up_logging
 from marlin_convert.errors import ConvertError
 
+FORMATS = ("marlin", "marlin-24", "gptq", "compressed-tensors")
+
+
+def parse_formats(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
+    """The formats in a list like marlin,gptq, each once."""
+    names = tuple(dict.fromkeys(name.strip() for name in value.split(","))) if value else ()
+    for name in names:
+        if name not in FORMATS:
+            raise click.BadParameter(f"{name!r} is not one of {', '.join(FORMATS)}.")
+    return names
+
 
 @click.command(short_help="Write a 4-bit checkpoint of a model, or repack one in another layout.")
 @click.argument("model", type=NameOrPlace())
 @click.option(
     "--format",
-    type=click.Choice(["marlin", "marlin-24", "gptq", "compressed-tensors"]),
-    help="On-disk layout.  [default: marlin, or marlin-24 with --sparsity 2:4]",
+    "formats",
+    callback=parse_formats,
+    metavar="FORMAT[,FORMAT]",
+    help=f"On-disk layout: {', '.join(FORMATS)}. Of several each gets a directory of its name in that of -o: "
+    "solved once, the same codes.  [default: marlin, or marlin-24 with --sparsity 2:4]",
 )
 @click.option(
     "--group-size",
@@ -52,6 +66,7 @@ from marlin_convert.errors import ConvertError
 def quantize(
     model: str,
     output: Path,
+    formats: tuple[str, ...],
     recipe: str,
     device: str,
     revision: str | None,
@@ -83,6 +98,7 @@ def quantize(
     size, bits = settings["group_size"], settings["bits"]
     asked = int(size) if size not in (None, "auto") else None
     settings |= {"group_size": asked or size, "bits": int(bits) if bits else None}
+    settings["format"] = formats[0] if formats else None
     settings |= {name: settings[name] or None for name in ("only", "skip", "unpruned")}
     start = recipes.load(recipe)
     if settings["sparsity"] and not settings["format"] and start.format == "marlin":
@@ -93,7 +109,7 @@ def quantize(
             f"{recipe!r} is a recipe of sparsify.", "name a layout with --format, or sparsify."
         )
     job = story.Job(
-        source=resolve(model, revision, code=trust_remote_code),
+        source=resolve(model, revision, code=trust_remote_code, only_look=True),
         output=output,
         recipe=chosen,
         group_size=asked,
@@ -105,4 +121,6 @@ def quantize(
         trust_remote_code=trust_remote_code,
         report=report,
     )
+    if len(formats) > 1:
+        job = story.in_formats(job, formats)
     convert(job, story.plan_job, story.quantize, dry_run, as_json, quiet)

@@ -52,7 +52,7 @@ def sparsify(
     settings |= {name: settings[name] or None for name in ("only", "skip")}
     chosen, where = recipes.load(recipe).changed(settings), pick_device(device)
     job = story.Job(
-        source=resolve(model, revision, code=trust_remote_code),
+        source=resolve(model, revision, code=trust_remote_code, only_look=True),
         output=output,
         recipe=chosen,
         device=where,
