@@ -20,11 +20,10 @@ import click
 import pytest
 
 from marlin_convert import recipe
-from marlin_convert.cli.arguments import parse_size
-from marlin_convert.cli.devices import pick_device
 from marlin_convert.cli.main import going_on, main
 from marlin_convert.commands import quantize
-from marlin_convert.errors import ConvertError
+from marlin_convert.errors import ConvertError, OptionError
+from marlin_convert.options import pick_device, shard_size
 
 COMMANDS = sorted(main.commands)
 # every command that does something, by its words: those of a group have two
@@ -429,16 +428,17 @@ def test_an_unknown_recipe_is_1_and_names_those_there_are(cli, tinypy, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("5GB", 5 * 10**9), ("200mb", 2 * 10**8), ("64KB", 64_000), ("4096", 4096)]
+    ("text", "size"),
+    [("5GB", 5 * 10**9), ("200mb", 2 * 10**8), ("64KB", 64_000), ("4096", 4096), (4096, 4096)],
 )
 def test_sizes(text, size):
-    assert parse_size(None, None, text) == size  # type: ignore[arg-type]
+    assert shard_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "GB", "0", "-1GB", "5TB", "1.5GB", "5 GB", "5GBK"])
 def test_what_is_not_a_size(text):
-    with pytest.raises(click.BadParameter):
-        parse_size(None, None, text)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="--max-shard-size"):
+        shard_size(text)
 
 
 def test_results_on_stdout_the_rest_on_stderr(cli, tinypy, tmp_path):

@@ -16,7 +16,7 @@ from marlin_convert.cli.push import push
 from marlin_convert.cli.quantize import quantize
 from marlin_convert.cli.sparsify import sparsify
 from marlin_convert.cli.verify import verify
-from marlin_convert.errors import ConvertError
+from marlin_convert.errors import ConvertError, OptionError
 
 
 class Commands(click.Group):
@@ -41,7 +41,7 @@ class Commands(click.Group):
             click.echo(f"Error: {error}", err=True)
             if error.hint:
                 click.echo(f"Hint: {error.hint}", err=True)
-            sys.exit(1)
+            sys.exit(2 if isinstance(error, OptionError) else 1)
         except click.NoSuchOption as error:
             resembling(error).show()
             sys.exit(error.exit_code)

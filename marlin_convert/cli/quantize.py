@@ -5,12 +5,10 @@ from typing import Any
 
 import click
 
-from marlin_convert.cli.arguments import NameOrPlace, check_report
+from marlin_convert.cli.arguments import NameOrPlace
 from marlin_convert.cli.conversion import conversion_options, convert
-from marlin_convert.cli.devices import pick_device
 from marlin_convert.cli.imports import imports
 from marlin_convert.cli.output import output_options, set_up_logging
-from marlin_convert.errors import ConvertError
 
 
 @click.command()
@@ -55,7 +53,7 @@ def quantize(
     recipe: str,
     device: str,
     revision: str | None,
-    max_shard_size: int,
+    max_shard_size: str,
     requantize: bool,
     resume: bool,
     overwrite: bool,
@@ -75,34 +73,14 @@ def quantize(
     """
     set_up_logging(quiet, verbose)
     with imports():
-        from marlin_convert import recipe as recipes
         from marlin_convert.commands import quantize as story
-        from marlin_convert.hub import resolve
 
-    check_report(report)
     size, bits = settings["group_size"], settings["bits"]
-    asked = int(size) if size not in (None, "auto") else None
-    settings |= {"group_size": asked or size, "bits": int(bits) if bits else None}
-    settings |= {name: settings[name] or None for name in ("only", "skip", "unpruned")}
-    start = recipes.load(recipe)
-    if settings["sparsity"] and not settings["format"] and start.format == "marlin":
-        settings["format"] = "marlin-24"
-    chosen, where = start.changed(settings), pick_device(device)
-    if chosen.format == "dense":
-        raise ConvertError(
-            f"{recipe!r} is a recipe of sparsify.", "name a layout with --format, or sparsify."
-        )
-    job = story.Job(
-        source=resolve(model, revision, code=trust_remote_code),
-        output=output,
-        recipe=chosen,
-        group_size=asked,
-        device=where,
-        max_shard_size=max_shard_size,
-        requantize=requantize,
-        resume=resume,
-        overwrite=overwrite,
-        trust_remote_code=trust_remote_code,
-        report=report,
-    )
+    settings |= {"group_size": int(size) if size not in (None, "auto") else size}
+    settings |= {"bits": int(bits) if bits else None}
+    job = story.make_job(
+        model, output, recipe, settings,
+        device=device, revision=revision, max_shard_size=max_shard_size, requantize=requantize,
+        resume=resume, overwrite=overwrite, trust_remote_code=trust_remote_code, report=report,
+    )  # fmt: skip
     convert(job, story.plan_job, story.quantize, dry_run, as_json, quiet)

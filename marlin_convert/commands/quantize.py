@@ -7,7 +7,7 @@ import errno
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from marlin_convert import recipe as recipes
 from marlin_convert.assemble import assemble, settings_of
 from marlin_convert.calibration import Calibration, calibrate, load_tokenizer, tuning_text
 from marlin_convert.checkpoint.linears import Weights
@@ -32,9 +33,10 @@ from marlin_convert.checkpoint.writer import (
 from marlin_convert.codes import Codes
 from marlin_convert.errors import ConvertError, FormatError, SourceError
 from marlin_convert.estimate import tuning_memory
-from marlin_convert.hub import Source
+from marlin_convert.hub import Source, resolve
 from marlin_convert.matrix import Fate
 from marlin_convert.models.memory import free_memory
+from marlin_convert.options import check_place, pick_device, shard_size
 from marlin_convert.page import html
 from marlin_convert.plan import Plan, make_plan
 from marlin_convert.recipe import Recipe
@@ -80,6 +82,52 @@ class Report:
     seconds: float
     replayed: int  # times a part of a block was computed again for want of memory, over all micro-batches
     tuned: float = 0.0  # seconds of them that were spent on tuning
+
+
+def make_job(
+    model: str | Path, output: str | Path, recipe: str | Path, settings: Mapping[str, Any], **options: Any
+) -> Job:
+    """What is asked of `quantize` by its options; ConvertError for what they do not take.
+
+    `settings` go over those of the recipe, but for what is None or empty; `options` are `resolve_job`'s.
+    """
+    start = recipes.load(str(recipe))
+    if settings["sparsity"] == "2:4" and not settings["format"] and start.format == "marlin":
+        settings = {**settings, "format": "marlin-24"}
+    chosen = start.changed(recipes.given(settings))
+    if chosen.format == "dense":
+        raise ConvertError(
+            f"{str(recipe)!r} is a recipe of sparsify.", "name a layout with --format, or sparsify."
+        )
+    size = settings["group_size"]
+    return resolve_job(model, output, chosen, group_size=size if isinstance(size, int) else None, **options)
+
+
+def resolve_job(
+    model: str | Path,
+    output: str | Path,
+    recipe: Recipe,
+    *,
+    device: str,
+    revision: str | None,
+    max_shard_size: int | str,
+    trust_remote_code: bool,
+    report: str | Path | None,
+    **more: Any,
+) -> Job:
+    """The job of options as they are said, with the model at hand: last of all it is downloaded."""
+    if report is not None:
+        check_place(Path(report))
+    return Job(
+        output=Path(output),
+        recipe=recipe,
+        device=pick_device(device),
+        max_shard_size=shard_size(max_shard_size),
+        trust_remote_code=trust_remote_code,
+        report=None if report is None else Path(report),
+        source=resolve(str(model), revision, code=trust_remote_code),
+        **more,
+    )
 
 
 def plan_job(job: Job) -> tuple[Weights, Plan]:
