@@ -11,6 +11,7 @@ import click
 from marlin_convert import __version__
 from marlin_convert.cli import terminal
 from marlin_convert.cli.bench import bench
+from marlin_convert.cli.generate import generate
 from marlin_convert.cli.inspect import inspect
 from marlin_convert.cli.push import push
 from marlin_convert.cli.quantize import quantize
@@ -102,6 +103,7 @@ def main() -> None:
     \b
     Example:
       marlin-convert quantize Qwen/Qwen3-0.6B -o qwen3-marlin
+      marlin-convert generate qwen3-marlin --compare Qwen/Qwen3-0.6B
       marlin-convert verify qwen3-marlin --source Qwen/Qwen3-0.6B
       marlin-convert push qwen3-marlin me/Qwen3-0.6B-MARLIN --also gptq
 
@@ -110,5 +112,5 @@ def main() -> None:
     """
 
 
-for command in (quantize, sparsify, verify, push, inspect, bench):
+for command in (quantize, sparsify, verify, generate, push, inspect, bench):
     main.add_command(command)
