@@ -121,8 +121,12 @@ class Recipe:
 
 
 def given(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that options gave: those that are None or empty were not."""
-    return {name: value for name, value in settings.items() if value is not None and value != ()}
+    """The settings that options gave: those that are None or empty were not. A path is text in a recipe."""
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in settings.items()
+        if value is not None and value not in ((), [])
+    }
 
 
 def first_match(name: str, patterns: Iterable[str]) -> str | None:

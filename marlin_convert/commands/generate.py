@@ -30,6 +30,7 @@ PROMPT = "The three most important things about programming are"
 
 # A conversation, as chat templates take it: {"role": "user" or "assistant", "content": text} each.
 Messages = Sequence[dict[str, str]]
+START: Messages = [{"role": "user", "content": "Hello"}]
 
 
 @dataclass(frozen=True)
@@ -125,18 +126,13 @@ def generate(job: Job, prompt: str | Messages) -> Generated:
 def speakers(job: Job, prompt: str | Messages | None) -> list["Speaker"]:
     """The checkpoint, and the model it is compared with, loaded: both are in memory at once.
 
-    ConvertError if one of them cannot be loaded or, before that, for what is no model, has no tokenizer, or does
-    not take the prompt; without one a conversation is to come, which takes a chat template.
+    ConvertError if one of them cannot be loaded or, before that, for what is no model, has no tokenizer, or
+    does not take the prompt; without one a conversation is to come, which takes a chat template.
     """
     sources = [job.checkpoint] if job.compare is None else [job.checkpoint, job.compare]
     found = [Speaker(source, job) for source in sources]
     for speaker in found:
-        if prompt is not None:
-            speaker.ids(prompt)
-        elif not speaker.chats:
-            raise ConvertError(
-                f"{speaker.name} has no chat template.", "give text to go on with: --prompt TEXT."
-            )
+        speaker.ids(START if prompt is None else prompt)
     for speaker in found:
         speaker.load()
     return found
@@ -188,6 +184,10 @@ class Speaker:
 
     def ids(self, prompt: str | Messages) -> torch.Tensor:
         """The prompt as token ids (1, length) int64, in the chat template where there is one."""
+        if not self.chats and not isinstance(prompt, str):
+            raise ConvertError(
+                f"{self.name} has no chat template.", "give text to go on with: --prompt TEXT."
+            )
         found = self._in_template(prompt) if self.chats else self._tokenizer(prompt)["input_ids"]
         if not found:
             raise OptionError("--prompt is empty.")
