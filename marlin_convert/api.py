@@ -250,7 +250,7 @@ def _result(job: "Job", done: "Report") -> Result:
     manifest, plan = done.manifest, done.plan
     return Result(
         output=job.output,
-        seconds=done.seconds,
+        seconds=round(done.seconds, 2),
         source_bytes=plan.source_bytes,
         output_bytes=plan.output_bytes,
         bits_per_weight=plan.bits_per_weight,
