@@ -147,10 +147,24 @@ def named_recipes() -> list[str]:
     )
 
 
+def about(name: str) -> str:
+    """What the first comment of a recipe that comes with the package says of it, its first sentence."""
+    comment = []
+    for line in _text(name).splitlines():
+        if not line.startswith("#"):
+            break
+        comment.append(line.removeprefix("#").strip())
+    return " ".join(comment).partition(". ")[0].rstrip(".") + "."
+
+
+def _text(name: str) -> str:
+    return files("marlin_convert").joinpath("recipes", f"{name}.yaml").read_text("utf-8")
+
+
 def load(name_or_file: str) -> Recipe:
     """A recipe by name, or from a YAML file; ConvertError says which key or value is wrong."""
     if name_or_file in named_recipes():
-        text = files("marlin_convert").joinpath("recipes", f"{name_or_file}.yaml").read_text("utf-8")
+        text = _text(name_or_file)
     elif _is_file(name_or_file):
         text = plain_text.read(Path(name_or_file))
     else:

@@ -52,7 +52,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 def refused(cli: Cli, model: object, output: Path, *words: object, code: int = 1) -> str:
     """The Error and Hint of a command that must fail without a trace; one line."""
-    source = contents(Path(str(model))) if Path(str(model)).is_dir() else None
+    source = contents(Path(str(model))) if str(model) and Path(str(model)).is_dir() else None
     around = set(output.parent.iterdir()) if output.parent.is_dir() else None
     sized = [] if "--samples" in words else ["--samples", 4, "--sequence-length", 64]
     result = cli("quantize", model, "-o", output, "--device", "cpu", *sized, *words)

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import platform
 import pty
 import re
 import shlex
@@ -18,8 +19,9 @@ from pathlib import Path
 
 import click
 import pytest
+import torch
 
-from marlin_convert import recipe
+from marlin_convert import __version__, recipe
 from marlin_convert.cli.main import going_on, main
 from marlin_convert.commands import quantize
 from marlin_convert.errors import ConvertError, OptionError
@@ -163,7 +165,7 @@ def test_a_disk_that_fails_is_1_with_a_sentence_and_a_hint(cli, tinypy, tmp_path
     monkeypatch.setattr(recipe, "load", fail)
     result = cli("quantize", tinypy, "-o", tmp_path / "out")
     assert result.exit_code == 1
-    assert result.stderr.startswith("Error: Input/output error ('/somewhere').\nHint: check the disk")
+    assert "\nError: Input/output error ('/somewhere').\nHint: check the disk" in result.stderr
 
 
 def test_a_bug_is_not_dressed_up_as_an_error(cli, tinypy, tmp_path, monkeypatch):
@@ -507,3 +509,43 @@ def test_no_library_moves_the_cursor_with_what_a_file_says(ci, quantized):
     done = python("-c", program, str(quantized("marlin")), CI=ci)
     assert (done.returncode, done.stdout) == (0, "three\n")
     assert "one\\x1b[2J" in done.stderr and "two \\x1b[2J" in done.stderr and "\x1b" not in done.stderr
+
+
+def test_the_recipes_there_are(cli):
+    named = json.loads(cli("recipes", "--json").stdout)
+    assert named.keys() == {path.stem for path in (Path(__file__).parents[1] / "recipes").glob("*.yaml")}
+    assert all(20 < len(said) < 110 and said.endswith(".") for said in named.values())
+    assert all(f"{name} " in cli("recipes").stdout for name in named)
+
+
+def test_env_says_what_a_report_of_a_fault_needs(cli, monkeypatch, tmp_path):
+    (tmp_path / "a-cache").mkdir()
+    (tmp_path / "a-cache" / "one.cubin").touch()
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("MARLIN_CONVERT_CACHE", str(tmp_path / "a-cache"))
+    found = json.loads(cli("env", "--json").stdout)
+    assert found["packages"]["torch"] == torch.__version__ and found["marlin-convert"] == __version__
+    assert found["processor"]["cores"] >= 1 and found["memory_bytes"] > 1e9 and found["compiled_kernels"] == 1
+    assert len(found["gpus"]) == torch.cuda.device_count()
+    said = cli("env").stdout
+    assert torch.__version__ in said and f"{platform.machine()}" in said
+    for private in ("hf_secret", str(Path.home()), "a-cache", platform.node()):
+        assert private not in said + json.dumps(found)
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        (("quantize", "--recipe", "w4a16-h"), ["plain,w4a16-high"]),
+        (("quantize", "--recipe", "./own"), ["file,./own"]),
+        (("quantize", "./mo"), ["dir,./mo"]),
+        (("verify", "--checks", "files,l"), ["plain,files,layout"]),
+        (("rec",), ["plain,recipes"]),
+    ],
+    ids=" ".join,
+)
+def test_the_shell_completes(words, offered):
+    asked = {"COMP_WORDS": shlex.join(("marlin-convert", *words)), "COMP_CWORD": str(len(words))}
+    program = "from marlin_convert.cli.main import main; main(prog_name='marlin-convert')"
+    done = python("-c", program, _MARLIN_CONVERT_COMPLETE="bash_complete", **asked)
+    assert done.stdout.splitlines()[: len(offered)] == offered, done.stderr

@@ -149,7 +149,7 @@ def test_bad_input_is_refused_before_anything_is_loaded(
     monkeypatch.chdir(tmp_path)
     result = cli("generate", *(word.format(marlin=quantized("marlin")) for word in words))
     assert result.exit_code == status
-    assert said in result.stderr and "loading" not in result.stderr
+    assert said in result.stderr and "loading marlin" not in result.stderr
     assert result.stdout == ""
 
 
@@ -180,7 +180,7 @@ def test_what_transformers_does_not_load_is_an_error_that_says_so(quantized, tmp
     (directory / "config.json").write_text(json.dumps(config | {"intermediate_size": 1024}))
     result = cli("generate", directory)
     assert result.exit_code == 1
-    assert re.search(r"^Error: .*\b(768|1024)\b", result.stderr, re.MULTILINE), result.stderr
+    assert re.search(r"^Error: .*\(48, 512\).*\(64, 512\)", result.stderr, re.MULTILINE), result.stderr
 
 
 def test_what_moves_the_cursor_is_escaped(capsys):

@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.metadata import Metadata
 
 from marlin_convert import __version__, recipe
 
@@ -66,6 +67,15 @@ def bin_directory(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def files_below(directory: Path) -> set[str]:
     return {path.name for path in directory.iterdir() if path.is_file()}
+
+
+def test_the_metadata_is_what_an_index_takes(wheel):
+    """PyPI reads it with the same library."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        found = Metadata.from_email(archive.read(name), validate=True)
+        assert "marlin_convert/py.typed" in archive.namelist()
+    assert found.description_content_type == "text/markdown" and found.keywords and found.classifiers
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):

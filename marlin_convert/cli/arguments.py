@@ -1,9 +1,11 @@
 """What the words of a command line mean: paths, lists of numbers."""
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 
 def at_home(name: str) -> str:
@@ -27,6 +29,41 @@ class NameOrPlace(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The name or the path as text."""
         return at_home(value)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """The directories of this machine; names on the Hub are not asked for."""
+        return [CompletionItem(incomplete, type="dir")]
+
+
+class RecipeName(NameOrPlace):
+    """The name of a recipe, or its file."""
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Those that come with the package, and files."""
+        from marlin_convert.recipe import named_recipes
+
+        names = [CompletionItem(name) for name in named_recipes() if name.startswith(incomplete)]
+        return names or [CompletionItem(incomplete, type="file")]
+
+
+class Names(click.ParamType):
+    """Names with commas between them, each one of `known`."""
+
+    name = "text"
+
+    def __init__(self, known: Sequence[str]):
+        self.known = known
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """What the last name may become."""
+        before, comma, last = incomplete.rpartition(",")
+        return [CompletionItem(f"{before}{comma}{name}") for name in self.known if name.startswith(last)]
 
 
 def parse_counts(

@@ -7,7 +7,7 @@ from marlin_convert.cli.bench_latency import bench_latency
 from marlin_convert.cli.bench_serve import bench_serve
 
 
-@click.group()
+@click.group(short_help="Time the kernel, a checkpoint or a server on this machine.")
 def bench() -> None:
     """Measure on this machine what the package is for."""
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from marlin_convert.cli.arguments import NameOrPlace, Place
+from marlin_convert.cli.arguments import NameOrPlace, Place, RecipeName
 from marlin_convert.cli.output import block_progress
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def conversion_options(command: Callable) -> Callable:
         ),
         click.option(
             "--recipe",
-            type=NameOrPlace(),
+            type=RecipeName(),
             default="w4a16",
             show_default=True,
             metavar="NAME|FILE",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from marlin_convert.commands.generate import Answer, Messages, Speaker
 
 
-@click.command()
+@click.command(short_help="Let a checkpoint write text, the original beside it.")
 @click.argument("checkpoint", type=NameOrPlace())
 @click.option(
     "--prompt", metavar="TEXT", help="What the model goes on with, or answers if it has a chat template."

@@ -1,9 +1,12 @@
 """Heavy packages, imported in less time."""
 
 import gc
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+log = logging.getLogger("marlin_convert")
 
 
 @contextmanager
@@ -13,6 +16,7 @@ def imports() -> Iterator[None]:
     OpenMP reads its settings then: its threads shall sleep and not spin while there is nothing for them.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    log.info("loading torch and transformers")
     gc.disable()
     yield
     gc.freeze()

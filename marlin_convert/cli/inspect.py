@@ -8,7 +8,7 @@ from marlin_convert.cli.arguments import NameOrPlace
 from marlin_convert.cli.output import output_options, set_up_logging
 
 
-@click.command()
+@click.command(short_help="Say what a checkpoint contains, from its headers alone.")
 @click.argument("checkpoint", type=NameOrPlace())
 @click.option("--revision", help="Branch, tag or commit of a Hub CHECKPOINT.")
 @output_options

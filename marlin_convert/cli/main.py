@@ -11,10 +11,12 @@ import click
 from marlin_convert import __version__
 from marlin_convert.cli import terminal
 from marlin_convert.cli.bench import bench
+from marlin_convert.cli.env import env
 from marlin_convert.cli.generate import generate
 from marlin_convert.cli.inspect import inspect
 from marlin_convert.cli.push import push
 from marlin_convert.cli.quantize import quantize
+from marlin_convert.cli.recipes import recipes
 from marlin_convert.cli.sparsify import sparsify
 from marlin_convert.cli.verify import verify
 from marlin_convert.errors import ConvertError, OptionError
@@ -112,5 +114,5 @@ def main() -> None:
     """
 
 
-for command in (quantize, sparsify, verify, generate, push, inspect, bench):
+for command in (quantize, sparsify, verify, generate, push, inspect, recipes, bench, env):
     main.add_command(command)

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import click
@@ -36,16 +37,20 @@ def set_up_logging(quiet: bool, verbose: int) -> None:
 
 
 def block_progress(quiet: bool) -> Callable[[range, int], Iterable[int]]:
-    """A bar over the blocks on a terminal, else one plain line per block."""
+    """A bar over the blocks on a terminal, else a line per block with what it took and what is left."""
 
     def progress(blocks: range, total: int) -> Iterable[int]:
         from tqdm import tqdm
 
+        started = time.monotonic()
         bar = tqdm(blocks, initial=blocks.start, total=total, unit="block", disable=True if quiet else None)
         for number in bar:
             yield number
             if bar.disable:
-                log.info("block %d of %d done", number + 1, total)
+                taken = time.monotonic() - started
+                left = taken / (number + 1 - blocks.start) * (blocks.stop - number - 1)
+                times = (tqdm.format_interval(seconds) for seconds in (taken, left))
+                log.info("block %d of %d done after %s, %s left", number + 1, total, *times)
 
     return progress
 

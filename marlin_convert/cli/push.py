@@ -11,7 +11,7 @@ from marlin_convert.cli.output import file_progress, output_options, set_up_logg
 from marlin_convert.options import names
 
 
-@click.command()
+@click.command(short_help="Publish a checkpoint on the Hugging Face Hub, with its card.")
 @click.argument("checkpoint", type=Place(path_type=Path))
 @click.argument("repo_id")
 @click.option("--private/--public", default=None, help="For a new repository.  [default: private]")

@@ -11,7 +11,7 @@ from marlin_convert.cli.imports import imports
 from marlin_convert.cli.output import output_options, set_up_logging
 
 
-@click.command()
+@click.command(short_help="Write a 4-bit checkpoint of a model, or repack one in another layout.")
 @click.argument("model", type=NameOrPlace())
 @click.option(
     "--format",

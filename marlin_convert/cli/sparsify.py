@@ -11,7 +11,7 @@ from marlin_convert.cli.imports import imports
 from marlin_convert.cli.output import output_options, set_up_logging
 
 
-@click.command()
+@click.command(short_help="Prune two weights of every four of a model, and write it dense.")
 @click.argument("model", type=NameOrPlace())
 @click.option(
     "--method",

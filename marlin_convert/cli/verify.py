@@ -8,19 +8,20 @@ from typing import Any
 
 import click
 
-from marlin_convert.checks import BY_DEFAULT
-from marlin_convert.cli.arguments import NameOrPlace, Place
+from marlin_convert.checks import BY_DEFAULT, CHECKS
+from marlin_convert.cli.arguments import NameOrPlace, Names, Place
 from marlin_convert.cli.output import block_progress, output_options, set_up_logging
 from marlin_convert.errors import ConvertError
 
 
-@click.command()
+@click.command(short_help="Check a checkpoint: files, layout, numbers, and the kernel's output.")
 @click.argument("checkpoint", type=NameOrPlace())
 @click.option(
     "--source", type=NameOrPlace(), metavar="MODEL", help="Also compare with the model it was made from."
 )
 @click.option(
     "--checks",
+    type=Names(CHECKS),
     default=",".join(BY_DEFAULT),
     show_default=True,
     metavar="NAME[,NAME]",

@@ -153,6 +153,7 @@ def quantize(
     Whatever stops it, the source and an earlier output stay as they are, and what is finished can be resumed.
     """
     started = time.monotonic()
+    log.info("planning %s", job.source.name)
     _check_names(job)
     run = job.run
     if not job.resume:
@@ -163,6 +164,10 @@ def quantize(
     weights, plan = plan_job(job)
     calibration = None if plan.repack else _calibration(job, plan)
     settings = settings_of(job, plan, weights, calibration)
+    log.info(
+        "%s: %d linears in %d blocks to %s", "repacking" if plan.repack else "solving",
+        len(plan.worked_on), plan.blocks, plan.recipe.format,
+    )  # fmt: skip
     done = run.earlier(settings, resume=job.resume, discard=job.overwrite)
     replayed, tuned = 0, 0.0
     manifest = run.published() if job.resume else None
@@ -244,6 +249,7 @@ def _convert(
                 # is tuned is kept elsewhere
                 continue
             writer.checkpoint(partial(job.run.save, settings, finished))
+        log.info("writing the rest")
         while name is not None:
             writer.write(name, _dense(weights, plan, codes, name))
             name = next(names, None)
@@ -317,6 +323,7 @@ def _finite(tensor: Tensor) -> bool:
 def _calibration(job: Job, plan: Plan) -> Calibration:
     tokenizer = load_tokenizer(job.source, trust_remote_code=job.trust_remote_code)
     recipe = plan.recipe
+    log.info("reading %d x %d tokens of %s", recipe.samples, recipe.sequence_length, recipe.calibration)
     calibration = calibrate(
         tokenizer, recipe.calibration, samples=recipe.samples, length=recipe.sequence_length, seed=recipe.seed
     )

@@ -160,6 +160,7 @@ def verify(job: Job, progress: Progress = lambda blocks, total: blocks) -> Verif
         elif name not in checks:
             done[name] = Check("skipped", "the checkpoint cannot be opened")
         else:
+            log.info("checking %s", name)
             done[name] = checks[name]()
     # one that stopped half-way has not passed and found nothing: that is no success
     required = {name for name, check in done.items() if check.details.get("stopped")}
