@@ -169,7 +169,7 @@ def verify(
         trust_remote_code=trust_remote_code, report=report,
     )  # fmt: skip
     done = story.verify(job, progress or _silent)
-    story.save(done, job, report)
+    story.save(done, job, None if report is None else Path(report))
     return done
 
 
