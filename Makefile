@@ -20,11 +20,12 @@ $(READY): pyproject.toml constraints.txt
 		-c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(READY)  ## quantize examples/tinypy-4m and verify the result
+demo: $(READY)  ## quantize examples/tinypy-4m, verify the result, and let it write
 	rm -rf $(DEMO) $(DEMO).partial
 	@mkdir -p $(dir $(DEMO))
 	$(BIN)/marlin-convert quantize examples/tinypy-4m -o $(DEMO) --samples 64 --sequence-length 1024
 	$(BIN)/marlin-convert verify $(DEMO) --source examples/tinypy-4m
+	$(BIN)/marlin-convert generate $(DEMO) --compare examples/tinypy-4m --prompt 'def __init__(self, name):'
 	@echo
 	@echo "Next, with a model of yours: $(BIN)/marlin-convert quantize Qwen/Qwen3-0.6B -o qwen3-marlin"
 

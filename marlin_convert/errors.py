@@ -14,6 +14,10 @@ class ConvertError(Exception):
             self.add_note(f"Hint: {hint}")  # where an engine shows a traceback
 
 
+class OptionError(ConvertError):
+    """An option does not take this value: wrong usage, which on the command line has a status of its own."""
+
+
 class SourceError(ConvertError):
     """The model or checkpoint given cannot be read, or is not valid."""
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import yaml
 
-from marlin_convert import plain_text
+from marlin_convert import options, plain_text
 from marlin_convert.errors import ConvertError
 
 DEFAULT = "w4a16"
 # "dense" is what sparsify writes
-FORMATS = ("marlin", "marlin-24", "gptq", "compressed-tensors", "dense")
+FORMATS = (*options.FORMATS, "dense")
 SCALES = ("signed", "positive")
 EFFORTS = ("fast", "default", "high")
 METHODS = ("sparsegpt", "wanda", "magnitude")
@@ -106,8 +106,10 @@ class Recipe:
         return {self.bits, *(said.get("bits", self.bits) for said in self.overrides.values())}
 
     def changed(self, settings: Mapping[str, Any]) -> "Recipe":
-        """This recipe with some settings replaced; those that are None stay."""
-        return replace(self, **{name: value for name, value in settings.items() if value is not None})
+        """This recipe with some settings replaced; None stays. ConvertError for one that is none."""
+        return replace(
+            self, **{name: _setting(name, value) for name, value in settings.items() if value is not None}
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON and YAML can hold them."""
@@ -116,6 +118,15 @@ class Recipe:
     def dump(self) -> str:
         """The recipe as YAML that `load` reads back."""
         return to_yaml(self.to_dict())
+
+
+def given(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that options gave: those that are None or empty were not. A path is text in a recipe."""
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in settings.items()
+        if value is not None and value not in ((), [])
+    }
 
 
 def first_match(name: str, patterns: Iterable[str]) -> str | None:
@@ -200,18 +211,23 @@ def from_settings(settings: Any, source: str) -> Recipe:
         if name not in defaults:
             known = ", ".join(defaults)
             raise ConvertError(f"recipe {source!r} has an unknown setting {name!r}.", f"known are {known}.")
-        if isinstance(defaults[name], tuple):
-            if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-                raise ConvertError(
-                    f"recipe {source!r}: {name} must be a list of patterns, not {value!r}.", _HINT
-                )
-            settings[name] = tuple(value)
-        elif not _is_like(value, name, defaults[name]):
-            kind = "int" if name == "group_size" else type(defaults[name]).__name__
-            raise ConvertError(f"recipe {source!r}: {name} must be {kind}, not {value!r}.", _HINT)
+        settings[name] = _setting(name, value, f"recipe {source!r}: ")
     if "calibration" in settings:  # no shell has seen a ~ in it
         settings["calibration"] = os.path.expanduser(settings["calibration"])  # noqa: PTH111, may be no path
     return Recipe(**settings)
+
+
+def _setting(name: str, value: Any, where: str = "") -> Any:
+    """A setting as a recipe holds it; ConvertError for a value of another kind."""
+    default = asdict(Recipe())[name]
+    if isinstance(default, tuple):
+        if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+            raise ConvertError(f"{where}{name} must be a list of patterns, not {value!r}.", _HINT)
+        return tuple(value)
+    if not _is_like(value, name, default):
+        kind = "int" if name == "group_size" else type(default).__name__
+        raise ConvertError(f"{where}{name} must be {kind}, not {value!r}.", _HINT)
+    return value
 
 
 def _is_like(value: Any, name: str, default: Any) -> bool:

@@ -68,8 +68,8 @@ def quantize(words: str) -> None:
 def cli() -> Iterator[Callable[..., Result]]:
     """Runs a command line in this process; what is not a ConvertError comes out as the exception it is."""
 
-    def run(*words: object) -> Result:
-        result = CliRunner().invoke(main, [str(word) for word in words])
+    def run(*words: object, typed: str | None = None) -> Result:
+        result = CliRunner().invoke(main, [str(word) for word in words], input=typed)
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
         return result

@@ -22,11 +22,10 @@ import pytest
 import torch
 
 from marlin_convert import __version__, recipe
-from marlin_convert.cli.arguments import parse_size
-from marlin_convert.cli.devices import pick_device
 from marlin_convert.cli.main import going_on, main
 from marlin_convert.commands import quantize
-from marlin_convert.errors import ConvertError
+from marlin_convert.errors import ConvertError, OptionError
+from marlin_convert.options import pick_device, shard_size
 
 COMMANDS = sorted(main.commands)
 # every command that does something, by its words: those of a group have two
@@ -92,7 +91,8 @@ def test_python_m_is_the_same_command():
 def test_the_readme_names_no_option_that_is_not_there():
     parameters = [option for command in ALL.values() for option in command.params]
     there = {spelling for option in parameters for spelling in option.opts + option.secondary_opts}
-    there |= {"--help", "--version", "--no-deps", "--enable-expert-parallel"}  # the last two of pip and vLLM
+    # the last three of pip, vLLM and lm_eval
+    there |= {"--help", "--version", "--no-deps", "--enable-expert-parallel", "--tasks"}
     readme = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
     named = set(re.findall(r"(?<![\w-])--[a-z]+(?:-[a-z]+)*", readme))
     assert named <= there, named - there
@@ -431,16 +431,17 @@ def test_an_unknown_recipe_is_1_and_names_those_there_are(cli, tinypy, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("5GB", 5 * 10**9), ("200mb", 2 * 10**8), ("64KB", 64_000), ("4096", 4096)]
+    ("text", "size"),
+    [("5GB", 5 * 10**9), ("200mb", 2 * 10**8), ("64KB", 64_000), ("4096", 4096), (4096, 4096)],
 )
 def test_sizes(text, size):
-    assert parse_size(None, None, text) == size  # type: ignore[arg-type]
+    assert shard_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "GB", "0", "-1GB", "5TB", "1.5GB", "5 GB", "5GBK"])
 def test_what_is_not_a_size(text):
-    with pytest.raises(click.BadParameter):
-        parse_size(None, None, text)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="--max-shard-size"):
+        shard_size(text)
 
 
 def test_results_on_stdout_the_rest_on_stderr(cli, tinypy, tmp_path):

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Build the environment of one peer at DIR/NAME, or leave it alone if it is already complete.
 #
-#   environments.sh NAME DIR      NAME: llmc | gptqm | autoround | autogptq | transformers | vllm
+#   environments.sh NAME DIR      NAME: llmc | gptqm | autoround | autogptq | transformers | vllm | lmeval
 #
 # One environment each: the peers' requirements exclude one another. All use the same torch; none needs a GPU.
 # The Python is `python3.11` (AutoGPTQ's wheel is for no other); PYTHON names another one. On Linux the torch of
@@ -74,8 +74,13 @@ PYTHON
         >"${named%/*}/vllm-0.32.0+cpu.dist-info/METADATA"
 }
 
-case "${1:-}" in llmc | gptqm | autoround | autogptq | transformers | vllm) ;; *) set -- ;; esac
-[ $# = 2 ] || { echo "usage: $0 llmc|gptqm|autoround|autogptq|transformers|vllm DIR" >&2; exit 2; }
+# lm-evaluation-harness with what its model `hf` needs.
+lmeval() {
+    install 'lm-eval[hf]==0.4.13' transformers==5.23.0 accelerate==1.15.0
+}
+
+case "${1:-}" in llmc | gptqm | autoround | autogptq | transformers | vllm | lmeval) ;; *) set -- ;; esac
+[ $# = 2 ] || { echo "usage: $0 llmc|gptqm|autoround|autogptq|transformers|vllm|lmeval DIR" >&2; exit 2; }
 mkdir -p "$2"
 environment=$(cd "$2" && pwd)/$1
 if [ -e "$environment/complete" ]; then

@@ -1,8 +1,7 @@
-"""What the words of a command line mean: paths, sizes, lists of numbers."""
+"""What the words of a command line mean: paths, lists of numbers."""
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import click
@@ -65,22 +64,6 @@ class Names(click.ParamType):
         """What the last name may become."""
         before, comma, last = incomplete.rpartition(",")
         return [CompletionItem(f"{before}{comma}{name}") for name in self.known if name.startswith(last)]
-
-
-def check_report(report: Path | None) -> None:
-    """Refuse a --report that could not be written after all the work."""
-    if report and not report.absolute().parent.is_dir():
-        raise click.BadParameter(f"there is no directory '{report.parent}'.", param_hint="--report")
-
-
-def parse_size(context: click.Context, parameter: click.Parameter, value: str) -> int:
-    """Bytes of a size like 5GB or 200MB."""
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "": 1}
-    number = value.upper().rstrip("KMGB")
-    unit = value.upper()[len(number) :]
-    if unit not in units or not number.isdigit() or int(number) == 0:
-        raise click.BadParameter(f"{value!r} is not a size like 5GB or 500MB.")
-    return int(number) * units[unit]
 
 
 def parse_counts(

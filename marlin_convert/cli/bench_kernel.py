@@ -7,8 +7,8 @@ from typing import Any
 import click
 
 from marlin_convert.cli.arguments import Place, parse_counts
-from marlin_convert.cli.devices import pick_gpu
 from marlin_convert.cli.output import output_options, set_up_logging
+from marlin_convert.options import pick_gpu
 
 FIGURES = ("peak", "models", "roofline", "sustained")
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import click
 
 from marlin_convert.cli.arguments import NameOrPlace, Place, parse_counts
-from marlin_convert.cli.devices import pick_device
 from marlin_convert.cli.imports import imports
 from marlin_convert.cli.output import output_options, set_up_logging
+from marlin_convert.options import pick_device
 
 
 @click.command("latency")

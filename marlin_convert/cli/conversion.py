@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from marlin_convert.cli.arguments import NameOrPlace, Place, RecipeName, parse_size
+from marlin_convert.cli.arguments import NameOrPlace, Place, RecipeName
 from marlin_convert.cli.output import block_progress
 
 if TYPE_CHECKING:
@@ -72,9 +72,7 @@ def conversion_options(command: Callable) -> Callable:
             help="Where to compute.",
         ),
         click.option("--revision", help="Branch, tag or commit of a Hub MODEL."),
-        click.option(
-            "--max-shard-size", default="5GB", show_default=True, callback=parse_size, help="Largest file."
-        ),
+        click.option("--max-shard-size", default="5GB", show_default=True, help="Largest file."),
         click.option("--resume", is_flag=True, help="Continue an interrupted run."),
         click.option("--overwrite", is_flag=True, help="Replace an earlier output once this is complete."),
         click.option(

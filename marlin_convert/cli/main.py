@@ -12,13 +12,14 @@ from marlin_convert import __version__
 from marlin_convert.cli import terminal
 from marlin_convert.cli.bench import bench
 from marlin_convert.cli.env import env
+from marlin_convert.cli.generate import generate
 from marlin_convert.cli.inspect import inspect
 from marlin_convert.cli.push import push
 from marlin_convert.cli.quantize import quantize
 from marlin_convert.cli.recipes import recipes
 from marlin_convert.cli.sparsify import sparsify
 from marlin_convert.cli.verify import verify
-from marlin_convert.errors import ConvertError
+from marlin_convert.errors import ConvertError, OptionError
 
 
 class Commands(click.Group):
@@ -43,7 +44,7 @@ class Commands(click.Group):
             click.echo(f"Error: {error}", err=True)
             if error.hint:
                 click.echo(f"Hint: {error.hint}", err=True)
-            sys.exit(1)
+            sys.exit(2 if isinstance(error, OptionError) else 1)
         except click.NoSuchOption as error:
             resembling(error).show()
             sys.exit(error.exit_code)
@@ -104,6 +105,7 @@ def main() -> None:
     \b
     Example:
       marlin-convert quantize Qwen/Qwen3-0.6B -o qwen3-marlin
+      marlin-convert generate qwen3-marlin --compare Qwen/Qwen3-0.6B
       marlin-convert verify qwen3-marlin --source Qwen/Qwen3-0.6B
       marlin-convert push qwen3-marlin me/Qwen3-0.6B-MARLIN --also gptq
 
@@ -112,5 +114,5 @@ def main() -> None:
     """
 
 
-for command in (quantize, sparsify, verify, push, inspect, recipes, bench, env):
+for command in (quantize, sparsify, verify, generate, push, inspect, recipes, bench, env):
     main.add_command(command)

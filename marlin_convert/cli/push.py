@@ -8,15 +8,7 @@ import click
 
 from marlin_convert.cli.arguments import Place
 from marlin_convert.cli.output import file_progress, output_options, set_up_logging
-
-
-def parse_formats(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
-    """The names in a list like gptq,compressed-tensors, each once."""
-    names = tuple(dict.fromkeys(name.strip() for name in value.split(","))) if value else ()
-    for name in names:
-        if name not in ("gptq", "compressed-tensors"):
-            raise click.BadParameter(f"{name!r} is not gptq or compressed-tensors.")
-    return names
+from marlin_convert.options import names
 
 
 @click.command(short_help="Publish a checkpoint on the Hugging Face Hub, with its card.")
@@ -30,7 +22,6 @@ def parse_formats(context: click.Context, parameter: click.Parameter, value: str
 @click.option("--license", metavar="ID", help="Only if the source's card names none.")
 @click.option(
     "--also",
-    callback=parse_formats,
     metavar="FORMAT[,FORMAT]",
     help="Push the same codes as gptq, compressed-tensors to a branch of that name, for stock engines.",
 )
@@ -51,7 +42,7 @@ def push(
     from marlin_convert import report as reports
     from marlin_convert.commands import push as story
 
-    job = story.Job(checkpoint, repo_id, **settings)
+    job = story.Job(checkpoint, repo_id, **settings | {"also": names(settings["also"])})
     done = story.push(job, dry_run=dry_run, progress=file_progress(quiet))
     if as_json:
         click.echo(json.dumps(reports.push_json(done, job), indent=2))

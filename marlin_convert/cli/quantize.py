@@ -5,31 +5,18 @@ from typing import Any
 
 import click
 
-from marlin_convert.cli.arguments import NameOrPlace, check_report
+from marlin_convert.cli.arguments import NameOrPlace, Names
 from marlin_convert.cli.conversion import conversion_options, convert
-from marlin_convert.cli.devices import pick_device
 from marlin_convert.cli.imports import imports
 from marlin_convert.cli.output import output_options, set_up_logging
-from marlin_convert.errors import ConvertError
-
-FORMATS = ("marlin", "marlin-24", "gptq", "compressed-tensors")
-
-
-def parse_formats(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
-    """The formats in a list like marlin,gptq, each once."""
-    names = tuple(dict.fromkeys(name.strip() for name in value.split(","))) if value else ()
-    for name in names:
-        if name not in FORMATS:
-            raise click.BadParameter(f"{name!r} is not one of {', '.join(FORMATS)}.")
-    return names
+from marlin_convert.options import FORMATS
 
 
 @click.command(short_help="Write a 4-bit checkpoint of a model, or repack one in another layout.")
 @click.argument("model", type=NameOrPlace())
 @click.option(
     "--format",
-    "formats",
-    callback=parse_formats,
+    type=Names(FORMATS),
     metavar="FORMAT[,FORMAT]",
     help=f"On-disk layout: {', '.join(FORMATS)}. Of several each gets a directory of its name in that of -o: "
     "solved once, the same codes.  [default: marlin, or marlin-24 with --sparsity 2:4]",
@@ -66,11 +53,10 @@ def parse_formats(context: click.Context, parameter: click.Parameter, value: str
 def quantize(
     model: str,
     output: Path,
-    formats: tuple[str, ...],
     recipe: str,
     device: str,
     revision: str | None,
-    max_shard_size: int,
+    max_shard_size: str,
     requantize: bool,
     resume: bool,
     overwrite: bool,
@@ -90,37 +76,14 @@ def quantize(
     """
     set_up_logging(quiet, verbose)
     with imports():
-        from marlin_convert import recipe as recipes
         from marlin_convert.commands import quantize as story
-        from marlin_convert.hub import resolve
 
-    check_report(report)
     size, bits = settings["group_size"], settings["bits"]
-    asked = int(size) if size not in (None, "auto") else None
-    settings |= {"group_size": asked or size, "bits": int(bits) if bits else None}
-    settings["format"] = formats[0] if formats else None
-    settings |= {name: settings[name] or None for name in ("only", "skip", "unpruned")}
-    start = recipes.load(recipe)
-    if settings["sparsity"] and not settings["format"] and start.format == "marlin":
-        settings["format"] = "marlin-24"
-    chosen, where = start.changed(settings), pick_device(device)
-    if chosen.format == "dense":
-        raise ConvertError(
-            f"{recipe!r} is a recipe of sparsify.", "name a layout with --format, or sparsify."
-        )
-    job = story.Job(
-        source=resolve(model, revision, code=trust_remote_code, only_look=True),
-        output=output,
-        recipe=chosen,
-        group_size=asked,
-        device=where,
-        max_shard_size=max_shard_size,
-        requantize=requantize,
-        resume=resume,
-        overwrite=overwrite,
-        trust_remote_code=trust_remote_code,
-        report=report,
-    )
-    if len(formats) > 1:
-        job = story.in_formats(job, formats)
+    settings |= {"group_size": int(size) if size not in (None, "auto") else size}
+    settings |= {"bits": int(bits) if bits else None}
+    job = story.make_job(
+        model, output, recipe, settings,
+        device=device, revision=revision, max_shard_size=max_shard_size, requantize=requantize,
+        resume=resume, overwrite=overwrite, trust_remote_code=trust_remote_code, report=report,
+    )  # fmt: skip
     convert(job, story.plan_job, story.quantize, dry_run, as_json, quiet)

@@ -5,9 +5,8 @@ from typing import Any
 
 import click
 
-from marlin_convert.cli.arguments import NameOrPlace, check_report
+from marlin_convert.cli.arguments import NameOrPlace
 from marlin_convert.cli.conversion import conversion_options, convert
-from marlin_convert.cli.devices import pick_device
 from marlin_convert.cli.imports import imports
 from marlin_convert.cli.output import output_options, set_up_logging
 
@@ -27,7 +26,7 @@ def sparsify(
     recipe: str,
     device: str,
     revision: str | None,
-    max_shard_size: int,
+    max_shard_size: str,
     resume: bool,
     overwrite: bool,
     trust_remote_code: bool,
@@ -44,22 +43,11 @@ def sparsify(
     """
     set_up_logging(quiet, verbose)
     with imports():
-        from marlin_convert import recipe as recipes
         from marlin_convert.commands import sparsify as story
-        from marlin_convert.hub import resolve
 
-    check_report(report)
-    settings |= {name: settings[name] or None for name in ("only", "skip")}
-    chosen, where = recipes.load(recipe).changed(settings), pick_device(device)
-    job = story.Job(
-        source=resolve(model, revision, code=trust_remote_code, only_look=True),
-        output=output,
-        recipe=chosen,
-        device=where,
-        max_shard_size=max_shard_size,
-        resume=resume,
-        overwrite=overwrite,
-        trust_remote_code=trust_remote_code,
-        report=report,
-    )
+    job = story.make_job(
+        model, output, recipe, settings,
+        device=device, revision=revision, max_shard_size=max_shard_size, resume=resume, overwrite=overwrite,
+        trust_remote_code=trust_remote_code, report=report,
+    )  # fmt: skip
     convert(job, story.plan_job, story.sparsify, dry_run, as_json, quiet)

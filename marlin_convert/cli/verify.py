@@ -8,19 +8,10 @@ from typing import Any
 
 import click
 
-from marlin_convert.checks import CHECKS
-from marlin_convert.cli.arguments import NameOrPlace, Names, Place, check_report
-from marlin_convert.cli.devices import pick_device
+from marlin_convert.checks import BY_DEFAULT, CHECKS
+from marlin_convert.cli.arguments import NameOrPlace, Names, Place
 from marlin_convert.cli.output import block_progress, output_options, set_up_logging
 from marlin_convert.errors import ConvertError
-
-
-def parse_checks(context: click.Context, parameter: click.Parameter, value: str) -> frozenset[str]:
-    """The names in a list like files,layout."""
-    names = frozenset(name.strip() for name in value.split(","))
-    if unknown := names - set(CHECKS):
-        raise click.BadParameter(f"{min(unknown)!r} is not one of {', '.join(CHECKS)}.")
-    return names
 
 
 @click.command(short_help="Check a checkpoint: files, layout, numbers, and the kernel's output.")
@@ -31,9 +22,8 @@ def parse_checks(context: click.Context, parameter: click.Parameter, value: str)
 @click.option(
     "--checks",
     type=Names(CHECKS),
-    default=",".join(name for name in CHECKS if name != "generate"),
+    default=",".join(BY_DEFAULT),
     show_default=True,
-    callback=parse_checks,
     metavar="NAME[,NAME]",
     help="Checks to run.",
 )
@@ -76,9 +66,6 @@ def parse_checks(context: click.Context, parameter: click.Parameter, value: str)
 @output_options
 def verify(
     checkpoint: str,
-    source: str | None,
-    source_revision: str | None,
-    device: str,
     revision: str | None,
     report: Path | None,
     as_json: bool,
@@ -100,20 +87,9 @@ def verify(
     Exit status: 0 nothing failed, 3 a check failed, 1 a required check could not run, 2 wrong usage.
     """
     set_up_logging(quiet, verbose)
-    from marlin_convert.checkpoint import writer
     from marlin_convert.commands import verify as story
-    from marlin_convert.hub import resolve
 
-    check_report(report)
-    code = settings["trust_remote_code"]
-    job = story.Job(
-        checkpoint=resolve(checkpoint, revision, code=code),
-        source=resolve(source, source_revision, code=code) if source else None,
-        device=pick_device(device),
-        **settings,
-    )
-    if report:
-        writer.check_report(report, job.checkpoint.directory)
+    job = story.make_job(checkpoint, revision=revision, report=report, **settings)
     done = story.verify(job, block_progress(quiet))
     if as_json:
         click.echo(json.dumps(done.to_dict(), indent=2))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from marlin_convert import __version__, card
 from marlin_convert.checkpoint import manifest as manifests
-from marlin_convert.errors import ConvertError, SourceError
+from marlin_convert.errors import ConvertError, OptionError, SourceError
 from marlin_convert.hub import Source, is_repository
 from marlin_convert.hub_calls import aside, hub_errors, hub_sentence
 from marlin_convert.release import Checked, File, Progress, Release, check
@@ -123,6 +123,9 @@ def _check_request(job: Job) -> None:
                 f"{name} {value!r} is not one.",
                 "a base model is 'org/name' on the Hub, a license like 'apache-2.0', a branch like 'main'.",
             )
+    for name in job.also:
+        if name not in ALSO:
+            raise OptionError(f"--also: {name!r} is not one of {', '.join(ALSO)}.")
     if job.branch in job.also:
         raise ConvertError(f"--also {job.branch} has a branch of that name.", "choose another --revision.")
 

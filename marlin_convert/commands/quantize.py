@@ -7,7 +7,7 @@ import errno
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,11 +33,12 @@ from marlin_convert.checkpoint.writer import (
     write_report,
 )
 from marlin_convert.codes import Codes
-from marlin_convert.errors import ConvertError, FormatError, SourceError
+from marlin_convert.errors import ConvertError, FormatError, OptionError, SourceError
 from marlin_convert.estimate import tuning_memory
-from marlin_convert.hub import Source, complete
+from marlin_convert.hub import Source, complete, resolve
 from marlin_convert.matrix import Fate
 from marlin_convert.models.memory import free_memory
+from marlin_convert.options import FORMATS, check_place, names, pick_device, shard_size
 from marlin_convert.page import html
 from marlin_convert.plan import Plan, make_plan
 from marlin_convert.recipe import Recipe
@@ -90,6 +91,58 @@ class Report:
     seconds: float
     replayed: int  # times a part of a block was computed again for want of memory, over all micro-batches
     tuned: float = 0.0  # seconds of them that were spent on tuning
+
+
+def make_job(
+    model: str | Path, output: str | Path, recipe: str | Path, settings: Mapping[str, Any], **options: Any
+) -> Job:
+    """What is asked of `quantize` by its options; ConvertError for what they do not take.
+
+    `settings` go over those of the recipe, but for what is None or empty; `options` are `resolve_job`'s.
+    """
+    start, formats = recipes.load(str(recipe)), names(settings["format"])
+    for name in formats:
+        if name not in FORMATS:
+            raise OptionError(f"--format {name!r} is not one of {', '.join(FORMATS)}.")
+    format = formats[0] if formats else None
+    if settings["sparsity"] == "2:4" and not format and start.format == "marlin":
+        format = "marlin-24"
+    chosen = start.changed(recipes.given({**settings, "format": format}))
+    if chosen.format == "dense":
+        raise ConvertError(
+            f"{str(recipe)!r} is a recipe of sparsify.", "name a layout with --format, or sparsify."
+        )
+    size = settings["group_size"]
+    asked = size if isinstance(size, int) else None
+    job = resolve_job(model, output, chosen, group_size=asked, **options)
+    return in_formats(job, formats) if len(formats) > 1 else job
+
+
+def resolve_job(
+    model: str | Path,
+    output: str | Path,
+    recipe: Recipe,
+    *,
+    device: str,
+    revision: str | None,
+    max_shard_size: int | str,
+    trust_remote_code: bool,
+    report: str | Path | None,
+    **more: Any,
+) -> Job:
+    """The job of options as they are said, with the model looked at: it is downloaded when its blocks are."""
+    if report is not None:
+        check_place(Path(report))
+    return Job(
+        output=Path(output),
+        recipe=recipe,
+        device=pick_device(device),
+        max_shard_size=shard_size(max_shard_size),
+        trust_remote_code=trust_remote_code,
+        report=None if report is None else Path(report),
+        source=resolve(str(model), revision, code=trust_remote_code, only_look=True),
+        **more,
+    )
 
 
 def plan_job(job: Job) -> tuple[Weights, Plan]:

@@ -1,7 +1,7 @@
 """The story of `verify`: named checks of a checkpoint; each passes, fails, or says why it could not run."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -15,14 +15,15 @@ from marlin_convert.card import CARD
 from marlin_convert.checkpoint import manifest as manifests
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.reader import PICKLES, Checkpoint
-from marlin_convert.checkpoint.writer import to_json, write_json, write_report
+from marlin_convert.checkpoint.writer import check_report, to_json, write_json, write_report
 from marlin_convert.checks import CHECKS, files, generate, kernel, layout, numbers, sparsity
 from marlin_convert.checks.divergence import Progress
 from marlin_convert.checks.outcome import Check
 from marlin_convert.checks.subject import Original, Subject
-from marlin_convert.errors import ConvertError, SourceError, printable
-from marlin_convert.hub import Source, fetch, remote_files
+from marlin_convert.errors import ConvertError, OptionError, SourceError, printable
+from marlin_convert.hub import Source, fetch, remote_files, resolve
 from marlin_convert.models.tree import module_tree
+from marlin_convert.options import check_place, names, pick_device
 from marlin_convert.page import html
 
 log = logging.getLogger("marlin_convert")
@@ -94,6 +95,41 @@ class Verification:
             "passed": self.passed,
             "verified": self.verified,
         }
+
+
+def make_job(
+    checkpoint: str | Path,
+    *,
+    source: str | Path | None,
+    source_revision: str | None,
+    checks: str | Iterable[str],
+    device: str,
+    revision: str | None,
+    report: str | Path | None,
+    **settings: Any,
+) -> Job:
+    """What is asked of `verify` by its options; ConvertError for what they do not take."""
+    chosen = frozenset(names(checks))
+    if unknown := chosen - set(CHECKS):
+        raise OptionError(f"--checks: {min(unknown)!r} is not one of {', '.join(CHECKS)}.")
+    for name, least in (("samples", 1), ("sequence_length", 2)):
+        if type(settings[name]) is not int or settings[name] < least:
+            raise OptionError(f"{name} must be a number of at least {least}, not {settings[name]!r}.")
+    if not isinstance(settings["tolerance"], int | float) or not settings["tolerance"] > 0:
+        raise OptionError(f"tolerance must be a number above 0, not {settings['tolerance']!r}.")
+    if report is not None:
+        check_place(Path(report))
+    where, code = pick_device(device), settings["trust_remote_code"]
+    job = Job(
+        checkpoint=resolve(str(checkpoint), revision, code=code),
+        source=None if source is None else resolve(str(source), source_revision, code=code),
+        checks=chosen,
+        device=where,
+        **settings,
+    )
+    if report is not None:
+        check_report(Path(report), job.checkpoint.directory)
+    return job
 
 
 def verify(job: Job, progress: Progress = lambda blocks, total: blocks) -> Verification:
