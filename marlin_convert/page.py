@@ -1,52 +1,139 @@
-"""The page that `--report` writes: what became of every matrix, with pictures."""
+"""The page that `--report` writes: what was made, what became of every matrix, what verify found."""
 
 import html as markup
+from collections.abc import Iterable
+from statistics import mean
 from typing import Any
 
 from marlin_convert.checkpoint.manifest import PAGE
 from marlin_convert.matrix import fate_of
+from marlin_convert.plot import COLOURS, Point, curves
 from marlin_convert.report import groups
 
 
-def html(manifest: dict[str, Any]) -> str:
-    """One self-contained page: the error of every linear as a plot, by kind over the blocks, and a table."""
-    rows = [row for row in manifest["matrices"] if "error" in row]
-    source, recipe = manifest["source"], manifest["recipe"]
-    table = "".join(
-        f"<tr><td>{markup.escape(row['name'])}<td>{row['k']}<td>{row['n']}"
-        f"<td>{row['error']:.4f}<td>{'rounded to nearest' if row.get('rounded_to_nearest') else ''}"
-        for row in rows
+def html(
+    manifest: dict[str, Any], verified: dict[str, Any] | None = None, run: dict[str, str] | None = None
+) -> str:
+    """One self-contained page of a manifest, of what `verify` found, and of what only the run knows."""
+    title = _title(manifest)
+    parts = (
+        f"<h1>{title}</h1>",
+        _facts(manifest, run or {}),
+        _verified(verified),
+        _tuning(manifest.get("tuning")),
+        _divergence(manifest["divergence"], verified),
+        _errors(manifest["matrices"]),
+        _left(manifest),
+        _table(manifest["matrices"]),
     )
-    fates = [fate_of(row) for row in manifest["matrices"]]
-    dense = "".join(
-        f"<li>{markup.escape(fate.name)}: {markup.escape(str(fate.reason))}"
-        for fate in fates
-        if not fate.worked_on
-    )
-    behind = [f"tensor {name}" for name in manifest["left_out"]] + manifest["left_behind"]
-    behind += [f"{fate.name} is not 2:4 ({fate.reason})" for fate in fates if fate.packed and fate.reason]
-    left = "".join(f"<li>{markup.escape(name)}" for name in behind)
-    beside = "".join(f"<li>{markup.escape(name)}" for name in manifest["beside"])
-    title = markup.escape(f"{source['name']} in {recipe['format']}, {groups(fates)}")
     return (
-        f"{PAGE}<title>{title}</title><style>{_STYLE}</style>"
-        f"<h1>{title}</h1><p>{markup.escape(manifest['tool'])}, "
-        f"{manifest['bits_per_weight']} bits per weight.</p>"
-        f"{_tuning(manifest.get('tuning'))}{_divergence(manifest['divergence'])}{_errors(rows)}"
-        f"<p>Left dense: {'' if dense else 'nothing'}</p><ul>{dense}</ul>"
-        f"<p>Left out, or not as asked: {'' if left else 'nothing'}</p><ul>{left}</ul>"
-        f"<p>Copied, no part of the model that is built: {'' if beside else 'nothing'}</p><ul>{beside}</ul>"
-        f"<table><tr><th>linear<th>inputs<th>outputs<th>error<th>{table}</table></html>\n"
+        f"{PAGE}<meta name=viewport content='width=device-width'><title>{title}</title>"
+        f"<style>{_STYLE}</style><main>{''.join(parts)}</main><script>{_SORTING}</script></html>\n"
     )
+
+
+_LIGHT = ("#0072b2", "#d55e00", "#009e73", "#b8568d", "#2b7fb8", "#a86f00", "#000000", "#77772b")
+_DARK = ("#56b4e9", "#e69f00", "#2bd4a4", "#e59cc4", "#8ec9ff", "#f4b942", "#dddddd", "#cccc66")
+assert len(_DARK) == len(_LIGHT) == COLOURS
+
+
+def _colours(lines: Iterable[str], **others: str) -> str:
+    named = [f"--line-{number}:{colour};" for number, colour in enumerate(lines)]
+    return "".join([*named, *(f"--{name}:{colour};" for name, colour in others.items())])
 
 
 _STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}"
+    ":root{color-scheme:light dark;"
+    f"{_colours(_LIGHT, text='#222', back='#fff', rule='#ddd', bad='#b00020')}}}"
+    "@media(prefers-color-scheme:dark){:root{"
+    f"{_colours(_DARK, text='#ddd', back='#16181b', rule='#3a3d42', bad='#ff8080')}}}}}"
+    "body{font:15px/1.5 system-ui,sans-serif;margin:0;color:var(--text);background:var(--back)}"
+    "main{max-width:62rem;margin:0 auto;padding:1rem}"
+    "h1{font-size:1.4rem;overflow-wrap:anywhere}h2{font-size:1.1rem;margin-top:2rem}"
+    "dl{display:grid;grid-template-columns:minmax(6rem,max-content) 1fr;gap:.1rem 1rem}"
+    "dd{margin:0;overflow-wrap:anywhere}dt{opacity:.7}li{overflow-wrap:anywhere}"
+    ".wide{overflow-x:auto}.fail{color:var(--bad);font-weight:600}"
     "table{border-collapse:collapse;font-variant-numeric:tabular-nums}"
-    "td,th{text-align:right;padding:.1rem .8rem;border-bottom:1px solid #ddd}td:first-child{text-align:left}"
-    "svg{width:100%;height:auto}"
+    "td,th{text-align:right;padding:.1rem .8rem;border-bottom:1px solid var(--rule)}"
+    "td:first-child,th:first-child{text-align:left;padding-left:0}"
+    "th button{all:unset;cursor:pointer}th button:focus-visible{outline:2px solid}"
+    "th[aria-sort=ascending] button::after{content:' \\2191'}"
+    "th[aria-sort=descending] button::after{content:' \\2193'}"
+    # narrower than this the names at the lines would be too small to read: the picture is moved instead
+    ".wide svg{width:100%;min-width:640px;height:auto;font-size:13px}"
+    "svg text{fill:currentColor}svg .grid{stroke:var(--rule)}svg g text{fill:var(--colour)}"
+    "svg polyline{fill:none;stroke:var(--colour);stroke-width:2}"
+    "svg circle{fill:var(--colour);fill-opacity:.35}svg circle:hover{fill-opacity:1}"
 )
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999933")
+
+_SORTING = (
+    "for(const b of document.querySelectorAll('th button'))b.onclick=()=>{"
+    "const h=b.parentNode,t=h.closest('table'),i=h.cellIndex,down=h.ariaSort==='ascending';"
+    "for(const o of h.parentNode.cells)o.removeAttribute('aria-sort');"
+    "h.ariaSort=down?'descending':'ascending';"
+    "const v=r=>r.cells[i].textContent,n=x=>x===''?-1/0:+x,"
+    "rows=[...t.tBodies[0].rows].sort((p,q)=>{const a=v(p),c=v(q);"
+    "return isNaN(n(a))||isNaN(n(c))?a.localeCompare(c,'en',{numeric:true}):n(a)-n(c)});"
+    "t.tBodies[0].append(...(down?rows.reverse():rows))}"
+)
+
+
+def _title(manifest: dict[str, Any]) -> str:
+    fates = [fate_of(row) for row in manifest["matrices"]]
+    return markup.escape(f"{manifest['source']['name']} in {manifest['recipe']['format']}, {groups(fates)}")
+
+
+def _facts(manifest: dict[str, Any], run: dict[str, str]) -> str:
+    """From what it was made, when, and with what."""
+    source, versions, text = manifest["source"], manifest["versions"], manifest["calibration"]
+    written = sum(file["size"] for file in manifest["files"].values())
+    commit = f" at {source['commit']}" if source["commit"] else ""
+    facts = {
+        "made from": f"{source['name']}{commit}",
+        "made with": f"{manifest['tool']}, " + ", ".join(f"{name} {said}" for name, said in versions.items()),
+        "device": str(manifest["device"]),
+        "effort": "none: the codes are the source's"
+        if manifest["repacked"]
+        else manifest["recipe"]["effort"],
+        "calibration": f"{text['text']}, {_tokens(text)}" if text else "none",
+        "bits per weight": str(manifest["bits_per_weight"]),
+        "size": f"{written / 1e6:,.2f} MB on disk",
+        **run,
+    }
+    said = "".join(f"<dt>{name}<dd>{markup.escape(fact)}" for name, fact in facts.items())
+    return f"<dl>{said}</dl>"
+
+
+def _tokens(text: dict[str, Any]) -> str:
+    return f"{text['samples']} x {text['sequence_length']} tokens"
+
+
+def _measured(verified: dict[str, Any] | None) -> dict[str, Any]:
+    """What verify measured on text, nothing where it has not."""
+    return (verified or {}).get("checks", {}).get("numbers", {}).get("details", {}).get("text") or {}
+
+
+def _verified(verified: dict[str, Any] | None) -> str:
+    """What every check said, and what the model is worth on text that it has not seen."""
+    if verified is None:
+        return "<h2>Not verified yet</h2><p>marlin-convert verify DIR --source MODEL --report FILE.html</p>"
+    rows = "".join(
+        f"<tr><td>{markup.escape(name)}<td class={check['status']}>{check['status']}"
+        f"<td style='text-align:left'>{markup.escape(check['reason'])}"
+        for name, check in verified["checks"].items()
+    )
+    text, said = _measured(verified), ""
+    if "divergence" in text:
+        said = (
+            f"<p>On {_tokens(text)} ({markup.escape(text['name'])}) that it was not calibrated on: "
+            f"perplexity {text['source_perplexity']:.3f} before and {text['perplexity']:.3f} now, KL "
+            f"divergence from the original {text['divergence']:.4f} nats a token, the same next token in "
+            f"{text['agreement']:.1%}; means of {text['tokens']:,} tokens.</p>"
+        )
+    elif "perplexity" in text:
+        said = f"<p>Perplexity {text['perplexity']:.3f} on {text['tokens']:,} tokens.</p>"
+    whole = "Verified" if verified["verified"] else "Not verified" if verified["passed"] else "Failed"
+    return f"<h2>{whole}</h2>{said}<div class=wide><table><tbody>{rows}</tbody></table></div>"
 
 
 def _tuning(said: dict[str, Any] | None) -> str:
@@ -55,64 +142,84 @@ def _tuning(said: dict[str, Any] | None) -> str:
         return ""
     before, after = said["held_out_divergence"]["solved"], said["held_out_divergence"]["tuned"]
     return (
-        f"<p>Tuned in {said['steps']} steps: KL divergence from the original's answers on text held out "
-        f"{before:.5f}, now {after:.5f}. What follows was found before that.</p>"
+        f"<h2>Tuned</h2><p>In {said['steps']} steps: KL divergence from the original's answers on text held "
+        f"out {before:.5f}, now {after:.5f}. The curves below were found before that.</p>"
     )
 
 
-def _divergence(after: list[float]) -> str:
-    """A plot of the hidden states' distance from the original's over the blocks."""
-    if not after:
-        return ""
-    plot = _plot({"hidden states": list(enumerate(after))})
-    return (
-        "<p>Hidden states after every block: how far from the original model's, relative, on the calibration "
-        f"text ({after[-1]:.4f} after the last).</p>{plot}"
-    )
-
-
-def _errors(rows: list[dict[str, Any]]) -> str:
-    """A plot of the errors over the blocks, a line for every kind of linear."""
-    if not rows:
-        return "<p>The codes are the source's own: there is no error to plot.</p>"
-    kinds: dict[str, list[tuple[int, float]]] = {}
-    for row in rows:
-        block = next(int(part) for part in row["name"].split(".") if part.isdigit())
-        kinds.setdefault(row["name"].rpartition(".")[2], []).append((block, row["error"]))
-    said = "Error: ||x(W - W<sub>q</sub>)|| / ||xW|| on the calibration text."
-    return f"<p>{said}</p>{_plot(kinds)}"
-
-
-def _plot(lines: dict[str, list[tuple[int, float]]]) -> str:
-    """An SVG of values over block numbers, a line for every name."""
-    width, height, left, bottom = 900, 320, 60, 40
-    last = max(block for points in lines.values() for block, _ in points) or 1
-    top = max(value for points in lines.values() for _, value in points) * 1.05 or 1.0
-
-    def at(block: int, error: float) -> str:
-        x = left + (width - left - 150) * block / last
-        y = (height - bottom) * (1 - error / top) + 5
-        return f"{x:.1f},{y:.1f}"
-
-    parts = []
-    for step in range(5):
-        error = top * step / 4
-        y = at(0, error).split(",")[1]
-        parts.append(
-            f'<line x1="{left}" x2="{width - 150}" y1="{y}" y2="{y}" stroke="#ddd"/>'
-            f'<text x="{left - 6}" y="{y}" text-anchor="end" dominant-baseline="middle">{error:.3f}</text>'
-        )
-    for number, (name, points) in enumerate(lines.items()):
-        colour = _COLOURS[number % len(_COLOURS)]
-        line = " ".join(at(*point) for point in points)
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts += [
-            f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>'
-            for x, y in (at(*point).split(",") for point in points)
+def _divergence(after: list[float], verified: dict[str, Any] | None) -> str:
+    """The hidden states' distance from the original's over the blocks."""
+    lines = {
+        name: [
+            Point(block, value, f"after block {block}, {name}: {value:.4f}")
+            for block, value in enumerate(found)
         ]
-        parts.append(
-            f'<text x="{width - 140}" y="{20 + 20 * number}" fill="{colour}">{markup.escape(name)}</text>'
-        )
-    middle = (left + width - 150) / 2
-    parts.append(f'<text x="{middle}" y="{height - 8}" text-anchor="middle">block (0 to {last})</text>')
-    return f'<svg viewBox="0 0 {width} {height}" font-size="13" role="img">{"".join(parts)}</svg>'
+        for name, found in (("calibration", after), ("text not seen", _measured(verified).get("hidden", [])))
+        if found
+    }
+    if not lines:
+        return ""
+    return (
+        "<h2>Hidden states</h2><p>How far they are from the original model's after every block, relative to "
+        f"them.</p><div class=wide>{curves(lines, 'relative distance')}</div>"
+    )
+
+
+def _errors(matrices: list[dict[str, Any]]) -> str:
+    """The errors over the blocks, a line for every kind of linear; of the experts of a block their mean."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for row in matrices:
+        if "error" in row:
+            block = next(int(part) for part in row["name"].split(".") if part.isdigit())
+            kind = row["name"].rpartition(".")[2]
+            found.setdefault(kind, {}).setdefault(block, []).append(row["error"])
+    if not found:
+        return "<h2>Errors</h2><p>The codes are the source's own: there is no error to show.</p>"
+    lines = {
+        kind: [_point(kind, block, errors) for block, errors in sorted(blocks.items())]
+        for kind, blocks in found.items()
+    }
+    return (
+        "<h2>Errors</h2><p>||x(W - W<sub>q</sub>)|| / ||xW|| on the calibration text: what a linear makes up "
+        "for of those before it counts as its error, so the hidden states say more of the model.</p>"
+        f"<div class=wide>{curves(lines, 'relative error of the output')}</div>"
+    )
+
+
+def _point(kind: str, block: int, errors: list[float]) -> Point:
+    several = f" on the average of {len(errors)}, at most {max(errors):.4f}" if errors[1:] else ""
+    return Point(block, mean(errors), f"block {block}, {kind}: {mean(errors):.4f}{several}")
+
+
+def _left(manifest: dict[str, Any]) -> str:
+    """What stayed dense, was left out, or is not as was asked."""
+    fates = [fate_of(row) for row in manifest["matrices"]]
+    behind = [f"tensor {name}" for name in manifest["left_out"]] + manifest["left_behind"]
+    behind += [f"{fate.name} is not 2:4 ({fate.reason})" for fate in fates if fate.packed and fate.reason]
+    lists = {
+        "Left dense": [f"{fate.name}: {fate.reason}" for fate in fates if not fate.worked_on],
+        "Left out, or not as asked": behind,
+        "Copied, no part of the model that is built": manifest["beside"],
+    }
+    return "".join(
+        f"<h2>{name}</h2>"
+        + (f"<ul>{''.join(f'<li>{markup.escape(one)}' for one in said)}</ul>" if said else "<p>Nothing.</p>")
+        for name, said in lists.items()
+    )
+
+
+def _table(matrices: list[dict[str, Any]]) -> str:
+    """Every linear with an error, in an order that a click on a column changes."""
+    rows = "".join(
+        f"<tr><td>{markup.escape(row['name'])}<td>{row['k']}<td>{row['n']}<td>{row['error']:.4f}"
+        f"<td>{row.get('tokens', '')}<td>{'yes' if row.get('rounded_to_nearest') else ''}"
+        for row in matrices
+        if "error" in row
+    )
+    if not rows:
+        return ""
+    columns = ("linear", "inputs", "outputs", "error", "tokens of an expert", "rounded to nearest")
+    head = "".join(f"<th><button>{name}</button>" for name in columns)
+    return (
+        f"<h2>Linears</h2><div class=wide><table><thead><tr>{head}</thead><tbody>{rows}</tbody></table></div>"
+    )

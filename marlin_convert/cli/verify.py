@@ -68,7 +68,11 @@ def parse_checks(context: click.Context, parameter: click.Parameter, value: str)
 @click.option("--revision", help="Branch, tag or commit of a Hub CHECKPOINT.")
 @click.option("--source-revision", help="Branch, tag or commit of a Hub --source.")
 @click.option("--trust-remote-code", is_flag=True, help="Allow code from the model repository to run.")
-@click.option("--report", type=Place(path_type=Path, dir_okay=False), help="Also write the report here.")
+@click.option(
+    "--report",
+    type=Place(path_type=Path, dir_okay=False),
+    help="Also write the report here: FILE.html is a page of the conversion too, else JSON.",
+)
 @output_options
 def verify(
     checkpoint: str,

@@ -203,7 +203,12 @@ def _quantize(
             beside.run.tidy()
         if job.report is not None:
             hint = "choose another file, or make room; then --resume writes it: the output is complete."
-            write_report(job.report, html(manifest), hint)
+            made = {
+                "made on": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+                "took": f"{time.monotonic() - started:.0f} s",
+                "tensors": f"{plan.source_bytes / 1e6:,.2f} MB before, {plan.output_bytes / 1e6:,.2f} MB now",
+            }
+            write_report(job.report, html(manifest, run=made), hint)
         run.forget()
     except OSError as error:
         raise _disk_error(job, error) from error

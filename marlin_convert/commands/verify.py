@@ -23,6 +23,7 @@ from marlin_convert.checks.subject import Original, Subject
 from marlin_convert.errors import ConvertError, SourceError, printable
 from marlin_convert.hub import Source, fetch, remote_files
 from marlin_convert.models.tree import module_tree
+from marlin_convert.page import html
 
 log = logging.getLogger("marlin_convert")
 
@@ -147,7 +148,19 @@ def save(done: Verification, job: Job, report: Path | None = None) -> None:
         except OSError as error:
             log.warning("the report cannot be written into %s: %s", job.checkpoint.name, error.strerror)
     if report is not None:
-        write_report(report, to_json(done.to_dict()), "choose another file, or make room.")
+        said = _page(job, done) if report.suffix == ".html" else to_json(done.to_dict())
+        write_report(report, said, "choose another file, or make room.")
+
+
+def _page(job: Job, done: Verification) -> str:
+    """The report as a page, which is of the conversion too; ConvertError where nothing is known of that."""
+    manifest = manifests.load(job.checkpoint.directory)
+    if manifest is None:
+        raise ConvertError(
+            f"{job.checkpoint.name} has no manifest of marlin-convert, and a page is of a conversion too.",
+            "name a file.json for --report.",
+        )
+    return html(manifest, done.to_dict())
 
 
 def _open(job: Job, manifest: dict[str, Any] | None, problems: list[str]) -> Subject | None:
