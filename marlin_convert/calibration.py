@@ -2,14 +2,11 @@
 
 import hashlib
 import importlib.util
-import json
 import logging
 import random
 import textwrap
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -17,13 +14,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from marlin_convert import builtin_text, plain_text
+from marlin_convert.documents import BUILTIN, Document, documents
 from marlin_convert.errors import ConvertError, SourceError, readable
 from marlin_convert.hub import Source
 
 log = logging.getLogger("marlin_convert")
-
-BUILTIN = "builtin"
 
 # What two readings of one vocabulary differ on: runs of spaces, digits, line ends, letters beyond ASCII.
 PROBE = "def f(x):\n    return x + 12345  # na\u00efve caf\u00e9,\t\u4e2d\u6587 \u2014 it's\r\n\n  the end"
@@ -148,8 +143,8 @@ def calibrate(
 ) -> Calibration:
     """`samples` windows of `length` tokens of a text; ConvertError with the counts if it is too short.
 
-    source: 'builtin', a .txt or .jsonl file, or 'hf:DATASET[:SPLIT]'. Documents are joined in an order drawn
-    by the seed until there are enough tokens; of a longer text the windows are drawn by the seed.
+    source: 'builtin', a .txt, .jsonl or .parquet file, or 'hf:DATASET[:SPLIT]'. Documents are joined in an
+    order drawn by the seed until there are enough tokens; of these the windows are drawn by the seed.
     `held_out` takes the part of the builtin text that calibration never sees.
     """
     ids = _tokens(tokenizer, source, seed, held_out, samples * length)
@@ -202,10 +197,8 @@ def _tokens(
     tokenizer: PreTrainedTokenizerBase, source: str, seed: int, held_out: bool, enough: int
 ) -> list[int]:
     """The tokens of a text's documents, joined in an order drawn by the seed until there are enough."""
-    documents = list(_documents(source, held_out))
-    random.Random(seed).shuffle(documents)
     ids: list[int] = []
-    for document in documents:
+    for document in documents(source, seed, held_out=held_out):
         ids += _tokenize(tokenizer, document)
         if len(ids) >= enough:
             break
@@ -222,7 +215,7 @@ def _windows(ids: list[int], chosen: list[int], length: int) -> Tensor:
     return torch.tensor([ids[at * length : (at + 1) * length] for at in chosen], dtype=torch.int64)
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, document: str | list[dict[str, Any]]) -> list[int]:
+def _tokenize(tokenizer: PreTrainedTokenizerBase, document: Document) -> list[int]:
     if isinstance(document, list):
         try:
             document = str(tokenizer.apply_chat_template(document, tokenize=False))
@@ -243,103 +236,3 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, document: str | list[dict[str,
 def shown(source: str) -> str:
     """How a source is named in output: never with a local path."""
     return source if source == BUILTIN or source.startswith("hf:") else readable(Path(source).name)
-
-
-def _documents(source: str, held_out: bool) -> Iterator[str | list[dict[str, Any]]]:
-    if source == BUILTIN:
-        yield from builtin_text.python(held_out=True) if held_out else builtin_text.pieces()
-    elif source.startswith("hf:"):
-        yield from _from_hub(source)
-    else:
-        yield from _from_file(Path(source))
-
-
-def _from_file(path: Path) -> Iterator[str | list[dict[str, Any]]]:
-    if not path.is_file():
-        raise SourceError(
-            f"calibration text '{path}' does not exist.",
-            "pass builtin, a .txt or .jsonl file, or hf:DATASET.",
-        )
-    suffix = path.suffix.lower()
-    if suffix == ".txt":
-        yield plain_text.read(path)
-    elif suffix == ".jsonl":
-        # split("\n"), not splitlines: JSON text may hold other line separators as they are
-        for number, line in enumerate(plain_text.read(path).split("\n"), 1):
-            if line.strip():
-                yield _json_document(line, f"{path.name}, line {number}")
-    elif suffix == ".parquet":
-        yield from _from_parquet(path)
-    else:
-        raise SourceError(
-            f"calibration text '{path}' is neither .txt nor .jsonl.", "rename it to what it is."
-        )
-
-
-def _json_document(line: str, where: str) -> str | list[dict[str, Any]]:
-    try:
-        entry = json.loads(line)
-        json.dumps(entry, ensure_ascii=False).encode()  # half of a surrogate pair is no character
-    except ValueError as error:
-        raise SourceError(
-            f"{where}: not JSON ({error}).", "a .jsonl file has one JSON object on each line."
-        ) from error
-    if isinstance(entry, dict):
-        text, messages = entry.get("text"), entry.get("messages")
-        if isinstance(text, str):
-            return text
-        if isinstance(messages, list) and all(isinstance(message, dict) for message in messages):
-            return [_with_text(message, where) for message in messages]
-    raise SourceError(
-        f"{where}: no 'text' or 'messages'.", 'a line is {"text": "..."} or {"messages": [...]}.'
-    )
-
-
-def _with_text(message: dict[str, Any], where: str) -> dict[str, Any]:
-    """A message whose content is the text that its parts hold: a template would print the list itself."""
-    content = message.get("content")
-    if content is None or isinstance(content, str):
-        return message
-    texts = []
-    for part in content if isinstance(content, list) else [content]:
-        text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
-        if not isinstance(text, str):
-            kind = repr(part.get("type")) if isinstance(part, dict) else type(part).__name__
-            raise SourceError(
-                f"{where}: a message has a part of type {kind}; only text can be calibrated on.",
-                'leave the line out, or keep of its parts {"type": "text", "text": "..."}.',
-            )
-        texts.append(text)
-    return message | {"content": "".join(texts)}
-
-
-def _from_parquet(path: Path) -> Iterator[str]:
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ConvertError("this dataset is stored as parquet.", "pip install pyarrow.") from error
-    file = pyarrow.parquet.ParquetFile(path)
-    if "text" not in file.schema_arrow.names:
-        raise SourceError(f"{path.name} has no column 'text'.", "choose a dataset with plain text.")
-    for batch in file.iter_batches(columns=["text"]):
-        yield from (text for text in batch.column("text").to_pylist() if text)
-
-
-def _from_hub(source: str) -> Iterator[str | list[dict[str, Any]]]:
-    """The first data file of a dataset's split (train unless named), so that little is downloaded."""
-    from huggingface_hub import HfApi, hf_hub_download
-
-    from marlin_convert.hub import hub_errors
-
-    dataset, _, split = source.removeprefix("hf:").partition(":")
-    with hub_errors(dataset):
-        names = sorted(HfApi().list_repo_files(dataset, repo_type="dataset"))
-        data = [name for name in names if name.endswith((".jsonl", ".txt", ".parquet"))]
-        found = [name for name in data if (split or "train") in name]
-        if not found:
-            raise SourceError(
-                f"dataset {dataset!r} has no .jsonl, .txt or .parquet file of split {split or 'train'!r}.",
-                f"it has {', '.join(data[:5]) or 'none'}; name the split as hf:{dataset}:SPLIT.",
-            )
-        path = hf_hub_download(dataset, found[0], repo_type="dataset")
-    yield from _from_file(Path(path))

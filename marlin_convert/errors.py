@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 
 class ConvertError(Exception):
@@ -32,7 +31,7 @@ class KernelError(ConvertError):
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
+def reading(path: object) -> Iterator[None]:
     """Turn what the disk refuses while `path` is read into a SourceError."""
     try:
         yield

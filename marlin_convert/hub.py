@@ -1,19 +1,13 @@
 """A model by name: a local directory, or a repository of the Hugging Face Hub and the commit it came from."""
 
 import re
-import textwrap
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
-from marlin_convert.checkpoint.reader import json_file
-from marlin_convert.errors import SourceError, printable, readable
-
-T = TypeVar("T")
+from marlin_convert.checkpoint.reader import PICKLES, json_file
+from marlin_convert.errors import SourceError, readable
+from marlin_convert.hub_calls import aside, hub_errors
+from marlin_convert.remote import Remote, RemoteFile
 
 _PART = r"(?![.-])[\w.-]{1,96}(?<![.-])"
 _REPOSITORY = re.compile(f"({_PART}/)?{_PART}", re.ASCII)
@@ -32,23 +26,38 @@ _FILES = [
     *("".join(f"[{x.upper()}{x}]" if x.isalpha() else x for x in word) + "*"
       for word in ("license", "notice", "use_policy")),
 ]  # fmt: skip
+# What a plan and `inspect` read beside the headers of the weights.
+_LOOKED_AT = [
+    "config.json",
+    "*.safetensors.index.json",
+    "quantize_config.json",
+    "quant_config.json",
+    "marlin_convert*.json",
+]
 # Second copies of the weights that some repositories carry.
 _NOT = ["consolidated*", "*/*.safetensors", "original/*", "onnx/*"]
 
 
 @dataclass(frozen=True)
 class Source:
-    """A resolved model: where its files are, what it is called, and its commit (None for a directory)."""
+    """A resolved model: where its files are, what it is called, and its commit (None for a directory).
+
+    `remote` is what is not in the directory, where a model of the Hub was only looked at.
+    """
 
     directory: Path
     name: str
     commit: str | None
+    remote: Remote | None = None
 
 
-def resolve(model: str, revision: str | None = None, *, code: bool = False) -> Source:
+def resolve(
+    model: str, revision: str | None = None, *, code: bool = False, only_look: bool = False
+) -> Source:
     """The directory of MODEL, downloading it if it is a Hub id; SourceError says why it cannot be had.
 
-    A path that exists wins over a Hub id. `code` also fetches the Python files of the repository.
+    A path that exists wins over a Hub id. `code` also fetches the Python files of the repository. To
+    `only_look` downloads what a plan is made from and no weights: `remote` has these.
     """
     path = Path(model)
     if model and path.is_dir():
@@ -61,29 +70,84 @@ def resolve(model: str, revision: str | None = None, *, code: bool = False) -> S
         raise SourceError(
             f"'{model}' is neither a directory nor a Hub id.", "a Hub id looks like 'org/name'."
         )
-    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    from marlin_convert.models.tree import check_type
-
     with hub_errors(model):
-        # the architecture first: a model that is refused is not worth its gigabytes
         try:
             config = Path(hf_hub_download(model, "config.json", revision=revision))
         except LocalEntryNotFoundError:
             raise
         except EntryNotFoundError as error:
             raise _no_model(model, revision) from error
+        commit = config.parent.name
+        if only_look and (found := _looked_at(model, commit, code=code)):
+            return found
+        # the architecture first: a model that is refused is not worth its gigabytes
+        from marlin_convert.models.tree import check_type
+
         check_type(json_file(config.parent, config.name))
-        patterns = _FILES + (["*.py"] if code else [])
-        directory = Path(
-            aside(
-                lambda: snapshot_download(
-                    model, revision=config.parent.name, allow_patterns=patterns, ignore_patterns=_NOT
-                )
-            )
+        return Source(_downloaded(model, commit, _wanted(code=code)), model, commit)
+
+
+def complete(source: Source, *, code: bool = False) -> None:
+    """Have all files but the weights of a model that was only looked at; SourceError where that fails."""
+    if source.remote is not None and source.commit is not None:
+        with hub_errors(source.name):
+            _downloaded(source.name, source.commit, _wanted(code=code), [*_NOT, "*.safetensors"])
+
+
+def _wanted(*, code: bool) -> list[str]:
+    return _FILES + (["*.py"] if code else [])
+
+
+def _downloaded(model: str, commit: str, wanted: list[str], unwanted: list[str] = _NOT) -> Path:
+    from huggingface_hub import snapshot_download
+
+    return Path(
+        aside(
+            lambda: snapshot_download(model, revision=commit, allow_patterns=wanted, ignore_patterns=unwanted)
         )
-    return Source(directory, model, directory.name)
+    )
+
+
+def _looked_at(model: str, commit: str, *, code: bool) -> Source | None:
+    """A model by its small files and the list of the others; None where only the cache can be asked."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import OfflineModeIsEnabled
+    from huggingface_hub.hf_api import RepoFile
+    from huggingface_hub.utils import filter_repo_objects, httpx
+
+    try:
+        tree = [
+            one for one in HfApi().list_repo_tree(model, revision=commit, recursive=True)
+            if isinstance(one, RepoFile)
+        ]  # fmt: skip
+    except (OfflineModeIsEnabled, httpx.TransportError):
+        return None
+    wanted = {
+        one.path: one
+        for one in filter_repo_objects(
+            tree, allow_patterns=_wanted(code=code), ignore_patterns=_NOT, key=lambda one: one.path
+        )
+    }
+    pickles = sorted(one.path for one in tree if one.path.endswith(PICKLES))
+    if pickles and not any(name.endswith(".safetensors") for name in wanted):
+        raise SourceError(
+            f"{model!r} has its weights in pickle files only ({pickles[0]}, {len(pickles)} in all); loading "
+            "those can run code, so they are not read.",
+            "look for safetensors under another --revision; or, where you trust it, load it with "
+            "transformers and save it.",
+        )
+    directory = _downloaded(model, commit, _LOOKED_AT + (["*.py"] if code else []))
+    absent = {name: one for name, one in wanted.items() if not (directory / name).exists()}
+    files = {
+        name: RemoteFile(model, commit, name, one.size, one.lfs.sha256 if one.lfs else one.blob_id)
+        for name, one in absent.items()
+        if name.endswith(".safetensors")
+    }
+    remote = Remote(files, sum(one.size for one in wanted.values()), sum(one.size for one in absent.values()))
+    return Source(directory, model, commit, remote)
 
 
 def _no_model(repository: str, revision: str | None) -> SourceError:
@@ -129,142 +193,3 @@ def is_hub_id(name: object) -> bool:
 def is_repository(name: str) -> bool:
     """Whether `name` has the form of a repository one can push to: namespace/name."""
     return "/" in name and is_hub_id(name)
-
-
-def aside(call: Callable[[], T]) -> T:
-    """Make a call that may take hours in a thread of its own, so that a signal is heard at once.
-
-    The client's own threads end when what they are at is done; nobody has to wait for them.
-    """
-    done: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            done.set_result(call())
-        except BaseException as error:
-            done.set_exception(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    while thread.is_alive():
-        # a wait without an end does not hear a signal that came just before it began
-        thread.join(0.2)
-    return done.result()
-
-
-@contextmanager
-def hub_errors(repository: str) -> Iterator[None]:
-    """Turn what goes wrong with the Hub into a SourceError with a sentence and a hint.
-
-    Only calls of the client stand inside: what it cannot understand of an answer is an error of Python's.
-    """
-    try:
-        yield
-    except Exception as error:
-        # what breaks an upload comes wrapped
-        wrapped = isinstance(error, RuntimeError) and error.__cause__ is not None
-        said = _said(repository, error.__cause__ if wrapped else error)
-        if said is None:
-            raise
-        raise SourceError(*said) from error
-
-
-def _said(repository: str, error: BaseException | None) -> tuple[str, str] | None:
-    """The sentence and the hint for an error of the Hub's client, None for one that is not."""
-    from huggingface_hub import errors
-    from huggingface_hub.utils import httpx
-
-    said = hub_sentence(error)
-    match error:
-        case errors.GatedRepoError():
-            return (
-                f"{repository!r} is gated and this token has no access{said}.",
-                "request access on its page, then run 'hf auth login'.",
-            )
-        case errors.RepositoryNotFoundError():
-            return (
-                f"there is no directory and no Hub repository {repository!r} that you can see{said}.",
-                "check the spelling; for a private one run 'hf auth login' or set HF_TOKEN.",
-            )
-        case errors.RevisionNotFoundError():
-            return (
-                f"{repository!r} has no such revision{said}.",
-                "--revision takes a branch, a tag or a commit.",
-            )
-        case errors.LocalEntryNotFoundError(__cause__=errors.HfHubHTTPError() as answer):
-            sentence, hint = _answered(repository, answer)
-            return (f"{repository!r} is not in the local cache, and {sentence}", hint)
-        case errors.LocalEntryNotFoundError():
-            return (
-                f"{repository!r} is not in the local cache and the Hub did not give it.",
-                "check the network, HF_ENDPOINT and HF_HUB_OFFLINE.",
-            )
-        case errors.OfflineModeIsEnabled():
-            return (
-                f"{repository!r} is not in the local cache, and HF_HUB_OFFLINE forbids to ask the Hub.",
-                "unset HF_HUB_OFFLINE.",
-            )
-        case errors.HFValidationError():
-            return (f"{repository!r} is neither there nor a Hub id.", "a Hub id looks like 'org/name'.")
-        case errors.EntryNotFoundError():
-            return (f"{repository!r} has no such file{said}.", "check its name and --revision.")
-        case errors.DisabledRepoError():
-            return (f"the Hub has disabled {repository!r}{said}.", "its page may say why.")
-        case errors.HfHubHTTPError() | httpx.HTTPStatusError():
-            return _answered(repository, error)
-        case httpx.HTTPError() | ConnectionError() | TimeoutError():
-            return (
-                f"the connection to the Hub broke, about {repository!r} ({type(error).__name__}).",
-                "check the network and HF_ENDPOINT, and run the same command again.",
-            )
-        case OSError():
-            return (
-                f"a file cannot be read or written: {error.strerror} ('{error.filename}').",
-                "mend that, and run the same command again.",
-            )
-        case UnicodeEncodeError():
-            return (
-                f"the Hub was not asked about {repository!r}: the token has characters that no token has.",
-                "set HF_TOKEN to the token as its page shows it, or run 'hf auth login'.",
-            )
-        case ValueError() | KeyError() | TypeError() | AttributeError():
-            return (
-                f"the Hub gave an answer about {repository!r} that is no answer ({type(error).__name__}).",
-                "check HF_ENDPOINT, and run the same command again.",
-            )
-    return None
-
-
-def _answered(repository: str, error: Any) -> tuple[str, str]:
-    """The sentence and the hint for a status that nothing more is known of."""
-    status = error.response.status_code if error.response is not None else 0
-    hint = _HINTS.get(status, _BROKEN_HINT if status == 0 or status >= 500 else _REFUSED_HINT)
-    return f"the Hub answered {status or 'nothing'} for {repository!r}{hub_sentence(error)}.", hint
-
-
-def hub_sentence(error: BaseException | None) -> str:
-    """What the Hub itself says of an error: a line behind a colon, without the token; "" if it is silent."""
-    from huggingface_hub import get_token
-
-    response = getattr(error, "response", None)
-    said = getattr(error, "server_message", None) or ""
-    if not said and response is not None:
-        said = response.headers.get("X-Error-Message", "")
-    if token := get_token():
-        said = said.replace(token, "***")
-    line = printable(textwrap.shorten(said, 300, placeholder=" ...")).rstrip(".")
-    return f": {line}" if line else ""
-
-
-_BROKEN_HINT = "the Hub has a fault: run the same command again later."
-_REFUSED_HINT = "mend what the Hub says, or check HF_ENDPOINT, and run the same command again."
-_HINTS = {
-    401: "the token is not accepted: run 'hf auth login', or set HF_TOKEN.",
-    402: "see to the plan of the account that the repository belongs to.",
-    403: "if the token may not do that, make one that may at huggingface.co/settings/tokens; to push, it "
-    "needs write access.",
-    413: "what was sent is more than the Hub takes: a smaller --max-shard-size makes smaller files.",
-    409: "somebody else is at work on it: run the same command again.",
-    412: "somebody else has pushed to it meanwhile: run the same command again.",
-    429: "too many requests: wait some minutes, then run the same command again.",
-}

@@ -42,7 +42,8 @@ class Plan:
     `repack` says that the codes of the source are kept; the model computes in `dtype`; `fates` are of all
     matrices, by name; `specs` are the tensors to be written, `owner` maps those that belong to a matrix that
     is worked on to (its name, suffix); `left_out` are source tensors not written, `beside` those that are
-    written and no part of the model as it is built; `config` becomes the config.json.
+    written and no part of the model as it is built; `config` becomes the config.json; `also` are the plans of
+    the same codes in other formats.
     """
 
     structure: Structure
@@ -59,6 +60,7 @@ class Plan:
     source_bytes: int
     vocabulary: int
     config: dict[str, Any]
+    also: tuple["Plan", ...] = ()
 
     @property
     def quantization_config(self) -> dict[str, Any] | None:
@@ -214,7 +216,8 @@ def make_plan(
     refusals.check_stages(fates, together, repack=repack)
     if repack:
         fates = refusals.with_codes(fates, weights, asked, together)
-        refusals.check_quads(fates, weights, recipe, together)
+        if not checkpoint.only_looked_at:
+            refusals.check_quads(fates, weights, recipe, together)
     else:
         refusals.check_shapes(fates, recipe, together)
 
@@ -385,6 +388,8 @@ def _notes(fates: Mapping[str, Fate], recipe: Recipe, repacked: Weights | None) 
     packed = [fate for fate in fates.values() if fate.packed]
     if repacked is not None and repacked.scheme is not None:
         yield f"the source is already {repacked.scheme.format}: its codes are kept, nothing is calibrated"
+        if repacked.checkpoint.only_looked_at:
+            yield "zero points, the order of groups and 2:4 are as its config says until its files are here"
     if recipe.format in ("gptq", "compressed-tensors", "marlin") and any(
         fate.layout.sparse for fate in fates.values()
     ):

@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 WORST = 5
 
 
-def plan_json(plan: "Plan") -> dict[str, Any]:
+def plan_json(plan: "Plan", job: "Job") -> dict[str, Any]:
     """The plan as data."""
+    from marlin_convert.room import rooms
+
     return {
         "format": plan.recipe.format,
         "repack": plan.repack,
@@ -36,12 +38,15 @@ def plan_json(plan: "Plan") -> dict[str, Any]:
         "bits_per_weight": round(plan.bits_per_weight, 4),
         "source_bytes": plan.source_bytes,
         "output_bytes": plan.output_bytes,
+        "download_bytes": job.source.remote.missing if job.source.remote else 0,
+        "room": all(room.enough for room in rooms(job, plan)),
     }
 
 
 def plan_text(plan: "Plan", job: "Job") -> str:
     """The plan for a reader, with what it will take."""
     from marlin_convert.estimate import estimate
+    from marlin_convert.room import rooms
 
     recipe = plan.recipe
     if recipe.format == "dense":
@@ -69,6 +74,11 @@ def plan_text(plan: "Plan", job: "Job") -> str:
         lines += _tuning(plan)
     needs = estimate(plan, job.device)
     lines.append(f"  on {job.device}: about {_time(needs.seconds)}, {_size(needs.memory)} of memory")
+    lines += [f"  then repacked to {one.recipe.format}: {_size(one.output_bytes)}" for one in plan.also]
+    for room in rooms(job, plan):
+        taken = ", ".join(f"{what} {_size(nbytes)}" for what, nbytes in room.taken.items())
+        short = "" if room.enough else ": not enough, nothing would be begun"
+        lines.append(f"  disk of {room.place}: {taken}; {_size(room.free)} are free{short}")
     lines += [f"  {line}" for line in (*left_out(plan), *beside(plan))]
     lines += [f"  note: {note}" for note in plan.notes]
     return "\n".join(lines)
@@ -153,6 +163,7 @@ def summary(done: "Report") -> dict[str, Any]:
         "output_bytes": done.plan.output_bytes,
         "replayed": done.replayed,
         "tuning_seconds": round(done.tuned, 2),
+        "also": [one.recipe.format for one in done.plan.also],
     }
 
 
@@ -190,6 +201,11 @@ def summary_text(done: "Report", job: "Job") -> str:
         lines.append(
             f"computed again for want of memory: {done.replayed} parts of blocks, over all micro-batches"
         )
+    lines += [
+        f"the same codes as {one.recipe.format}: {job.output.with_name(one.recipe.format)}, "
+        f"{_size(one.output_bytes)}"
+        for one in plan.also
+    ]
     source = shlex.quote(str(job.source.directory))
     if job.source.commit:
         source = f"{job.source.name} --source-revision {job.source.commit}"

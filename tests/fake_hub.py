@@ -192,13 +192,16 @@ class _Upload:
 class Hub:
     """Repositories by path: 'org/name' for models, 'datasets/org/name' for datasets.
 
-    `requests` and `endpoints` are what was asked, in order: 'METHOD path', and the short name of the route.
+    `requests` and `endpoints` are what was asked, in order: 'METHOD path', and the short name of the route;
+    `served` are the bytes of every file that went out. Without `ranges` a file is given whole or not at all.
     """
 
     repositories: dict[str, Repository] = field(default_factory=dict)
     users: dict[str, User] = field(default_factory=lambda: {"hf_secret": User("alice")})
     requests: list[str] = field(default_factory=list)
     endpoints: list[str] = field(default_factory=list)
+    served: dict[str, int] = field(default_factory=dict)
+    ranges: bool = True
     url: str = ""
     lfs_threshold: int = 10 << 20
     part_size: int | None = None  # larger LFS files are sent in parts of this size
@@ -443,12 +446,20 @@ class _Handler(BaseHTTPRequestHandler):
         if isinstance(data, LFS):
             headers |= {"X-Linked-Etag": headers["ETag"], "X-Linked-Size": str(len(data))}
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if wanted is None:
+        if wanted is None or not self.hub.ranges:
+            self._count(path, data)
             return 200, headers, data
         first, last = int(wanted[1]), min(int(wanted[2] or len(data)), len(data) - 1)
         if first > last:
             return 416, headers | {"Content-Range": f"bytes */{len(data)}"}, b""
-        return 206, headers | {"Content-Range": f"bytes {first}-{last}/{len(data)}"}, data[first : last + 1]
+        part = data[first : last + 1]
+        self._count(path, part)
+        return 206, headers | {"Content-Range": f"bytes {first}-{last}/{len(data)}"}, part
+
+    def _count(self, path: str, data: bytes) -> None:
+        if self.command == "GET":
+            name = f"{self.repo}/{path}"
+            self.hub.served[name] = self.hub.served.get(name, 0) + len(data)
 
     # -- writing --
 

@@ -404,7 +404,7 @@ def test_a_calibration_text_too_short(cli: Cli, good: Path, tmp_path: Path) -> N
     "name, data, said",
     [
         ("gone.txt", None, "does not exist"),
-        ("text.docx", b"PK", "neither .txt nor .jsonl"),
+        ("text.docx", b"PK", "neither .txt, .jsonl nor .parquet"),
         ("empty.txt", b"", "has 0 tokens"),
         ("empty.jsonl", b"", "has 0 tokens"),
         ("lines.jsonl", b'{"text": "a"}\n{"text": \n', "lines.jsonl, line 2"),

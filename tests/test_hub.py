@@ -23,7 +23,8 @@ RESOLVE = """
 import json, sys
 from marlin_convert.calibration import calibrate
 from marlin_convert.errors import ConvertError
-from marlin_convert.hub import hub_errors, resolve
+from marlin_convert.hub import resolve
+from marlin_convert.hub_calls import hub_errors
 for words in json.load(sys.stdin):
     try:
         if words[0] == "text":

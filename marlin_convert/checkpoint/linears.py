@@ -1,5 +1,6 @@
 """The weights of a checkpoint as floats, or as integer codes where they are quantized."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -39,6 +40,8 @@ FLOATS = ("F16", "BF16", "F32")
 # What modules keep among their floats: batch normalization's counter in vision towers, the experts that
 # DeepSeek V4 sends a token to by its id.
 INTEGERS = ("I32", "I64")
+# Values of a tensor that are read where it is only looked at.
+LOOKED_AT = 1 << 16
 # What is floats in every module.
 OF_LINEARS = (".weight", ".bias")
 
@@ -299,10 +302,14 @@ class Weights:
         """What is special about a packed linear that should have shape (k, n); its codes are not read.
 
         SourceError when its tensors are not of that shape and type, FormatError when those beside the codes
-        make no sense or float16 cannot hold its scales.
+        make no sense or float16 cannot hold its scales. Of files that are only looked at it is what the
+        config claims.
         """
         self.check(linear, k, n)
         scheme, stored = self.scheme_of(linear), self.stored(linear)
+        middle = 1 << (scheme.bits - 1)
+        if self.checkpoint.only_looked_at:
+            return Peculiarities(scheme.symmetric, scheme.act_order, middle)
         codes = self._suffixes(linear)[0]
         small = {
             suffix: self.checkpoint.read(name)
@@ -316,7 +323,6 @@ class Weights:
                     float16_scales(tensor)
         except FormatError as error:
             raise FormatError(f"{linear}: {error}.", error.hint) from error
-        middle = 1 << (scheme.bits - 1)
         group_rows = k if scheme.group_size == -1 else scheme.group_size
         return Peculiarities(
             symmetric=zeros is None or bool((zeros == middle).all()),
@@ -330,15 +336,32 @@ class Weights:
         return {suffix: name for suffix, name in possible.items() if name in self.checkpoint.tensors}
 
     def same(self, one: str, other: str) -> bool:
-        """Whether two parameters have the same values in the model's own type; they are read once."""
+        """Whether two parameters have the same values in the model's own type; they are read once.
+
+        Of files that are only looked at, the first values speak for all.
+        """
+        if self.checkpoint.only_looked_at:
+            return torch.equal(self._first(one), self._first(other))
         if (one, other) not in self._same:
             a, b = (self.read(name).to(self.own_dtype) for name in (one, other))
             self._same[one, other] = torch.equal(a, b)
         return self._same[one, other]
 
+    def _first(self, name: str) -> Tensor:
+        """The first values of a parameter in the model's own type, (count,)."""
+        info = self.checkpoint.tensors.get(name)
+        if type(info) is not TensorInfo or name in self.scaled or name in self.joined:
+            return self.read(name).to(self.own_dtype).flatten()[:LOOKED_AT]  # it is not stored as it is
+        count = min(LOOKED_AT, math.prod(info.shape))
+        first = replace(info, shape=(count,), end=info.start + count * info.dtype.itemsize)
+        return first.read().to(self.own_dtype)
+
     def check_scales(self) -> None:
-        """SourceError when scales of weights in fp8 are no scales; the weights are not read."""
-        for scales in self.scaled.values():
+        """SourceError when scales of weights in fp8 are no scales; the weights are not read.
+
+        Where files are still to come, each is checked with its weight.
+        """
+        for scales in self.scaled.values() if self.checkpoint.on_disk else ():
             fp8.read_scales(scales)
 
     @property

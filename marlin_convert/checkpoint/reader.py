@@ -5,13 +5,15 @@ torch takes longer to import than the headers of a large model to read: it is im
 """
 
 import hashlib
+import io
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeGuard
 
 from marlin_convert.errors import SourceError, reading
 
@@ -49,6 +51,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 HEADER_LIMIT = 100_000_000  # the limit of the safetensors library
 NESTING_LIMIT = 100  # that of its JSON reader is 128
+AT_ONCE = 16  # headers that are asked for of a server
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
@@ -89,6 +92,21 @@ DESCRIBING = (
 )
 
 
+class Elsewhere(Protocol):
+    """A weight file that need not be on this disk; `digest` is of its content.
+
+    Until it `comes`, opening it is to look at a part; then it is to wait for the whole.
+    """
+
+    name: str
+    size: int
+    digest: str
+    comes: bool
+
+    def open(self, mode: Literal["rb"], buffering: int = -1) -> io.RawIOBase | io.BufferedReader:
+        """Its bytes, to be read from any place."""
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """What a header says of one tensor; its bytes are `start` to `end` of `file`."""
@@ -96,7 +114,7 @@ class TensorInfo:
     name: str
     code: str  # its type, a key of DTYPES
     shape: tuple[int, ...]
-    file: Path
+    file: Path | Elsewhere
     start: int
     end: int
 
@@ -157,12 +175,15 @@ class Checkpoint:
     quantization_config: dict[str, Any] | None
     said_in: str  # where that is said, for messages
     tensors: dict[str, TensorInfo]  # in the order of the files and of the bytes in them
-    weight_files: list[Path]
+    weight_files: list[Path | Elsewhere]
     _fingerprint: str
 
     @classmethod
-    def open(cls, directory: Path) -> "Checkpoint":
-        """Read and check config.json, the index and every safetensors header; raises SourceError."""
+    def open(cls, directory: Path, elsewhere: Mapping[str, Elsewhere] | None = None) -> "Checkpoint":
+        """Read and check config.json, the index and every safetensors header; raises SourceError.
+
+        `elsewhere` has the weight files that are not in the directory, by name.
+        """
         if not directory.is_dir():
             raise SourceError(f"'{directory}' is not a directory.")
         if not (directory / "config.json").exists():
@@ -173,16 +194,18 @@ class Checkpoint:
         config_bytes = _bytes(directory, "config.json")
         config = _json_object(config_bytes, directory / "config.json")
 
-        promised = _promised(directory)
+        elsewhere = elsewhere or {}
+        promised = _promised(directory, elsewhere)
+        files: list[Path | Elsewhere] = [elsewhere.get(file, directory / file) for file in promised]
         tensors: dict[str, TensorInfo] = {}
         twice: list[str] = []
         missing: list[str] = []
         foreign: list[str] = []
         digest = hashlib.sha256()
         _frame(digest, config_bytes)
-        for file, names in promised.items():
-            path = directory / file
-            header, found = _header(path)
+        for (file, names), path, (header, found) in zip(
+            promised.items(), files, _headers(files), strict=True
+        ):
             twice += [
                 f"{name!r} in {tensors[name].file.name!r} and {file!r}" for name in found if name in tensors
             ]
@@ -190,8 +213,7 @@ class Checkpoint:
                 missing += [f"{name!r}" for name in sorted(names - found.keys())]
                 foreign += [f"{name!r} in {file!r}" for name in found if name not in names]
             tensors.update(found)
-            status = path.stat()
-            _frame(digest, f"{file}\0{status.st_size}\0{status.st_mtime_ns}".encode(errors="surrogateescape"))
+            _frame(digest, f"{file}\0{_state(path)}".encode(errors="surrogateescape"))
             _frame(digest, header)
         for problem, names_at_fault in (
             ("stored in two shards", twice),
@@ -210,9 +232,19 @@ class Checkpoint:
             quantization_config=quantization_config,
             said_in=said_in,
             tensors=tensors,
-            weight_files=[directory / file for file in promised],
+            weight_files=files,
             _fingerprint=digest.hexdigest(),
         )
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether every weight file is on this disk."""
+        return all(isinstance(file, Path) for file in self.weight_files)
+
+    @property
+    def only_looked_at(self) -> bool:
+        """Whether weight files are elsewhere and stay there: what is long is not to be read."""
+        return any(not isinstance(file, Path) and not file.comes for file in self.weight_files)
 
     def read(self, name: str) -> "torch.Tensor":
         """Read one tensor, as `TensorInfo.read` does."""
@@ -250,7 +282,8 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """Tell this source from any other, to refuse a resume with another: a sha256, in hex.
 
-        It covers config.json and each weight file's name, size, time of change and header.
+        It covers config.json and each weight file's name, size, time of change and header; of a file of the
+        Hub, here or still there, its digest in place of the time.
         """
         return self._fingerprint
 
@@ -273,10 +306,11 @@ def json_file(directory: Path, name: str, strict: bool = False) -> dict[str, Any
     return _json_object(_bytes(directory, name), directory / name, strict)
 
 
-def _promised(directory: Path) -> dict[str, set[str] | None]:
+def _promised(directory: Path, elsewhere: Mapping[str, Elsewhere]) -> dict[str, set[str] | None]:
     """The weight files and, if there is an index, the tensors it promises in each."""
     with reading(directory):
-        names = sorted(path.name for path in directory.iterdir() if not path.name.startswith("."))
+        here = {path.name for path in directory.iterdir() if not path.name.startswith(".")}
+    names = sorted(here | elsewhere.keys())
     indexes = [name for name in names if name.endswith(".safetensors.index.json")]
     singles = [name for name in names if name.endswith(".safetensors")]
     if INDEX in indexes:
@@ -355,9 +389,32 @@ def _quantization_config(directory: Path, config: dict[str, Any]) -> tuple[dict[
     return None, ""
 
 
-def _header(path: Path) -> tuple[bytes, dict[str, TensorInfo]]:
+def _headers(files: list[Path | Elsewhere]) -> Iterable[tuple[bytes, dict[str, TensorInfo]]]:
+    """Read and check the headers of all files; those that are elsewhere are asked for many at a time."""
+    if all(isinstance(file, Path) for file in files):
+        yield from map(_header, files)
+        return
+    with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="headers") as pool:
+        try:
+            yield from pool.map(_header, files)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _state(file: Path | Elsewhere) -> str:
+    """What changes when a file does: its size, and its digest or when it was changed."""
+    if not isinstance(file, Path):
+        return f"{file.size}\0{file.digest}"
+    size, blob = file.stat().st_size, file.resolve()
+    # in a cache of the Hub's client a blob is called by its digest
+    if file.is_symlink() and blob.parent.name == "blobs":
+        return f"{size}\0{blob.name}"
+    return f"{size}\0{file.stat().st_mtime_ns}"
+
+
+def _header(path: Path | Elsewhere) -> tuple[bytes, dict[str, TensorInfo]]:
     """Read and check one safetensors header: its bytes, and its tensors in the order of their offsets."""
-    if not belongs(path, path.parent):
+    if isinstance(path, Path) and not belongs(path, path.parent):
         raise SourceError(
             f"'{path}' is not a file of this directory (a link leading out, or not a regular file).",
             "put the file itself there, if you trust it.",
@@ -399,7 +456,7 @@ def _header(path: Path) -> tuple[bytes, dict[str, TensorInfo]]:
     return header, {info.name: info for info in infos}
 
 
-def _tensor(name: str, entry: Any, path: Path, data: int) -> TensorInfo:
+def _tensor(name: str, entry: Any, path: Path | Elsewhere, data: int) -> TensorInfo:
     where = f"'{path}', tensor {name!r}"
     if not name.isprintable():
         raise SourceError(f"{where}: not a name that can be shown.")
@@ -436,7 +493,7 @@ def _bytes(directory: Path, name: str) -> bytes:
         return path.read_bytes()
 
 
-def _json_object(text: bytes, path: Path, strict: bool = False) -> dict[str, Any]:
+def _json_object(text: bytes, path: Path | Elsewhere, strict: bool = False) -> dict[str, Any]:
     try:
         value = json.loads(text.decode(), object_pairs_hook=_without_duplicates if strict else None)
         _check_plain(value)

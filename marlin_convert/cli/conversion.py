@@ -45,7 +45,7 @@ def conversion_options(command: Callable) -> Callable:
             "--calibration",
             type=NameOrPlace(),
             metavar="builtin|FILE|hf:DATASET[:SPLIT]",
-            help="Text to calibrate on: .txt or .jsonl.",
+            help="Text to calibrate on: .txt, .jsonl or .parquet.",
         ),
         click.option("--samples", type=click.IntRange(1), help="Calibration sequences.  [default: 256]"),
         click.option(
@@ -83,7 +83,11 @@ def conversion_options(command: Callable) -> Callable:
             type=Place(path_type=Path, dir_okay=False),
             help="Write an HTML page with the error of every linear.",
         ),
-        click.option("--dry-run", is_flag=True, help="Print the plan and stop."),
+        click.option(
+            "--dry-run",
+            is_flag=True,
+            help="Print the plan and stop; of a Hub MODEL no weights are downloaded.",
+        ),
     )[::-1]:
         command = option(command)
     return command
@@ -97,7 +101,8 @@ def convert(
 
     if dry_run:
         _, plan = plan_job(job)
-        click.echo(json.dumps(reports.plan_json(plan), indent=2) if as_json else reports.plan_text(plan, job))
+        said = json.dumps(reports.plan_json(plan, job), indent=2) if as_json else None
+        click.echo(said or reports.plan_text(plan, job))
         return
     done = story(job, block_progress(quiet))
     if as_json:

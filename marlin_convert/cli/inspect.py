@@ -22,7 +22,7 @@ def inspect(checkpoint: str, revision: str | None, as_json: bool, quiet: bool, v
     from marlin_convert.commands import inspect as story
     from marlin_convert.hub import resolve
 
-    found = story.inspect(resolve(checkpoint, revision))
+    found = story.inspect(resolve(checkpoint, revision, only_look=True))
     if as_json:
         click.echo(json.dumps(found, indent=2))
     elif not quiet:

@@ -5,18 +5,22 @@ from typing import Any
 
 import click
 
-from marlin_convert.cli.arguments import NameOrPlace
+from marlin_convert.cli.arguments import NameOrPlace, Names
 from marlin_convert.cli.conversion import conversion_options, convert
 from marlin_convert.cli.imports import imports
 from marlin_convert.cli.output import output_options, set_up_logging
+
+FORMATS = ("marlin", "marlin-24", "gptq", "compressed-tensors")
 
 
 @click.command(short_help="Write a 4-bit checkpoint of a model, or repack one in another layout.")
 @click.argument("model", type=NameOrPlace())
 @click.option(
     "--format",
-    type=click.Choice(["marlin", "marlin-24", "gptq", "compressed-tensors"]),
-    help="On-disk layout.  [default: marlin, or marlin-24 with --sparsity 2:4]",
+    type=Names(FORMATS),
+    metavar="FORMAT[,FORMAT]",
+    help=f"On-disk layout: {', '.join(FORMATS)}. Of several each gets a directory of its name in that of -o: "
+    "solved once, the same codes.  [default: marlin, or marlin-24 with --sparsity 2:4]",
 )
 @click.option(
     "--group-size",

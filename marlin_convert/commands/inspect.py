@@ -24,7 +24,7 @@ _SHOWN = 10
 def inspect(source: Source) -> dict[str, Any]:
     """What the headers and JSON files of a checkpoint say; SourceError if they are not a checkpoint's."""
     directory = source.directory
-    checkpoint = Checkpoint.open(directory)
+    checkpoint = Checkpoint.open(directory, source.remote.files if source.remote else None)
     manifest = manifests.load(directory) or {}
     config = checkpoint.quantization_config or {}
     fates, bits = manifests.fates(manifest), older_manifest.bits(config)
@@ -58,7 +58,9 @@ def inspect(source: Source) -> dict[str, Any]:
         "dense": _dense(checkpoint, reasons, pruned),
         "tensors": len(checkpoint.tensors),
         "shards": len(checkpoint.weight_files),
-        "bytes": sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()),
+        "bytes": source.remote.nbytes
+        if source.remote
+        else sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()),
         **{key: manifest.get(key) for key in ("tool", "source", "recipe", "calibration")},
         "history": provenance.earlier(directory)[:-1],
         "original": _original(manifest),

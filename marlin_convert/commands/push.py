@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from marlin_convert import __version__, card
 from marlin_convert.checkpoint import manifest as manifests
 from marlin_convert.errors import ConvertError, OptionError, SourceError
-from marlin_convert.hub import Source, aside, hub_errors, hub_sentence, is_repository
+from marlin_convert.hub import Source, is_repository
+from marlin_convert.hub_calls import aside, hub_errors, hub_sentence
 from marlin_convert.release import Checked, File, Progress, Release, check
 
 if TYPE_CHECKING:

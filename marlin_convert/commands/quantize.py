@@ -5,10 +5,10 @@ A source that is already quantized is repacked: its codes take the place of cali
 
 import errno
 import logging
-import shutil
+import math
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,9 @@ from torch import Tensor
 from marlin_convert import recipe as recipes
 from marlin_convert.assemble import assemble, settings_of
 from marlin_convert.calibration import Calibration, calibrate, load_tokenizer, tuning_text
+from marlin_convert.checkpoint import manifest as manifests
 from marlin_convert.checkpoint.linears import Weights
+from marlin_convert.checkpoint.manifest import MANIFEST
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.checkpoint.unfinished import UnfinishedRun
 from marlin_convert.checkpoint.writer import (
@@ -31,20 +33,25 @@ from marlin_convert.checkpoint.writer import (
     write_report,
 )
 from marlin_convert.codes import Codes
-from marlin_convert.errors import ConvertError, FormatError, SourceError
+from marlin_convert.errors import ConvertError, FormatError, OptionError, SourceError
 from marlin_convert.estimate import tuning_memory
-from marlin_convert.hub import Source, resolve
+from marlin_convert.hub import Source, complete, resolve
 from marlin_convert.matrix import Fate
 from marlin_convert.models.memory import free_memory
-from marlin_convert.options import check_place, pick_device, shard_size
+from marlin_convert.options import check_place, names, pick_device, shard_size
 from marlin_convert.page import html
 from marlin_convert.plan import Plan, make_plan
 from marlin_convert.recipe import Recipe
+from marlin_convert.remote import RemoteFile, fetched_ahead
 from marlin_convert.repack import Repack
+from marlin_convert.room import check_room
 from marlin_convert.solve import Solve
-from marlin_convert.tune import HELD_OUT, TOKENS, Tune, kept_bytes
+from marlin_convert.tune import HELD_OUT, TOKENS, Tune
 
 log = logging.getLogger("marlin_convert")
+
+# The groups that each of these takes the ones behind it take too, and 2:4 is no more than zeros to them.
+PICKIEST = ("marlin-24", "gptq", "compressed-tensors", "marlin")
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,8 @@ class Job:
     """What is asked of one conversion.
 
     `group_size` is set when one was asked for by name: a quantized source keeps its own, and one that differs
-    from it is refused; the recipe's may be a mere default.
+    from it is refused; the recipe's may be a mere default. `also` are formats that the output is repacked to,
+    each in a directory beside it that is called as the format.
     """
 
     source: Source
@@ -66,6 +74,7 @@ class Job:
     overwrite: bool = False
     trust_remote_code: bool = False
     report: Path | None = None
+    also: tuple[str, ...] = ()
 
     @property
     def run(self) -> UnfinishedRun:
@@ -91,16 +100,21 @@ def make_job(
 
     `settings` go over those of the recipe, but for what is None or empty; `options` are `resolve_job`'s.
     """
-    start = recipes.load(str(recipe))
-    if settings["sparsity"] == "2:4" and not settings["format"] and start.format == "marlin":
-        settings = {**settings, "format": "marlin-24"}
-    chosen = start.changed(recipes.given(settings))
+    start, formats = recipes.load(str(recipe)), names(settings["format"])
+    layouts = [one for one in recipes.FORMATS if one != "dense"]
+    for one in formats:
+        if one not in layouts:
+            raise OptionError(f"--format: {one!r} is not one of {', '.join(layouts)}.")
+    if settings["sparsity"] == "2:4" and not formats and start.format == "marlin":
+        formats = ("marlin-24",)
+    chosen = start.changed(recipes.given({**settings, "format": formats[0] if formats else None}))
     if chosen.format == "dense":
         raise ConvertError(
             f"{str(recipe)!r} is a recipe of sparsify.", "name a layout with --format, or sparsify."
         )
     size = settings["group_size"]
-    return resolve_job(model, output, chosen, group_size=size if isinstance(size, int) else None, **options)
+    job = resolve_job(model, output, chosen, group_size=size if isinstance(size, int) else None, **options)
+    return in_formats(job, formats) if len(formats) > 1 else job
 
 
 def resolve_job(
@@ -115,7 +129,7 @@ def resolve_job(
     report: str | Path | None,
     **more: Any,
 ) -> Job:
-    """The job of options as they are said, with the model at hand: last of all it is downloaded."""
+    """The job of options as they are said; a model on the Hub is looked at last of all."""
     if report is not None:
         check_place(Path(report))
     return Job(
@@ -125,21 +139,37 @@ def resolve_job(
         max_shard_size=shard_size(max_shard_size),
         trust_remote_code=trust_remote_code,
         report=None if report is None else Path(report),
-        source=resolve(str(model), revision, code=trust_remote_code),
+        source=resolve(str(model), revision, code=trust_remote_code, only_look=True),
         **more,
     )
 
 
 def plan_job(job: Job) -> tuple[Weights, Plan]:
     """Open the source and plan the conversion from headers alone; ConvertError for bad input."""
-    weights = Weights(Checkpoint.open(job.source.directory))
-    plan = make_plan(
-        weights, job.recipe, group_size=job.group_size, requantize=job.requantize,
-        trust_remote_code=job.trust_remote_code,
-    )  # fmt: skip
+    return _planned(job, _opened(job))
+
+
+def _opened(job: Job) -> Checkpoint:
+    remote = job.source.remote
+    return Checkpoint.open(job.source.directory, remote.files if remote else None)
+
+
+def _planned(job: Job, checkpoint: Checkpoint) -> tuple[Weights, Plan]:
+    weights = Weights(checkpoint)
+    plan, *also = (
+        make_plan(
+            Weights(checkpoint) if format in job.also else weights,
+            job.recipe.changed({"format": format}),
+            group_size=job.group_size,
+            requantize=job.requantize,
+            trust_remote_code=job.trust_remote_code,
+        )
+        for format in (job.recipe.format, *job.also)
+    )
+    plan = replace(plan, also=tuple(also))
     if not plan.worked_on:
         raise ConvertError("nothing is left to do: every linear stays as it is.", "skip fewer of them.")
-    _check_output(job, plan)
+    _check_output(job)
     if plan.tunes:
         _check_memory(job, plan)
     return weights, plan
@@ -161,7 +191,45 @@ def quantize(
             run.tidy()
         except OSError as error:
             raise _disk_error(job, error) from error
-    weights, plan = plan_job(job)
+    with _on_its_way(job) as (weights, plan):
+        return _quantize(job, weights, plan, progress, started)
+
+
+@contextmanager
+def _on_its_way(job: Job) -> Iterator[tuple[Weights, Plan]]:
+    """The source and the plan; files of the Hub come while the context lasts, as blocks want them."""
+    checkpoint = _opened(job)
+    weights, plan = _planned(job, checkpoint)
+    if not (job.resume and job.run.published()):
+        check_room(job, plan)
+    if job.source.remote is None:
+        yield weights, plan
+        return
+    complete(job.source, code=job.trust_remote_code)
+    with fetched_ahead(_in_order(weights, plan)):
+        # again, by what headers do not tell
+        yield _planned(job, checkpoint)
+
+
+def _in_order(weights: Weights, plan: Plan) -> list[RemoteFile]:
+    """The files that are not here, in the order of the blocks whose weights are in them."""
+    needed: dict[str, tuple[float, RemoteFile]] = {}
+    for name, info in weights.checkpoint.tensors.items():
+        if isinstance(info.file, RemoteFile):
+            number = plan.structure.block_of(name)
+            at = math.inf if number is None else number
+            needed[info.file.name] = min(at, needed.get(info.file.name, (at,))[0]), info.file
+    return [file for _, file in sorted(needed.values(), key=lambda one: (one[0], one[1].name))]
+
+
+def _quantize(
+    job: Job,
+    weights: Weights,
+    plan: Plan,
+    progress: Callable[[range, int], Iterable[int]],
+    started: float,
+) -> Report:
+    run = job.run
     calibration = None if plan.repack else _calibration(job, plan)
     settings = settings_of(job, plan, weights, calibration)
     log.info(
@@ -180,6 +248,11 @@ def quantize(
             run.complete({"blocks": plan.blocks, "solved": 0, "tensors": len(plan.specs), **found})
             check_replaceable(job.output, job.overwrite)  # again: somebody may have put something there
             publish(run.staging, job.output, job.overwrite)
+        # until they are there too, what says that the output is complete stays for --resume
+        for beside in _repacks(job):
+            if not _is_made(beside):
+                quantize(beside)
+            beside.run.tidy()
         if job.report is not None:
             hint = "choose another file, or make room; then --resume writes it: the output is complete."
             made = {
@@ -194,6 +267,45 @@ def quantize(
     finally:
         run.release()
     return Report(manifest, plan, time.monotonic() - started, replayed, tuned)
+
+
+def in_formats(job: Job, formats: Sequence[str]) -> Job:
+    """The job for several formats, each in a directory of its name in the output: one solve, and repacks.
+
+    It solves for the one whose groups all others take. ConvertError for an output that is a checkpoint.
+    """
+    if (job.output / "config.json").exists():
+        raise ConvertError(
+            f"'{job.output}' is a model itself; with several formats it gets a directory for each.",
+            "choose another directory.",
+        )
+    first, *also = sorted(formats, key=PICKIEST.index)
+    recipe = job.recipe.changed({"format": first})
+    return replace(job, output=job.output / first, recipe=recipe, also=tuple(also))
+
+
+def _repacks(job: Job) -> Iterator[Job]:
+    """What repacks the finished output to the other formats."""
+    for format in job.also:
+        yield Job(
+            source=Source(job.output, job.output.name, None),
+            output=job.output.with_name(format),
+            recipe=recipes.load(recipes.DEFAULT).changed({"format": format}),
+            device=torch.device("cpu"),
+            max_shard_size=job.max_shard_size,
+            resume=job.resume,
+            overwrite=job.overwrite,
+            trust_remote_code=job.trust_remote_code,
+        )
+
+
+def _is_made(repack: Job) -> bool:
+    """Whether the output of a repack is there already, from the very checkpoint that is there now."""
+    if not (repack.output / MANIFEST).is_file():
+        return False
+    source = (manifests.load(repack.output) or {}).get("source")
+    made_from = source.get("manifest") if isinstance(source, dict) else None
+    return made_from == manifests.sha256_file(repack.source.directory / MANIFEST)
 
 
 def _disk_error(job: Job, error: OSError) -> ConvertError:
@@ -358,22 +470,18 @@ def _check_names(job: Job) -> None:
         check_report(job.report, job.output)
 
 
-def _check_output(job: Job, plan: Plan) -> None:
+def _check_output(job: Job) -> None:
     _check_names(job)
     job.run.check_ours()
-    if job.resume and job.run.published():
-        return
-    check_replaceable(job.output, job.overwrite)
-    place = next(parent for parent in job.output.resolve().parents if parent.exists())
-    free = shutil.disk_usage(place).free
-    taken = plan.output_bytes + (kept_bytes(plan) if plan.tunes else 0)
-    if taken > free + job.run.staged_bytes:
-        raise ConvertError(
-            f"no space left: the output takes {plan.output_bytes:,} bytes"
-            + (f", what is solved to be tuned {kept_bytes(plan):,}" if plan.tunes else "")
-            + f", {free:,} are free.",
-            "free some, or choose a directory on another disk.",
-        )
+    complete = job.resume and job.run.published()
+    for beside in _repacks(job):
+        beside.run.check_ours()
+        if not (complete and _is_made(beside)):
+            check_replaceable(beside.output, job.overwrite)
+        if not job.resume:
+            beside.run.earlier({}, resume=False, discard=job.overwrite)
+    if not complete:
+        check_replaceable(job.output, job.overwrite)
 
 
 def _check_memory(job: Job, plan: Plan) -> None:
