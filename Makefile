@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 DEMO := build/demo
 
-.PHONY: help demo test lint gpu faults fuzz interop engines archs real bench clean
+.PHONY: help demo test docs lint gpu faults fuzz interop engines archs real bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -31,6 +31,10 @@ demo: $(READY)  ## quantize examples/tinypy-4m, verify the result, and let it wr
 
 test: lint  ## lint and the tests that need no GPU, no peer and no patience
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+
+docs: $(READY)  ## build the pages of docs/ in build/docs
+	$(BIN)/python -m sphinx -W -q -b html docs build/docs
+	@echo "build/docs/index.html"
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check

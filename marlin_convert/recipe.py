@@ -11,12 +11,12 @@ from typing import Any
 
 import yaml
 
-from marlin_convert import plain_text
+from marlin_convert import options, plain_text
 from marlin_convert.errors import ConvertError
 
 DEFAULT = "w4a16"
 # "dense" is what sparsify writes
-FORMATS = ("marlin", "marlin-24", "gptq", "compressed-tensors", "dense")
+FORMATS = (*options.FORMATS, "dense")
 SCALES = ("signed", "positive")
 EFFORTS = ("fast", "default", "high")
 METHODS = ("sparsegpt", "wanda", "magnitude")

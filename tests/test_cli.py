@@ -28,6 +28,7 @@ from marlin_convert.errors import ConvertError, OptionError
 from marlin_convert.options import pick_device, shard_size
 
 COMMANDS = sorted(main.commands)
+DOCS = Path(__file__).parents[1] / "docs"
 # every command that does something, by its words: those of a group have two
 ALL = {
     (name, *rest): command
@@ -88,13 +89,14 @@ def test_python_m_is_the_same_command():
     assert python("-m", "marlin_convert", "quantize").returncode == 2
 
 
-def test_the_readme_names_no_option_that_is_not_there():
+@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{one.name}" for one in DOCS.glob("*.md"))])
+def test_a_page_names_no_option_that_is_not_there(page):
     parameters = [option for command in ALL.values() for option in command.params]
     there = {spelling for option in parameters for spelling in option.opts + option.secondary_opts}
     # the last three of pip, vLLM and lm_eval
     there |= {"--help", "--version", "--no-deps", "--enable-expert-parallel", "--tasks"}
-    readme = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
-    named = set(re.findall(r"(?<![\w-])--[a-z]+(?:-[a-z]+)*", readme))
+    text = (DOCS.parent / page).read_text("utf-8")
+    named = set(re.findall(r"(?<![\w-])--[a-z]+(?:-[a-z]+)*", text))
     assert named <= there, named - there
 
 

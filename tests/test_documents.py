@@ -106,6 +106,7 @@ def test_of_a_table_on_the_hub_the_groups_are_read_that_are_used(hub: Hub, ask: 
 def test_of_lines_on_the_hub_the_pieces_are_read_that_are_used(hub: Hub, ask: Ask, data: Path) -> None:
     """And every line is in one of them, wherever pieces end."""
     texts = [text(number)[: 50 + number % 1999] for number in range(4000)]
+    texts[0] = "x" * (documents.PIECE - len('{"text": ""}\n'))  # the next line begins where a piece does
     texts[7] = "long " * documents.PIECE
     lines = "\n".join(json.dumps({"text": one}) for one in texts)
     (data / "train.jsonl").write_text(lines)

@@ -9,8 +9,7 @@ from marlin_convert.cli.arguments import NameOrPlace, Names
 from marlin_convert.cli.conversion import conversion_options, convert
 from marlin_convert.cli.imports import imports
 from marlin_convert.cli.output import output_options, set_up_logging
-
-FORMATS = ("marlin", "marlin-24", "gptq", "compressed-tensors")
+from marlin_convert.options import FORMATS
 
 
 @click.command(short_help="Write a 4-bit checkpoint of a model, or repack one in another layout.")

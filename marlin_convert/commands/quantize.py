@@ -38,7 +38,7 @@ from marlin_convert.estimate import tuning_memory
 from marlin_convert.hub import Source, complete, resolve
 from marlin_convert.matrix import Fate
 from marlin_convert.models.memory import free_memory
-from marlin_convert.options import check_place, names, pick_device, shard_size
+from marlin_convert.options import FORMATS, check_place, names, pick_device, shard_size
 from marlin_convert.page import html
 from marlin_convert.plan import Plan, make_plan
 from marlin_convert.recipe import Recipe
@@ -101,19 +101,20 @@ def make_job(
     `settings` go over those of the recipe, but for what is None or empty; `options` are `resolve_job`'s.
     """
     start, formats = recipes.load(str(recipe)), names(settings["format"])
-    layouts = [one for one in recipes.FORMATS if one != "dense"]
-    for one in formats:
-        if one not in layouts:
-            raise OptionError(f"--format: {one!r} is not one of {', '.join(layouts)}.")
-    if settings["sparsity"] == "2:4" and not formats and start.format == "marlin":
-        formats = ("marlin-24",)
-    chosen = start.changed(recipes.given({**settings, "format": formats[0] if formats else None}))
+    for name in formats:
+        if name not in FORMATS:
+            raise OptionError(f"--format {name!r} is not one of {', '.join(FORMATS)}.")
+    format = formats[0] if formats else None
+    if settings["sparsity"] == "2:4" and not format and start.format == "marlin":
+        format = "marlin-24"
+    chosen = start.changed(recipes.given({**settings, "format": format}))
     if chosen.format == "dense":
         raise ConvertError(
             f"{str(recipe)!r} is a recipe of sparsify.", "name a layout with --format, or sparsify."
         )
     size = settings["group_size"]
-    job = resolve_job(model, output, chosen, group_size=size if isinstance(size, int) else None, **options)
+    asked = size if isinstance(size, int) else None
+    job = resolve_job(model, output, chosen, group_size=asked, **options)
     return in_formats(job, formats) if len(formats) > 1 else job
 
 
@@ -129,7 +130,7 @@ def resolve_job(
     report: str | Path | None,
     **more: Any,
 ) -> Job:
-    """The job of options as they are said; a model on the Hub is looked at last of all."""
+    """The job of options as they are said, with the model looked at: it is downloaded when its blocks are."""
     if report is not None:
         check_place(Path(report))
     return Job(

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness runs what we write by the line in the README, on local files (make engines)."""
+"""lm-evaluation-harness runs what we write by the line in docs/generate.md, on local files (make engines)."""
 
 import json
 import math
@@ -27,13 +27,15 @@ metric_list: [{{metric: bits_per_byte}}]
 
 
 def documented() -> list[str]:
-    """The words of the README's line, from `python` on."""
-    (line,) = re.findall(r"^python -c .*lm_eval.*$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
+    """The words of that line, from `python` on."""
+    (line,) = re.findall(
+        r"^python -c .*lm_eval.*$", (ROOT / "docs" / "generate.md").read_text("utf-8"), re.MULTILINE
+    )
     return shlex.split(line)
 
 
 def evaluate(words: list[str], model: Path, out: Path, **environment: str) -> tuple[int, str]:
-    """Run the words of the README, their model and task replaced: the exit status, and what was printed."""
+    """Run these words, their model and task replaced: the exit status, and what was printed."""
     out.mkdir()
     texts = out / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
