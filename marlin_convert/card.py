@@ -50,10 +50,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{repository}"{keyword})
 tokenizer = AutoTokenizer.from_pretrained("{repository}"{keyword})
-tokens = tokenizer("Hello", return_tensors="pt")
+tokens = {tokens}
 print(tokenizer.decode(model.generate(**tokens, max_new_tokens=32)[0]))
 ```
 """
+# What the model goes on with: a text, or what its chat template makes of a message.
+_TEXT = 'tokenizer("Hello", return_tensors="pt")'
+_CHAT = """\
+tokenizer.apply_chat_template(
+    [{"role": "user", "content": "Hello"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+)"""
 _STOCK = (
     """\
 ```
@@ -71,7 +77,9 @@ _OURS = (
 vLLM and transformers load this layout where marlin-convert is installed beside them.{also}
 
 ```
+pip install marlin-convert
 vllm serve {repository}{revision}
+marlin-convert generate {repository}{revision}
 ```
 
 ```python
@@ -142,6 +150,7 @@ class Published:
     origin: dict[str, Any]  # the manifest of the checkpoint whose codes these are: its own, but for --also
     measured: dict[str, Any] | None  # the report about that one
     also: tuple[str, ...] = ()  # branches with the same codes in other layouts
+    chats: bool = False  # whether its tokenizer has a chat template
     older: tuple[str, ...] = ()  # branches of earlier pushes, of other codes for all that is known
 
     @property
@@ -315,6 +324,7 @@ def _serving(published: Published) -> str:
         revision="" if main else f" --revision {branch}",
         keyword="" if main else f', revision="{branch}"',
         also=also,
+        tokens=_CHAT if published.chats else _TEXT,
         experts=_EXPERTS if any(first_match(name, ["experts"]) for name in packed) else "",
     )
     others = [name for name in published.also if published.format not in OURS]
@@ -413,11 +423,11 @@ def _quality(published: Published) -> str:
             f"in {text['samples']} sequences of {text['sequence_length']}):\n"
         )
         figures = [
-            ["perplexity", text["source_perplexity"], text["perplexity"]],
-            ["KL divergence to the original", "", text["divergence"]],
-            ["same likeliest token", "", text["agreement"]],
+            ["perplexity", f"{text['source_perplexity']:.4g}", f"{text['perplexity']:.4g}"],
+            ["KL divergence to the original, nats a token", "", f"{text['divergence']:.3g}"],
+            ["same likeliest token", "", f"{text['agreement']:.3g}"],
         ]
-        lines.append(_table(["", "original", "this"], [[_line(str(one)) for one in row] for row in figures]))
+        lines.append(_table(["", "original", "this"], figures))
     if published.origin is not published.manifest:
         layout = published.origin["recipe"]["format"]
         lines.append(

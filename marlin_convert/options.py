@@ -68,7 +68,7 @@ def check_place(report: Path) -> None:
 
 
 def names(said: str | Iterable[str] | None) -> tuple[str, ...]:
-    """The names of a list like "files,layout", or of another list, each once; OptionError for what is none."""
+    """The names of a list like "files,layout", or of another list, each once; OptionError for no list."""
     several = said.split(",") if isinstance(said, str) else () if said is None else said
     if not isinstance(several, Iterable) or not all(isinstance(name, str) for name in several):
         raise OptionError(f"{said!r} is not a list of names.")

@@ -165,6 +165,15 @@ def test_a_part_that_is_sparse(quantized: Callable[[str], Path], tmp_path: Path,
     assert "- not 2:4: `model.layers.3.mlp.up_proj` (unpruned by '\\*.3.mlp.\\*')" in text
 
 
+def test_the_sample_speaks_as_the_model_does(published: card.Published) -> None:
+    for chats in (False, True):
+        text = card.write(replace(published, chats=chats), FACTS)
+        (sample,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+        compile(sample, "card", "exec")
+        assert ("apply_chat_template" in sample) == chats
+        assert "marlin-convert generate me/tiny" in text and "pip install marlin-convert" in text
+
+
 @pytest.mark.parametrize("part", ["experts.0", "shared_experts"])
 def test_what_vllm_refuses_of_experts_is_said(part: str, published: card.Published) -> None:
     content = json.loads(json.dumps(published.manifest))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from marlin_convert import __version__, card
 from marlin_convert.checkpoint import manifest as manifests
+from marlin_convert.checkpoint.reader import json_file
 from marlin_convert.errors import ConvertError, OptionError, SourceError
 from marlin_convert.hub import Source, is_repository
 from marlin_convert.hub_calls import aside, hub_errors, hub_sentence
@@ -191,10 +192,19 @@ def _release(job: Job, branch: str, checked: Checked, facts: card.Facts, origin:
         origin=origin.manifest,
         measured=origin.report,
         also=tuple(name for name in ALSO if name in job.also) if checked is origin else (),
+        chats=_has_chat_template(job.checkpoint),
     )
     release = Release(published, facts, checked.files, checked.left)
     _ = release.card  # written now: what it lacks is found before anybody is asked
     return release
+
+
+def _has_chat_template(directory: Path) -> bool:
+    """Whether a tokenizer has one, in a file of its own or, as older ones, in its config."""
+    config = directory / "tokenizer_config.json"
+    return any(directory.glob("chat_template*")) or (
+        config.is_file() and bool(json_file(directory, config.name).get("chat_template"))
+    )
 
 
 def _repack(job: Job, format: str, directory: Path) -> None:
