@@ -239,7 +239,7 @@ def inspect(checkpoint: str | Path, *, revision: str | None = None) -> dict[str,
     from marlin_convert.commands import inspect as story
     from marlin_convert.hub import resolve
 
-    return story.inspect(resolve(str(checkpoint), revision))
+    return story.inspect(resolve(str(checkpoint), revision, only_look=True))
 
 
 def _silent(blocks: range, total: int) -> Iterable[int]:
