@@ -26,12 +26,14 @@ Progress = Callable[[range, int], Iterable[int]]
 class Result:
     """What a conversion wrote, and what it cost.
 
+    Of several formats `output` is the directory of the one that was solved for, `also` has the others.
     `divergence` is how far the hidden states are from the original's after every block, relative; `errors`
     the relative error of every linear's output. They are empty where nobody has measured them: the first with
     effort "fast", both for a source that others have quantized. `manifest` is marlin_convert.json as written.
     """
 
     output: Path
+    also: tuple[Path, ...]
     seconds: float
     source_bytes: int
     output_bytes: int
@@ -46,7 +48,7 @@ def quantize(
     output: str | Path,
     *,
     recipe: str | Path = "w4a16",
-    format: str | None = None,
+    format: str | Sequence[str] | None = None,
     group_size: int | str | None = None,
     bits: int | None = None,
     scales: str | None = None,
@@ -250,6 +252,7 @@ def _result(job: "Job", done: "Report") -> Result:
     manifest, plan = done.manifest, done.plan
     return Result(
         output=job.output,
+        also=tuple(job.output.with_name(format) for format in job.also),
         seconds=round(done.seconds, 2),
         source_bytes=plan.source_bytes,
         output_bytes=plan.output_bytes,

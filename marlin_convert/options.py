@@ -68,6 +68,8 @@ def check_place(report: Path) -> None:
 
 
 def names(said: str | Iterable[str] | None) -> tuple[str, ...]:
-    """The names of a list like "files,layout", or of any other list of them, each once."""
-    several = said.split(",") if isinstance(said, str) else said or ()
+    """The names of a list like "files,layout", or of another list, each once; OptionError for what is none."""
+    several = said.split(",") if isinstance(said, str) else () if said is None else said
+    if not isinstance(several, Iterable) or not all(isinstance(name, str) for name in several):
+        raise OptionError(f"{said!r} is not a list of names.")
     return tuple(dict.fromkeys(name.strip() for name in several))

@@ -167,6 +167,12 @@ def test_a_quantized_source_is_repacked(quantized, tmp_path):
     assert all(torch.equal(repacked[name], solved[name]) for name in solved)
 
 
+def test_several_formats_are_a_directory_each(tinypy, tmp_path):
+    made = marlin_convert.quantize(tinypy, tmp_path, format=["marlin", "gptq"], **QUICK)
+    assert {made.output, *made.also} == {tmp_path / "marlin", tmp_path / "gptq"}
+    assert [marlin_convert.inspect(one)["format"] for one in (made.output, *made.also)] == ["gptq", "marlin"]
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -183,7 +189,8 @@ def test_a_quantized_source_is_repacked(quantized, tmp_path):
         ({"only": [1]}, "list of patterns"),
         ({"calibration": Path("nothing.txt")}, "nothing.txt"),
         ({"recipe": "w2a16"}, "w2a16"),
-        ({"recipe": "w4a16-24", "format": "dense"}, "is not one of marlin, marlin-24"),
+        ({"format": "marlin,dense"}, "'dense' is not one of marlin, marlin-24, gptq, compressed-tensors"),
+        ({"format": 3}, "3 is not a list of names"),
         ({"device": "gpu"}, "--device 'gpu'"),
         ({"device": "cuda:99"}, "cuda:99"),
         ({"max_shard_size": "big"}, "--max-shard-size"),
