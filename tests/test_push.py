@@ -389,7 +389,7 @@ def test_what_may_not_go_up_is_refused_before_the_hub_is_asked(
         (("checkpoint", "alice/tiny", "--revision", "../x"), "--revision"),
         (("checkpoint", "alice/tiny", "--revision", "refs/pr/1"), "--revision"),
         (("checkpoint", "alice/tiny", "--revision", "gptq", "--also", "gptq"), "--also gptq"),
-        (("checkpoint", "alice/tiny", "--also", "marlin"), "'marlin' is not gptq or compressed-tensors"),
+        (("checkpoint", "alice/tiny", "--also", "marlin"), "'marlin' is not one of gptq, compressed-tensors"),
     ],
 )
 def test_a_wrong_command_line(
