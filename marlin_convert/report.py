@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 WORST = 5
 
 
-def plan_json(plan: "Plan", job: "Job") -> dict[str, Any]:
-    """The plan as data."""
+def plan_json(plan: "Plan", job: "Job", *, verbose: bool) -> dict[str, Any]:
+    """The plan as data, with what it will take; a row for every matrix if `verbose`."""
+    from marlin_convert.estimate import estimate
     from marlin_convert.room import rooms
 
+    needs = estimate(plan, job.device)
     return {
         "format": plan.recipe.format,
         "repack": plan.repack,
@@ -30,7 +32,10 @@ def plan_json(plan: "Plan", job: "Job") -> dict[str, Any]:
             for key, value in plan.recipe.to_dict().items()
             if key in REPACKED or not plan.repack  # the others are about what a repack does not do
         },
-        "matrices": [fate.row() for fate in plan.fates.values()],
+        **({"matrices": [fate.row() for fate in plan.fates.values()]} if verbose else {}),
+        "linears": len(plan.worked_on),
+        "left_dense": len(plan.dense),
+        "blocks": plan.blocks,
         "sparsity": plan.sparsity,
         "left_out": list(plan.left_out),
         "beside": list(plan.beside),
@@ -40,6 +45,9 @@ def plan_json(plan: "Plan", job: "Job") -> dict[str, Any]:
         "output_bytes": plan.output_bytes,
         "download_bytes": job.source.remote.missing if job.source.remote else 0,
         "room": all(room.enough for room in rooms(job, plan)),
+        "device": str(job.device),
+        "seconds": round(needs.seconds),
+        "memory_bytes": round(needs.memory),
     }
 
 

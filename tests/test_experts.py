@@ -212,7 +212,15 @@ def test_overrides_know_experts_too(source, cli: Cli, tmp_path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("format: gptq\noverrides: {experts: {bits: 8}}\n")
     done = cli(
-        "quantize", source("qwen3_moe"), "-o", tmp_path / "out", "--recipe", recipe, "--dry-run", "--json"
+        "quantize",
+        source("qwen3_moe"),
+        "-o",
+        tmp_path / "out",
+        "--recipe",
+        recipe,
+        "--dry-run",
+        "--json",
+        "-v",
     )
     assert done.exit_code == 0, done.stderr
     bits = {(".experts." in row["name"], row["bits"]) for row in json.loads(done.stdout)["matrices"]}
@@ -223,7 +231,15 @@ def test_one_group_size_for_all_experts_of_a_layer(source, cli: Cli, tmp_path) -
     """Engines have one for gate, up and down; 192 inputs of down want 64."""
     model = source("qwen3_moe", moe_intermediate_size=192)
     done = cli(
-        "quantize", model, "-o", tmp_path / "out", "--format", "compressed-tensors", "--dry-run", "--json"
+        "quantize",
+        model,
+        "-o",
+        tmp_path / "out",
+        "--format",
+        "compressed-tensors",
+        "--dry-run",
+        "--json",
+        "-v",
     )
     assert done.exit_code == 0, done.stderr
     sizes: dict[bool, set[int]] = {}
@@ -535,8 +551,8 @@ def test_experts_of_a_loaded_model_are_multiplied_at_once(
         found = model(ids.cuda()).logits.cpu().float()
         layers = [one for _, one in experts_of(model)]
         assert layers and all(one in integration._grouped for one in layers)
-        # a token whose router is near a tie goes to other experts by a rounding of float16: of gpt-oss one in ten,
-        # and the same ones where a GPU multiplies one expert after another
+        # a token whose router is near a tie goes to other experts by a rounding of float16: one in ten of
+        # gpt-oss's, and the same ones where a GPU multiplies one expert after another
         off = ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).flatten().sort().values
         assert off[int(0.75 * len(off))] < 0.003 and off[-1] < 1
         assert torch.equal(model(ids.cuda()).logits.cpu().float(), found)

@@ -45,7 +45,7 @@ def manifest_of(directory: Path | str) -> dict[str, Any]:
 
 
 def card_of(run: Cli, directory: str) -> str:
-    planned = run("push", directory, "me/tiny", "--allow-unverified", "--dry-run", "--json", "-q")
+    planned = run("push", directory, "me/tiny", "--allow-unverified", "--dry-run", "--json", "-v", "-q")
     return json.loads(planned.stdout)["branches"][-1]["card"]
 
 
@@ -107,7 +107,7 @@ def test_of_a_foreign_source_nothing_is_made_up(run: Cli, original: Path) -> Non
         assert "`gptq` already; how they were calibrated is not known" in text and "samples" not in text
         assert "base_model: org/original" in text and "license: mit" in text
     make_again(run, "second", Path("foreign"))
-    plan = json.loads(run("quantize", "foreign", "-o", "x", "--dry-run", "--json").stdout)
+    plan = json.loads(run("quantize", "foreign", "-o", "x", "--dry-run", "--json", "-v").stdout)
     assert "samples" not in plan["recipe"]
 
 

@@ -283,13 +283,13 @@ def test_a_dry_run_writes_nothing_and_names_everything(
     assert "24 linears in 4 blocks packed" in result.stdout
     assert "model.layers.3.self_attn.o_proj: skipped by '*.o_proj'" in result.stdout
     assert contents(tmp_path) == before and not list(tmp_path.iterdir())
-    plan = json.loads(quantize("--dry-run", "--json").stdout)
+    plan = json.loads(quantize("--dry-run", "--json", "-v").stdout)
     assert len(rows.worked_on(plan)) == 28
     assert plan["output_bytes"] < plan["source_bytes"] / 2
 
 
 def test_the_plan_knows_the_size_of_what_is_written(quantize: Callable[..., Result], tmp_path: Path) -> None:
-    plan = json.loads(quantize("--dry-run", "--json").stdout)
+    plan = json.loads(quantize("--dry-run", "--json", "-v").stdout)
     result = quantize("--json", "-q")
     assert result.stderr == ""
     summary = json.loads(result.stdout)

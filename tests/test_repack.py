@@ -616,7 +616,7 @@ def test_requantizing_is_the_way_out(make, cli, tmp_path, source):
 
 
 def test_a_repack_is_planned_without_a_write(make, cli, tmp_path):
-    result = cli("quantize", make("gptq")[0], "-o", tmp_path / "out", "--dry-run", "--json")
+    result = cli("quantize", make("gptq")[0], "-o", tmp_path / "out", "--dry-run", "--json", "-v")
     plan = json.loads(result.stdout)
     assert plan["repack"] and "its codes are kept" in " ".join(plan["notes"])
     assert not list(tmp_path.iterdir())

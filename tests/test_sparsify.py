@@ -199,7 +199,7 @@ def test_the_plan_and_inspect(model, pruned, tmp_path, cli):
         "quantize", model, "-o", tmp_path / "out", "--sparsity", "2:4", "--format", "gptq", "--dry-run"
     )
     assert "bits per weight, 2:4" in result.stdout and "ordinary int4" in result.stdout
-    plan = json.loads(cli("sparsify", model, "-o", tmp_path / "out", "--dry-run", "--json").stdout)
+    plan = json.loads(cli("sparsify", model, "-o", tmp_path / "out", "--dry-run", "--json", "-v").stdout)
     assert plan["sparsity"] == "2:4" and all(one["format"] == "dense" for one in rows.worked_on(plan))
     assert not list(tmp_path.iterdir())
     assert "14 linears, dense" in cli("inspect", pruned).stdout

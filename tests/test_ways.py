@@ -22,7 +22,7 @@ def refused(cli, source: Path, output: Path, *words: object) -> str:
 
 def packed(cli, source: Path, output: Path, *words: object) -> int:
     """How many linears a plan packs that is taken."""
-    result = cli("quantize", source, "-o", output, "--dry-run", "--device", "cpu", "--json", *words)
+    result = cli("quantize", source, "-o", output, "--dry-run", "--device", "cpu", "--json", "-v", *words)
     assert result.exit_code == 0, (words, result.stderr)
     return sum(one["format"] != "dense" for one in json.loads(result.stdout)["matrices"])
 

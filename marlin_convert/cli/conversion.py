@@ -94,14 +94,21 @@ def conversion_options(command: Callable) -> Callable:
 
 
 def convert(
-    job: "Job", plan_job: Callable, story: Callable, dry_run: bool, as_json: bool, quiet: bool
+    job: "Job",
+    plan_job: Callable,
+    story: Callable,
+    *,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
 ) -> None:
     """Print the plan of a conversion, or do it and print what was done."""
     from marlin_convert import report as reports
 
     if dry_run:
         _, plan = plan_job(job)
-        said = json.dumps(reports.plan_json(plan, job), indent=2) if as_json else None
+        said = json.dumps(reports.plan_json(plan, job, verbose=verbose), indent=2) if as_json else None
         click.echo(said or reports.plan_text(plan, job))
         return
     done = story(job, block_progress(quiet))

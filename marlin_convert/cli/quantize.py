@@ -86,4 +86,5 @@ def quantize(
         device=device, revision=revision, max_shard_size=max_shard_size, requantize=requantize,
         resume=resume, overwrite=overwrite, trust_remote_code=trust_remote_code, report=report,
     )  # fmt: skip
-    convert(job, story.plan_job, story.quantize, dry_run, as_json, quiet)
+    said = {"dry_run": dry_run, "as_json": as_json, "quiet": quiet, "verbose": bool(verbose)}
+    convert(job, story.plan_job, story.quantize, **said)
