@@ -95,7 +95,8 @@ def test_parameters_have_the_names_and_defaults_of_the_options(name):
     command, parameters = main.commands[name], signature(getattr(marlin_convert, name)).parameters
     words = ["x" for one in command.params if isinstance(one, click.Argument)]
     words += ["-o", "x"] if name in ("quantize", "sparsify") else []
-    values = command.make_context(name, words).params
+    # a command keeps the names of its --help from the first context: those of the group
+    values = command.make_context(name, words, parent=main.make_context("marlin-convert", [name])).params
     options = {}
     for one in command.params:
         spelling = max(one.opts, key=len).removeprefix("--").replace("-", "_")
