@@ -5,6 +5,7 @@ The calls are those of the C library; failing_disk.c, compiled here, stands befo
 
 import errno
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -55,10 +56,16 @@ TROUBLES = {
 Tree = dict[str, bytes | None]
 
 
+# What a page of a conversion says of the run, which is another every time.
+OF_THE_RUN = re.compile(rb"made on<dd>[^<]* UTC<dt>took<dd>\d+ s")
+
+
 def tree(directory: Path) -> Tree:
-    """Every file below a directory, but for temporary ones; None for a directory."""
+    """Every file below a directory, but for temporary ones and times; None for a directory."""
     return {
-        path.relative_to(directory).as_posix(): path.read_bytes() if path.is_file() else None
+        path.relative_to(directory).as_posix(): OF_THE_RUN.sub(b"", path.read_bytes())
+        if path.is_file()
+        else None
         for path in sorted(directory.rglob("*"))
         if not path.is_relative_to(directory / "tmp")
     }

@@ -340,7 +340,7 @@ def test_a_part_that_is_sparse_beside_what_is_left_dense(tmp_path, cli):
         tensors[f"model.layers.{block}.self_attn.o_proj.weight"] = torch.ones(128, 128).half()
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
     words = ("--format", "marlin-24", "--unpruned", f"*.{UNPRUNED}", "--dry-run")
-    plan = json.loads(cli("quantize", source, "-o", tmp_path / "out", *words, "--json").stdout)
+    plan = json.loads(cli("quantize", source, "-o", tmp_path / "out", *words, "--json", "-v").stdout)
     fates = {row["name"].removeprefix("model.layers.0."): row for row in plan["matrices"]}
     assert plan["sparsity"] == "2:4"
     row = fates["self_attn.q_proj"]
