@@ -65,6 +65,18 @@ def ours(weights: Weights) -> Layer:
     return GroupedExperts((gate, up), Stack(weights.B2, weights.s2))
 
 
+def in_blocks(index: Tensor, count: int, block: int) -> tuple[Tensor, ...]:
+    """By vLLM's operator: choices in the order of the experts, padded to blocks, whose they are, how many."""
+    padded = index.numel() + count * (block - 1)
+    if index.numel() < count:
+        padded = min(index.numel() * block, padded)
+    order = torch.empty(padded, dtype=torch.int32, device="cuda")
+    experts = torch.empty(-(-padded // block), dtype=torch.int32, device="cuda")
+    total = torch.empty(1, dtype=torch.int32, device="cuda")
+    torch.ops._moe_C.moe_align_block_size(index, count, block, order, experts, total, None)
+    return order, experts, total
+
+
 def vllm(weights: Weights) -> Layer:
     """vLLM's, as its fused_marlin_moe calls its operators."""
     moe, others = torch.ops._moe_C, torch.ops._C
@@ -82,14 +94,7 @@ def vllm(weights: Weights) -> Layer:
     def layer(x: Tensor, index: Tensor, shares: Tensor) -> Tensor:
         m, choices = index.shape
         block = next((b for b in (8, 16, 32, 48, 64) if m * choices / count / b < 0.9), 64)
-        padded = index.numel() + count * (block - 1)
-        if index.numel() < count:
-            padded = min(index.numel() * block, padded)
-        order = torch.empty(padded, dtype=torch.int32, device="cuda")
-        experts = torch.empty(-(-padded // block), dtype=torch.int32, device="cuda")
-        total = torch.empty(1, dtype=torch.int32, device="cuda")
-        moe.moe_align_block_size(index, count, block, order, experts, total, None)
-        found = (order, experts, total)
+        found = in_blocks(index, count, block)
         both = x.new_empty(m * choices, 2 * inner)
         product(x, both, weights.B13, weights.s13, found, shares, block, choices, False)
         activated = x.new_empty(m * choices, inner)
@@ -109,7 +114,7 @@ def humming(weights: Weights) -> Layer:
     from humming.layer import HummingLayer
     from humming.tune import get_heuristics_config
 
-    moe, count, hidden, inner = torch.ops._moe_C, weights.count, weights.hidden, weights.inner
+    count, hidden, inner = weights.count, weights.hidden, weights.inner
     compute = json.dumps({"use_batch_invariant": False, "use_f16_accum": False, "gemm_type": "indexed"})
     layers, tuned = [], []
     for B, s in ((weights.B13, weights.s13), (weights.B2, weights.s2)):
@@ -127,23 +132,13 @@ def humming(weights: Weights) -> Layer:
         tuned.append(get_heuristics_config(layer_config=layer.humming_config, gemm_type="indexed"))
     texts = [json.dumps(one) for one in tuned]
 
-    def ordered(index: Tensor, block: int) -> dict[str, Tensor]:
-        padded = index.numel() + count * (block - 1)
-        if index.numel() < count:
-            padded = min(index.numel() * block, padded)
-        order = torch.empty(padded, dtype=torch.int32, device="cuda")
-        experts = torch.empty(-(-padded // block), dtype=torch.int32, device="cuda")
-        total = torch.empty(1, dtype=torch.int32, device="cuda")
-        moe.moe_align_block_size(index, count, block, order, experts, total, None)
-        return {"sorted_ids": order, "expert_ids": experts, "num_tokens_padded": total}
-
-    def multiply(number: int, x: Tensor, choices: int, rows: int, found: dict[str, Tensor]) -> Tensor:
+    def multiply(number: int, x: Tensor, choices: int, rows: int, found: tuple[Tensor, ...]) -> Tensor:
         layer = layers[number]
         y = x.new_empty(rows, layer.shape_n)
         return humming_forward(
             layer.humming_config, inputs=x, weight=layer.weight, weight_scale=layer.weight_scale,
             outputs=y, locks=layer.locks, top_k=choices, valid_shape_m=rows, compute_config=compute,
-            tuning_config=texts[number], **found,
+            tuning_config=texts[number], sorted_ids=found[0], expert_ids=found[1], num_tokens_padded=found[2],
         )  # fmt: skip
 
     def run(x: Tensor, index: Tensor, shares: Tensor) -> Tensor:
@@ -152,13 +147,13 @@ def humming(weights: Weights) -> Layer:
         first, last = (
             next(config["block_shape"][0] for low, high, config in one if low < rows <= high) for one in tuned
         )
-        found = ordered(index, first)
+        found = in_blocks(index, count, first)
         both = multiply(0, x, choices, rows, found)
         activated, _, _ = may_process_input(
             layers[1].humming_config, inputs=both, outputs=x.new_empty(rows, inner),
             activation_type="binary_split", activation_impl="(a / (1.f + expf(-a))) * b",
         )  # fmt: skip
-        answers = multiply(1, activated, 1, rows, found if last == first else ordered(index, last))
+        answers = multiply(1, activated, 1, rows, found if last == first else in_blocks(index, count, last))
         return weighted_sum(answers.view(m, choices, hidden), shares)
 
     return run
