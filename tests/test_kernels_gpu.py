@@ -66,11 +66,9 @@ OTHERS = ((8, 0), (8, 6))
 def by_others(
     x: torch.Tensor, one: QuantizedLinear, bias: torch.Tensor | None
 ) -> Iterator[tuple[Configuration, torch.Tensor]]:
-    """The products (m, n) of the kernels that other architectures would choose, in memory that was poisoned."""
-    tensors = {
-        name: tensor.cuda()
-        for name, tensor in (marlin_24 if one.kept is not None else marlin).pack(one).items()
-    }
+    """The products (m, n) of the kernels that other architectures would choose, in poisoned memory."""
+    pack = marlin.pack if one.kept is None else marlin_24.pack
+    tensors = {name: tensor.cuda() for name, tensor in pack(one).items()}
     B, s, B_meta = tensors.get("B", tensors.get("B_24")), tensors["s"], tensors.get("B_meta")
     (m, k), n = x.shape, s.shape[1]
     group = 0 if len(s) == 1 else k // len(s)
