@@ -105,6 +105,7 @@ marlin_multistage(const Problem p) {
   };
   auto advance = [&]() {
     const int stop = ahead.stop;
+    if (ahead.i + 1 >= count) { ahead.i++; return; }  // beyond there may be no tile to find
     ahead.advance(plan, 1);
     from.codes += STEPS * pitch;
     from.x += 128;
@@ -147,7 +148,7 @@ marlin_multistage(const Problem p) {
   };
 
   let_next_kernel_start();
-  aim();
+  if (count) aim();
 #pragma unroll
   for (int s = 0; s < STAGES - 1; s++) {
 #pragma unroll
@@ -157,7 +158,7 @@ marlin_multistage(const Problem p) {
   }
   wait_for_previous_kernel();
   ahead = Position(plan, 0);
-  aim();
+  if (count) aim();
 #pragma unroll
   for (int s = 0; s < STAGES - 1; s++) {
 #pragma unroll
