@@ -208,8 +208,8 @@ def _on_its_way(job: Job) -> Iterator[tuple[Weights, Plan]]:
         return
     complete(job.source, code=job.trust_remote_code)
     with fetched_ahead(_in_order(weights, plan)):
-        # again, by what headers do not tell
-        yield _planned(job, checkpoint)
+        # again, where it is not all in the headers
+        yield _planned(job, checkpoint) if weights.supposed else (weights, plan)
 
 
 def _in_order(weights: Weights, plan: Plan) -> list[RemoteFile]:
