@@ -123,6 +123,7 @@ def test_a_plan_reads_headers_alone(
     only_headers(hub, home, "org/planned")
     weights = sum(len(data) for name, data in repository.files.items() if name.endswith(".safetensors"))
     assert weights < plan.pop("download_bytes") < weights + 1_000_000 and local.pop("download_bytes") == 0
+    assert plan.pop("seconds") >= 0 and local.pop("seconds") >= 0  # measured on this machine
     assert plan == local
     status, said = start("quantize", "org/planned", *words)
     assert status == 0 and "the model to be downloaded takes" in said, said
