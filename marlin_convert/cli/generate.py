@@ -79,7 +79,8 @@ def generate(
         longest = max(len(one.tokens) for one in (done.answer, done.compared) if one)
         click.echo(f"the first {done.same_tokens} of {longest} tokens are the same")
     if not quiet:
-        click.echo(f"Next: marlin-convert verify {shlex.quote(checkpoint)} --source MODEL")
+        source = [compare or "MODEL", *(["--source-revision", compare_revision] if compare_revision else [])]
+        click.echo(f"Next: marlin-convert verify {shlex.join([checkpoint, '--source', *source])}")
 
 
 def converse(speakers: "list[Speaker]", quiet: bool) -> None:
