@@ -1,6 +1,6 @@
 """The plan of a model of DeepSeek-V3's shape, 45,000 matrices in 61 blocks: seconds of every step.
 
-Only its headers are written: the files have holes in place of 1.3 TB of weights. The time to beat is eight
+Only its headers are written: the files have holes in place of 1.3 TB of weights. The time to reach is eight
 seconds for the plan.
 """
 
