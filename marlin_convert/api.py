@@ -15,8 +15,10 @@ from marlin_convert.options import names
 if TYPE_CHECKING:
     from marlin_convert.commands.generate import Generated
     from marlin_convert.commands.push import Outcome
-    from marlin_convert.commands.quantize import Job, Report
+    from marlin_convert.commands.quantize import Report
     from marlin_convert.commands.verify import Verification
+    from marlin_convert.conversion import Job
+    from marlin_convert.plan import Plan
 
 # Called with the numbers of the blocks to do and how many there are in all; yields each number in turn.
 Progress = Callable[[range, int], Iterable[int]]
@@ -30,6 +32,8 @@ class Result:
     `divergence` is how far the hidden states are from the original's after every block, relative; `errors`
     the relative error of every linear's output. They are empty where nobody has measured them: the first with
     effort "fast", both for a source that others have quantized. `manifest` is marlin_convert.json as written.
+
+    After a dry run there is a `plan`, with the keys of `--dry-run --json`, and the sizes are those planned.
     """
 
     output: Path
@@ -41,6 +45,7 @@ class Result:
     divergence: tuple[float, ...] = field(repr=False)
     errors: dict[str, float] = field(repr=False)
     manifest: dict[str, Any] = field(repr=False)
+    plan: dict[str, Any] = field(repr=False, default_factory=dict)
 
 
 def quantize(
@@ -70,29 +75,34 @@ def quantize(
     overwrite: bool = False,
     trust_remote_code: bool = False,
     report: str | Path | None = None,
+    dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Result:
     """Quantize a model (a Hub id or a directory) into a directory; a quantized one is repacked.
 
     A setting that is None, or no pattern at all, is as the recipe has it: the default recipe, w4a16, says in
     its file what each of them means. `progress` is called with the numbers of the blocks to do and how many
-    there are in all, and yields each number when it is its turn.
+    there are in all, and yields each number when it is its turn. With `dry_run` nothing is downloaded but
+    headers and nothing written: the result has the `plan`.
 
     ConvertError for what cannot be done. Whatever stops it, the source and an earlier output stay as they
     are, and `resume=True` goes on from the last finished block.
     """
     from marlin_convert.commands import quantize as story
+    from marlin_convert.conversion import make_job
 
     settings = dict(
         format=format, group_size=group_size, bits=bits, scales=scales, sparsity=sparsity, only=only,
         skip=skip, unpruned=unpruned, calibration=calibration, samples=samples,
         sequence_length=sequence_length, effort=effort, seed=seed, dtype=dtype,
     )  # fmt: skip
-    job = story.make_job(
+    job = make_job(
         model, output, recipe, settings,
         device=device, revision=revision, max_shard_size=max_shard_size, requantize=requantize, resume=resume,
         overwrite=overwrite, trust_remote_code=trust_remote_code, report=report,
     )  # fmt: skip
+    if dry_run:
+        return _planned(job, story.plan_job(job)[1])
     return _result(job, story.quantize(job, progress or _silent))
 
 
@@ -117,11 +127,12 @@ def sparsify(
     overwrite: bool = False,
     trust_remote_code: bool = False,
     report: str | Path | None = None,
+    dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Result:
     """Prune a model to 2:4, two weights of every four, into a directory with dense weights.
 
-    Settings, `progress`, errors and resuming are as those of `quantize`.
+    Settings, `progress`, `dry_run`, errors and resuming are as those of `quantize`.
     """
     from marlin_convert.commands import sparsify as story
 
@@ -134,6 +145,8 @@ def sparsify(
         device=device, revision=revision, max_shard_size=max_shard_size, resume=resume, overwrite=overwrite,
         trust_remote_code=trust_remote_code, report=report,
     )  # fmt: skip
+    if dry_run:
+        return _planned(job, story.plan_job(job)[1])
     return _result(job, story.sparsify(job, progress or _silent))
 
 
@@ -180,6 +193,7 @@ def generate(
     prompt: "str | Sequence[dict[str, str]] | None" = None,
     *,
     compare: str | Path | None = None,
+    compare_revision: str | None = None,
     max_new_tokens: int = 128,
     device: str = "auto",
     revision: str | None = None,
@@ -196,8 +210,8 @@ def generate(
     from marlin_convert.commands import generate as story
 
     job = story.make_job(
-        checkpoint, compare=compare, max_new_tokens=max_new_tokens, device=device, revision=revision,
-        trust_remote_code=trust_remote_code,
+        checkpoint, compare=compare, compare_revision=compare_revision, max_new_tokens=max_new_tokens,
+        device=device, revision=revision, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     return story.generate(job, story.PROMPT if prompt is None else prompt)
 
@@ -248,11 +262,28 @@ def _silent(blocks: range, total: int) -> Iterable[int]:
     return blocks
 
 
+def _planned(job: "Job", plan: "Plan") -> Result:
+    from marlin_convert.report import plan_json
+
+    return Result(
+        output=job.output,
+        also=job.beside,
+        seconds=0.0,
+        source_bytes=plan.source_bytes,
+        output_bytes=plan.output_bytes,
+        bits_per_weight=plan.bits_per_weight,
+        divergence=(),
+        errors={},
+        manifest={},
+        plan=plan_json(plan, job, verbose=False),
+    )
+
+
 def _result(job: "Job", done: "Report") -> Result:
     manifest, plan = done.manifest, done.plan
     return Result(
         output=job.output,
-        also=tuple(job.output.with_name(format) for format in job.also),
+        also=job.beside,
         seconds=round(done.seconds, 2),
         source_bytes=plan.source_bytes,
         output_bytes=plan.output_bytes,

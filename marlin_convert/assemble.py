@@ -24,7 +24,7 @@ from marlin_convert.plan import Plan
 from marlin_convert.recipe import Recipe, to_yaml
 
 if TYPE_CHECKING:
-    from marlin_convert.commands.quantize import Job
+    from marlin_convert.conversion import Job
 
 
 def settings_of(job: "Job", plan: Plan, weights: Weights, calibration: Calibration | None) -> dict[str, Any]:

@@ -77,7 +77,7 @@ _OURS = (
 vLLM and transformers load this layout where marlin-convert is installed beside them.{also}
 
 ```
-pip install marlin-convert
+pip install marlin-convert  # or, in a checkout of it: pip install .
 vllm serve {repository}{revision}
 marlin-convert generate {repository}{revision}
 ```

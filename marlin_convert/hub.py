@@ -68,7 +68,10 @@ def resolve(
         return Source(path, readable(path.resolve().name), None)
     if not model or path.exists() or not is_hub_id(model):
         raise SourceError(
-            f"'{model}' is neither a directory nor a Hub id.", "a Hub id looks like 'org/name'."
+            f"'{model}' is neither a directory nor a Hub id.",
+            "give the directory that the file is in."
+            if path.is_file()
+            else "a Hub id looks like 'org/name'.",
         )
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError

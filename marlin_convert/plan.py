@@ -1,9 +1,11 @@
 """The plan: what becomes of every matrix and every tensor, known from headers before a weight is read."""
 
+import gc
 import logging
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -22,8 +24,8 @@ from marlin_convert.fates import DTYPES, fates_of
 from marlin_convert.formats import mixtures
 from marlin_convert.matrix import Fate, Matrix, dense
 from marlin_convert.models.discover import discover
-from marlin_convert.models.experts import ScoresOnInputs, experts_of
-from marlin_convert.models.names import beside
+from marlin_convert.models.experts import Experts, ScoresOnInputs
+from marlin_convert.models.names import Names
 from marlin_convert.models.structure import Stage, Structure
 from marlin_convert.models.tree import check_names, claims_tied, module_tree
 from marlin_convert.quantized import QuantizedLinear
@@ -33,6 +35,8 @@ log = logging.getLogger("marlin_convert")
 
 # What a config.json says of how its own weights are packed, and where somebody once had the source.
 _NOT_KEPT = (*QUANTIZATION_KEYS, "_name_or_path")
+
+Modules = Mapping[str, torch.nn.Module]  # all of a model, by their paths
 
 
 @dataclass(frozen=True)
@@ -169,6 +173,19 @@ class Plan:
         ]
 
 
+@contextmanager
+def _all_stays() -> Iterator[None]:
+    """Make objects by the hundred thousand and not look for garbage among them, which takes as long again."""
+    looked = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if looked:
+            gc.enable()
+
+
+@_all_stays()
 def make_plan(
     weights: Weights,
     recipe: Recipe,
@@ -200,10 +217,11 @@ def make_plan(
     claimed = set(weights.sparse_linears(manifests.load(checkpoint.directory)))
     refusals.check_sparsity(weights, recipe, claimed, repack=repack)
 
-    left_out = check_names(weights, model, requantize=requantize)
+    names, modules = Names(model), dict(model.named_modules())
+    left_out = check_names(weights, names, requantize=requantize)
     linears = {
         name: module
-        for name, module in model.named_modules()
+        for name, module in modules.items()
         if isinstance(module, torch.nn.Linear)
         and (structure.stage_of(name) or name in structure.dense)
         and f"{name}.weight" in weights  # a head that is the embedding is not
@@ -223,7 +241,7 @@ def make_plan(
 
     refusals.check_reordered(fates, recipe, model.config.get_text_config().model_type)
 
-    specs, owner = _specs(weights, model, structure, fates, recipe, left_out)
+    specs, owner = _specs(weights, names.shapes, structure, fates, recipe, left_out)
     return Plan(
         structure=structure,
         blocks=len(structure.parts),
@@ -234,20 +252,20 @@ def make_plan(
         specs=tuple(specs),
         owner=owner,
         left_out=tuple(left_out),
-        beside=tuple(beside(checkpoint.tensors, model)),
+        beside=tuple(names.beside(checkpoint.tensors)),
         notes=(
             *_source_notes(weights, model),
-            *_expert_notes(model, structure, fates),
+            *_expert_notes(modules, structure, fates),
             *_notes(fates, recipe, weights if repack else None),
         ),
         source_bytes=sum(info.end - info.start for info in checkpoint.tensors.values()),
         vocabulary=model.config.get_text_config().vocab_size,
-        config=_config(weights, model, recipe, fates),
+        config=_config(weights, model, modules, recipe, fates),
     )
 
 
 def _config(
-    weights: Weights, model: PreTrainedModel, recipe: Recipe, fates: Mapping[str, Fate]
+    weights: Weights, model: PreTrainedModel, modules: Modules, recipe: Recipe, fates: Mapping[str, Fate]
 ) -> dict[str, Any]:
     """The source's config.json as it is true of what is written."""
     config = {key: value for key, value in weights.checkpoint.config.items() if key not in _NOT_KEPT}
@@ -262,8 +280,8 @@ def _config(
             [
                 *fates.values(),
                 *_as_in_files(weights, fates),
-                *_tied_head(model, fates),
-                *_routers(weights, model),
+                *_tied_head(model, modules, fates),
+                *_routers(weights, modules),
             ]
         )
     return config
@@ -277,10 +295,10 @@ def _as_in_files(weights: Weights, fates: Mapping[str, Fate]) -> Iterator[Fate]:
             yield replace(fate, matrix=replace(fate.matrix, name=called))
 
 
-def _routers(weights: Weights, model: PreTrainedModel) -> Iterator[Fate]:
+def _routers(weights: Weights, modules: Modules) -> Iterator[Fate]:
     """What sends tokens to experts, by both of its names: no linears here, but engines take them for some."""
-    around = {path.rpartition(".")[0] for path, _ in experts_of(model)}
-    for name, module in model.named_modules():
+    around = {path.rpartition(".")[0] for path, module in modules.items() if isinstance(module, Experts)}
+    for name, module in modules.items():
         weight = module._parameters.get("weight")
         if weight is None or weight.dim() != 2 or isinstance(module, torch.nn.Linear | torch.nn.Embedding):
             continue
@@ -290,10 +308,10 @@ def _routers(weights: Weights, model: PreTrainedModel) -> Iterator[Fate]:
                 yield dense(Matrix(one, weight.shape[1], weight.shape[0]), "float16", "a router")
 
 
-def _tied_head(model: PreTrainedModel, fates: Mapping[str, Fate]) -> Iterator[Fate]:
+def _tied_head(model: PreTrainedModel, modules: Modules, fates: Mapping[str, Fate]) -> Iterator[Fate]:
     """The head where it is the embedding and so no matrix of the files, which engines take for a linear."""
     head = model.get_output_embeddings()
-    for name, module in model.named_modules():
+    for name, module in modules.items():
         if module is head and isinstance(head, torch.nn.Linear) and name not in (*fates, "lm_head"):
             yield dense(Matrix(name, head.in_features, head.out_features), "float16", "the embedding")
 
@@ -357,7 +375,7 @@ def _source_notes(weights: Weights, model: PreTrainedModel) -> Iterator[str]:
         yield f"{len(weights.renamed)} tensors are written under their full names, {name} as {full}"
 
 
-def _expert_notes(model: PreTrainedModel, structure: Structure, fates: Mapping[str, Fate]) -> Iterator[str]:
+def _expert_notes(modules: Modules, structure: Structure, fates: Mapping[str, Fate]) -> Iterator[str]:
     """Of a mixture of experts: how many there are, and what vLLM refuses of them."""
     counts = Counter(structure.experts.values())
     for count, layers in counts.items():
@@ -367,13 +385,13 @@ def _expert_notes(model: PreTrainedModel, structure: Structure, fates: Mapping[s
         for fate in fates.values()
         if fate.layout.format in ("marlin", "marlin-24") and structure.part_of_experts(fate.name)
     }
-    experts = [one for _, one in experts_of(model)]
+    experts = [module for module in modules.values() if isinstance(module, Experts)]
     refused = {
         "in marlin-24": "marlin-24" in ours,
         "with biases": any(one.has_bias for one in experts),
         "without a gate": not all(one.has_gate for one in experts),
         "that read tokens times their scores": any(
-            isinstance(one, ScoresOnInputs) for one in model.modules()
+            isinstance(one, ScoresOnInputs) for one in modules.values()
         ),
     }
     if ours and any(refused.values()):
@@ -421,14 +439,13 @@ def _tensors(fate: Fate) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
 
 def _specs(
     weights: Weights,
-    model: torch.nn.Module,
+    shapes: Mapping[str, tuple[int, ...]],
     structure: Structure,
     fates: Mapping[str, Fate],
     recipe: Recipe,
     left_out: list[str],
 ) -> tuple[list[TensorSpec], dict[str, tuple[str, str]]]:
     """The tensors to write, block by block and then the rest, and whose those of a matrix worked on are."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     of_codes, out = weights.packed_names(), set(left_out)
     parameters = dict.fromkeys(
         name.rpartition(".")[0] + ".weight" if name in of_codes else name

@@ -12,7 +12,8 @@ from marlin_convert.recipe import REPACKED
 if TYPE_CHECKING:
     from marlin_convert.commands.push import Job as PushJob
     from marlin_convert.commands.push import Outcome
-    from marlin_convert.commands.quantize import Job, Report
+    from marlin_convert.commands.quantize import Report
+    from marlin_convert.conversion import Job
     from marlin_convert.plan import Plan
 
 WORST = 5

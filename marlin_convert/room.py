@@ -10,7 +10,7 @@ from marlin_convert.errors import ConvertError
 from marlin_convert.tune import kept_bytes
 
 if TYPE_CHECKING:
-    from marlin_convert.commands.quantize import Job
+    from marlin_convert.conversion import Job
     from marlin_convert.plan import Plan
 
 

@@ -26,9 +26,9 @@ FUNCTIONS = sorted({*marlin_convert.__all__} - {"ConvertError", "Result"})
 # Small enough to take two seconds.
 QUICK: dict[str, Any] = {"recipe": "w4a16-quick", "samples": 4, "sequence_length": 128}
 
-# What a command has and its function has not: how results are printed, plans, and what is typed.
+# What a command has and its function has not: how results are printed, and what is typed.
 PRINTED = {"json", "quiet", "verbose"}
-ONLY_TYPED = {"quantize": {"dry_run"}, "sparsify": {"dry_run"}, "generate": {"chat"}}
+ONLY_TYPED = {"generate": {"chat"}}
 # And the other way about.
 ONLY_CALLED = {"progress"}
 
@@ -148,6 +148,17 @@ def test_quantize_writes_what_the_command_writes_and_says_what_it_cost(tinypy, t
     assert len(made.errors) == 21 and all(0 < one < 1 for one in made.errors.values())
     assert "model.layers.1.mlp.up_proj" in made.errors
     assert repr(made).startswith("Result(output=") and len(repr(made)) < 300
+
+
+@pytest.mark.parametrize("name", ["quantize", "sparsify"])
+def test_a_dry_run_plans_what_the_command_plans(name, tinypy, tmp_path, cli):
+    planned = getattr(marlin_convert, name)(tinypy, tmp_path / "out", skip=["*.0.*"], dry_run=True)
+    words = ("-o", tmp_path / "out", "--skip", "*.0.*", "--dry-run", "--json")
+    said = json.loads(cli(name, tinypy, *words).stdout)
+    assert planned.plan.pop("seconds") >= 0 and said.pop("seconds") >= 0  # measured on this machine
+    assert planned.plan == said
+    assert planned.output_bytes == said["output_bytes"] and not planned.manifest
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_second_call_needs_overwrite_as_the_command_does(tinypy, tmp_path):

@@ -171,7 +171,7 @@ def test_the_sample_speaks_as_the_model_does(published: card.Published) -> None:
         (sample,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
         compile(sample, "card", "exec")
         assert ("apply_chat_template" in sample) == chats
-        assert "marlin-convert generate me/tiny" in text and "pip install marlin-convert" in text
+        assert "marlin-convert generate me/tiny" in text and "checkout of it: pip install ." in text
 
 
 @pytest.mark.parametrize("part", ["experts.0", "shared_experts"])

@@ -83,6 +83,7 @@ def test_the_page_of_a_verification_is_of_both(pages):
 def test_a_page_needs_a_conversion(cli, tinypy, tmp_path):
     done = cli("verify", tinypy, "--checks", "files", "--report", tmp_path / "page.html")
     assert done.exit_code == 1 and "no manifest" in done.stderr and not list(tmp_path.iterdir())
+    assert "checking" not in done.stderr and not done.stdout
 
 
 def test_names_of_lines_do_not_lie_on_one_another():

@@ -16,6 +16,7 @@ from runs import Start, blocks_done, contents, starter
 from safetensors.torch import load_file, save_file
 
 from marlin_convert import recipe, room
+from marlin_convert.checkpoint.linears import LOOKED_AT
 from marlin_convert.commands import quantize as story
 from marlin_convert.errors import ConvertError
 from marlin_convert.hub import Source
@@ -122,6 +123,7 @@ def test_a_plan_reads_headers_alone(
     only_headers(hub, home, "org/planned")
     weights = sum(len(data) for name, data in repository.files.items() if name.endswith(".safetensors"))
     assert weights < plan.pop("download_bytes") < weights + 1_000_000 and local.pop("download_bytes") == 0
+    assert plan.pop("seconds") >= 0 and local.pop("seconds") >= 0  # measured on this machine
     assert plan == local
     status, said = start("quantize", "org/planned", *words)
     assert status == 0 and "the model to be downloaded takes" in said, said
@@ -160,6 +162,25 @@ def test_a_head_that_may_be_the_embedding(
     assert ("is not the embedding" in said) == differs
     assert served(hub, f"org/tied-{differs}")["model.safetensors"] < 4 * BEGINNING
     assert cached(home, f"org/tied-{differs}") == []
+
+
+def test_a_head_that_is_the_embedding_but_for_its_end(
+    hub: Hub, start: Start, tinypy: Path, text: Path, tmp_path: Path
+) -> None:
+    """The plan is made again once all of its values are here."""
+    model = tmp_path / "model"
+    shutil.copytree(tinypy, model)
+    tensors = load_file(model / "model.safetensors")
+    head = tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    assert head.numel() > LOOKED_AT
+    head[-1] += 1
+    save_file(tensors, model / "model.safetensors")
+    hub.add("org/nearly", model)
+    words = ("-o", tmp_path / "out", "--calibration", text, "--effort", "fast", *SMALL)
+    status, said = start("quantize", "org/nearly", *words)
+    assert status == 0, said
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["lm_head.weight"], head)
 
 
 @pytest.fixture(scope="module")

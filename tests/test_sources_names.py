@@ -27,7 +27,7 @@ from marlin_convert.checks.subject import Original, Subject
 from marlin_convert.errors import SourceError
 from marlin_convert.formats import gptq, marlin
 from marlin_convert.kernels.matmul import MarlinLinear
-from marlin_convert.models.names import Names, beside
+from marlin_convert.models.names import Names
 from marlin_convert.models.tree import check_names
 from marlin_convert.plan import make_plan
 from marlin_convert.quantized import QuantizedLinear
@@ -141,7 +141,7 @@ def test_both_ways_to_name_tensors_are_read(names, wrapper, tmp_path):
         tensors = {name: one for name, one in parameters.items() if name not in model.all_tied_weights_keys}
     source = stored_as(directory, tensors, tmp_path)
     weights = opened(source, model)
-    assert check_names(weights, model) == []
+    assert check_names(weights, Names(model)) == []
     assert weights.checkpoint.tensors.keys() == parameters.keys() - model.all_tied_weights_keys.keys()
     for name in weights.checkpoint.tensors:
         assert torch.equal(weights.read(name), parameters[name]), name
@@ -274,7 +274,7 @@ def test_a_packed_linear_under_an_old_name(wrapper, tmp_path):
     for name in (old, Q):
         say(source, quantization_config=said | {"dynamic": {rf"+:{name}$": {"group_size": 32}}})
         weights = opened(source, model)
-        assert check_names(weights, model) == []
+        assert check_names(weights, Names(model)) == []
         assert weights.packed_linears() == [Q] and f"{Q}.weight" in weights
         assert torch.equal(weights.quantized(Q).codes, codes)
         assert weights.on_disk(f"{Q}.qweight") == f"{old}.qweight"
@@ -295,7 +295,7 @@ def test_a_stranger_in_a_wrapper_is_refused(wrapper, tmp_path):
     _, model, directory = wrapper
     tensors = load_file(directory / SHARD) | {"language_model.model.layers.0.mlp.extra.weight": torch.ones(2)}
     weights = opened(stored_as(directory, tensors, tmp_path), model)
-    assert beside(weights.checkpoint.tensors, model) == []
+    assert Names(model).beside(weights.checkpoint.tensors) == []
 
 
 # Layers for multi-token prediction
@@ -388,7 +388,7 @@ def test_what_transformers_says_that_it_leaves_out():
     with torch.device("meta"):
         model = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**settings))
     names = ["model.layers.61.eh_proj.weight", "model.layers.7.norm.weight", "model.norm.weight"]
-    assert beside(names, model) == names[:1]
+    assert Names(model).beside(names) == names[:1]
 
 
 def test_what_transformers_joins_is_joined_and_written_as_it_was(tmp_path, cli: Cli):
@@ -398,7 +398,7 @@ def test_what_transformers_joins_is_joined_and_written_as_it_was(tmp_path, cli: 
     weights = opened(source, model)
     whole = "model.layers.0.linear_attn.conv1d.weight"
     assert torch.equal(weights.read(whole), model.state_dict()[whole])
-    assert check_names(weights, model) == []
+    assert check_names(weights, Names(model)) == []
     output, small = tmp_path / "out", ("--samples", 2, "--sequence-length", 16)
     skip = [word for kind in ("q", "k", "v", "g") for word in ("--skip", f"*.linear_attn.{kind}_proj")]
     done = cli("quantize", source, "-o", output, "--format", "gptq", *skip, *small)

@@ -66,7 +66,8 @@ class Weights:
     written under their full names.
     `disregarded` is what a config says of packed linears where none is packed, in any layout. `scaled` has
     the scales of weights stored in fp8, which are none of the tensors; `joined` the parameters that are
-    several of them, one after another along a dimension.
+    several of them, one after another along a dimension. `supposed` says whether something was taken for what
+    the config says, or what the first values are, because the files are not here.
     """
 
     def __init__(self, checkpoint: Checkpoint):
@@ -86,6 +87,7 @@ class Weights:
         self.disregarded: str | None = None
         self.scaled: dict[str, fp8.Scales] = {}
         self.stored_in_mxfp4 = False
+        self.supposed = False
         self.joined: dict[str, tuple[tuple[str, ...], int]] = {}
         self._schemes: dict[str, formats.Scheme] = {}
         self._same: dict[tuple[str, str], bool] = {}
@@ -309,6 +311,7 @@ class Weights:
         scheme, stored = self.scheme_of(linear), self.stored(linear)
         middle = 1 << (scheme.bits - 1)
         if self.checkpoint.only_looked_at:
+            self.supposed = True
             return Peculiarities(scheme.symmetric, scheme.act_order, middle)
         codes = self._suffixes(linear)[0]
         small = {
@@ -341,7 +344,9 @@ class Weights:
         Of files that are only looked at, the first values speak for all.
         """
         if self.checkpoint.only_looked_at:
-            return torch.equal(self._first(one), self._first(other))
+            alike = torch.equal(self._first(one), self._first(other))
+            self.supposed |= alike
+            return alike
         if (one, other) not in self._same:
             a, b = (self.read(name).to(self.own_dtype) for name in (one, other))
             self._same[one, other] = torch.equal(a, b)

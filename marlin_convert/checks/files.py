@@ -11,6 +11,7 @@ from marlin_convert.checks.outcome import Check, reporting, verdict
 from marlin_convert.checks.record import record_problems
 from marlin_convert.checks.subject import Subject
 from marlin_convert.errors import SourceError
+from marlin_convert.models.names import Names
 from marlin_convert.models.tree import check_names, claims_tied
 
 FLOAT16_MAX = torch.finfo(torch.float16).max
@@ -31,7 +32,7 @@ def check(
     if subject is not None:
         weights = subject.weights
         try:
-            left_out = check_names(weights, subject.model)
+            left_out = check_names(weights, Names(subject.model))
         except SourceError as error:
             problems.append(str(error))
             left_out = []

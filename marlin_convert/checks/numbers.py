@@ -14,7 +14,7 @@ from marlin_convert.checks.outcome import Check, json_numbers, reporting, verdic
 from marlin_convert.checks.subject import Original, Subject
 from marlin_convert.errors import ConvertError, SourceError
 from marlin_convert.models.blocks import BlockModel
-from marlin_convert.models.names import Names, beside
+from marlin_convert.models.names import Names
 from marlin_convert.quantized import QuantizedLinear, contiguous_groups
 
 # Of a whole weight, and of the weights of one output. Rounding to 4 bits stays near 0.1, GPTQ near 0.2, from
@@ -81,14 +81,15 @@ def _compare_weights(
 ) -> tuple[list[dict[str, Any]], bool]:
     """A row of figures for every weight, and whether some could not be compared."""
     weights, model = subject.weights, subject.model
+    known = Names(model)
     if original is not None:  # of the same model, perhaps under its other names
-        Names(model).place(original.weights)
+        known.place(original.weights)
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     names = [name for name in model.state_dict() if name in weights or name not in tied]
     if original is not None:  # of a tower that files hold in other tensors, and no text reads
         names = [name for name in names if name in weights or name in original.weights]
     packed_names = weights.packed_names()
-    names += [name for name in beside(weights.checkpoint.tensors, model) if name not in packed_names]
+    names += [name for name in known.beside(weights.checkpoint.tensors) if name not in packed_names]
     generator = torch.Generator().manual_seed(0)
     sparse = set(weights.sparse_linears(subject.manifest))
     rows, unreadable = [], False

@@ -11,7 +11,7 @@ from marlin_convert.cli.arguments import NameOrPlace, Place, RecipeName
 from marlin_convert.cli.output import block_progress
 
 if TYPE_CHECKING:
-    from marlin_convert.commands.quantize import Job
+    from marlin_convert.conversion import Job
 
 
 def conversion_options(command: Callable) -> Callable:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute."
 )
 @click.option("--revision", help="Branch, tag or commit of a Hub CHECKPOINT.")
+@click.option("--compare-revision", help="Branch, tag or commit of a Hub --compare.")
 @click.option("--trust-remote-code", is_flag=True, help="Allow code from the model repository to run.")
 @output_options
 def generate(
@@ -40,6 +41,7 @@ def generate(
     prompt: str | None,
     chat: bool,
     compare: str | None,
+    compare_revision: str | None,
     max_new_tokens: int,
     device: str,
     revision: str | None,
@@ -61,8 +63,8 @@ def generate(
         from marlin_convert.commands import generate as story
 
     job = story.make_job(
-        checkpoint, compare=compare, max_new_tokens=max_new_tokens, device=device, revision=revision,
-        trust_remote_code=trust_remote_code,
+        checkpoint, compare=compare, compare_revision=compare_revision, max_new_tokens=max_new_tokens,
+        device=device, revision=revision, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     text = story.PROMPT if prompt is None else prompt
     if as_json:
@@ -77,7 +79,8 @@ def generate(
         longest = max(len(one.tokens) for one in (done.answer, done.compared) if one)
         click.echo(f"the first {done.same_tokens} of {longest} tokens are the same")
     if not quiet:
-        click.echo(f"Next: marlin-convert verify {shlex.quote(checkpoint)} --source MODEL")
+        source = [compare or "MODEL", *(["--source-revision", compare_revision] if compare_revision else [])]
+        click.echo(f"Next: marlin-convert verify {shlex.join([checkpoint, '--source', *source])}")
 
 
 def converse(speakers: "list[Speaker]", quiet: bool) -> None:

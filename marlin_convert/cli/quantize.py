@@ -77,11 +77,12 @@ def quantize(
     set_up_logging(quiet, verbose)
     with imports():
         from marlin_convert.commands import quantize as story
+        from marlin_convert.conversion import make_job
 
     size, bits = settings["group_size"], settings["bits"]
     settings |= {"group_size": int(size) if size not in (None, "auto") else size}
     settings |= {"bits": int(bits) if bits else None}
-    job = story.make_job(
+    job = make_job(
         model, output, recipe, settings,
         device=device, revision=revision, max_shard_size=max_shard_size, requantize=requantize,
         resume=resume, overwrite=overwrite, trust_remote_code=trust_remote_code, report=report,

@@ -96,6 +96,7 @@ def make_job(
     checkpoint: str | Path,
     *,
     compare: str | Path | None,
+    compare_revision: str | None,
     max_new_tokens: int,
     device: str,
     revision: str | None,
@@ -106,7 +107,7 @@ def make_job(
         raise OptionError(f"--max-new-tokens must be a number of at least 1, not {max_new_tokens!r}.")
     where = pick_device(device)
     source = resolve(str(checkpoint), revision, code=trust_remote_code)
-    other = None if compare is None else resolve(str(compare), code=trust_remote_code)
+    other = None if compare is None else resolve(str(compare), compare_revision, code=trust_remote_code)
     if other is not None and other.directory.samefile(source.directory):
         raise ConvertError(
             f"--compare is the checkpoint itself, '{source.name}': its answer would be the same.",

@@ -7,24 +7,19 @@ import errno
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from marlin_convert import recipe as recipes
 from marlin_convert.assemble import assemble, settings_of
 from marlin_convert.calibration import Calibration, calibrate, load_tokenizer, tuning_text
-from marlin_convert.checkpoint import manifest as manifests
 from marlin_convert.checkpoint.linears import Weights
-from marlin_convert.checkpoint.manifest import MANIFEST
 from marlin_convert.checkpoint.reader import Checkpoint
-from marlin_convert.checkpoint.unfinished import UnfinishedRun
 from marlin_convert.checkpoint.writer import (
     ShardWriter,
     check_replaceable,
@@ -33,15 +28,15 @@ from marlin_convert.checkpoint.writer import (
     write_report,
 )
 from marlin_convert.codes import Codes
-from marlin_convert.errors import ConvertError, FormatError, OptionError, SourceError
+from marlin_convert.conversion import Job
+from marlin_convert.errors import ConvertError, FormatError, SourceError
 from marlin_convert.estimate import tuning_memory
-from marlin_convert.hub import Source, complete, resolve
+from marlin_convert.further_formats import is_made, repacks
+from marlin_convert.hub import complete
 from marlin_convert.matrix import Fate
 from marlin_convert.models.memory import free_memory
-from marlin_convert.options import FORMATS, check_place, names, pick_device, shard_size
 from marlin_convert.page import html
 from marlin_convert.plan import Plan, make_plan
-from marlin_convert.recipe import Recipe
 from marlin_convert.remote import RemoteFile, fetched_ahead
 from marlin_convert.repack import Repack
 from marlin_convert.room import check_room
@@ -49,37 +44,6 @@ from marlin_convert.solve import Solve
 from marlin_convert.tune import HELD_OUT, TOKENS, Tune
 
 log = logging.getLogger("marlin_convert")
-
-# The groups that each of these takes the ones behind it take too, and 2:4 is no more than zeros to them.
-PICKIEST = ("marlin-24", "gptq", "compressed-tensors", "marlin")
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is asked of one conversion.
-
-    `group_size` is set when one was asked for by name: a quantized source keeps its own, and one that differs
-    from it is refused; the recipe's may be a mere default. `also` are formats that the output is repacked to,
-    each in a directory beside it that is called as the format.
-    """
-
-    source: Source
-    output: Path
-    recipe: Recipe
-    device: torch.device
-    group_size: int | None = None
-    max_shard_size: int = 5_000_000_000
-    requantize: bool = False
-    resume: bool = False
-    overwrite: bool = False
-    trust_remote_code: bool = False
-    report: Path | None = None
-    also: tuple[str, ...] = ()
-
-    @property
-    def run(self) -> UnfinishedRun:
-        """What there is of the output until it is complete."""
-        return UnfinishedRun(self.output)
 
 
 @dataclass(frozen=True)
@@ -91,58 +55,6 @@ class Report:
     seconds: float
     replayed: int  # times a part of a block was computed again for want of memory, over all micro-batches
     tuned: float = 0.0  # seconds of them that were spent on tuning
-
-
-def make_job(
-    model: str | Path, output: str | Path, recipe: str | Path, settings: Mapping[str, Any], **options: Any
-) -> Job:
-    """What is asked of `quantize` by its options; ConvertError for what they do not take.
-
-    `settings` go over those of the recipe, but for what is None or empty; `options` are `resolve_job`'s.
-    """
-    start, formats = recipes.load(str(recipe)), names(settings["format"])
-    for name in formats:
-        if name not in FORMATS:
-            raise OptionError(f"--format {name!r} is not one of {', '.join(FORMATS)}.")
-    format = formats[0] if formats else None
-    if settings["sparsity"] == "2:4" and not format and start.format == "marlin":
-        format = "marlin-24"
-    chosen = start.changed(recipes.given({**settings, "format": format}))
-    if chosen.format == "dense":
-        raise ConvertError(
-            f"{str(recipe)!r} is a recipe of sparsify.", "name a layout with --format, or sparsify."
-        )
-    size = settings["group_size"]
-    asked = size if isinstance(size, int) else None
-    job = resolve_job(model, output, chosen, group_size=asked, **options)
-    return in_formats(job, formats) if len(formats) > 1 else job
-
-
-def resolve_job(
-    model: str | Path,
-    output: str | Path,
-    recipe: Recipe,
-    *,
-    device: str,
-    revision: str | None,
-    max_shard_size: int | str,
-    trust_remote_code: bool,
-    report: str | Path | None,
-    **more: Any,
-) -> Job:
-    """The job of options as they are said, with the model looked at: it is downloaded when its blocks are."""
-    if report is not None:
-        check_place(Path(report))
-    return Job(
-        output=Path(output),
-        recipe=recipe,
-        device=pick_device(device),
-        max_shard_size=shard_size(max_shard_size),
-        trust_remote_code=trust_remote_code,
-        report=None if report is None else Path(report),
-        source=resolve(str(model), revision, code=trust_remote_code, only_look=True),
-        **more,
-    )
 
 
 def plan_job(job: Job) -> tuple[Weights, Plan]:
@@ -208,8 +120,8 @@ def _on_its_way(job: Job) -> Iterator[tuple[Weights, Plan]]:
         return
     complete(job.source, code=job.trust_remote_code)
     with fetched_ahead(_in_order(weights, plan)):
-        # again, by what headers do not tell
-        yield _planned(job, checkpoint)
+        # again, where it is not all in the headers
+        yield _planned(job, checkpoint) if weights.supposed else (weights, plan)
 
 
 def _in_order(weights: Weights, plan: Plan) -> list[RemoteFile]:
@@ -250,8 +162,8 @@ def _quantize(
             check_replaceable(job.output, job.overwrite)  # again: somebody may have put something there
             publish(run.staging, job.output, job.overwrite)
         # until they are there too, what says that the output is complete stays for --resume
-        for beside in _repacks(job):
-            if not _is_made(beside):
+        for beside in repacks(job):
+            if not is_made(beside):
                 quantize(beside)
             beside.run.tidy()
         if job.report is not None:
@@ -268,45 +180,6 @@ def _quantize(
     finally:
         run.release()
     return Report(manifest, plan, time.monotonic() - started, replayed, tuned)
-
-
-def in_formats(job: Job, formats: Sequence[str]) -> Job:
-    """The job for several formats, each in a directory of its name in the output: one solve, and repacks.
-
-    It solves for the one whose groups all others take. ConvertError for an output that is a checkpoint.
-    """
-    if (job.output / "config.json").exists():
-        raise ConvertError(
-            f"'{job.output}' is a model itself; with several formats it gets a directory for each.",
-            "choose another directory.",
-        )
-    first, *also = sorted(formats, key=PICKIEST.index)
-    recipe = job.recipe.changed({"format": first})
-    return replace(job, output=job.output / first, recipe=recipe, also=tuple(also))
-
-
-def _repacks(job: Job) -> Iterator[Job]:
-    """What repacks the finished output to the other formats."""
-    for format in job.also:
-        yield Job(
-            source=Source(job.output, job.output.name, None),
-            output=job.output.with_name(format),
-            recipe=recipes.load(recipes.DEFAULT).changed({"format": format}),
-            device=torch.device("cpu"),
-            max_shard_size=job.max_shard_size,
-            resume=job.resume,
-            overwrite=job.overwrite,
-            trust_remote_code=job.trust_remote_code,
-        )
-
-
-def _is_made(repack: Job) -> bool:
-    """Whether the output of a repack is there already, from the very checkpoint that is there now."""
-    if not (repack.output / MANIFEST).is_file():
-        return False
-    source = (manifests.load(repack.output) or {}).get("source")
-    made_from = source.get("manifest") if isinstance(source, dict) else None
-    return made_from == manifests.sha256_file(repack.source.directory / MANIFEST)
 
 
 def _disk_error(job: Job, error: OSError) -> ConvertError:
@@ -475,9 +348,9 @@ def _check_output(job: Job) -> None:
     _check_names(job)
     job.run.check_ours()
     complete = job.resume and job.run.published()
-    for beside in _repacks(job):
+    for beside in repacks(job):
         beside.run.check_ours()
-        if not (complete and _is_made(beside)):
+        if not (complete and is_made(beside)):
             check_replaceable(beside.output, job.overwrite)
         if not job.resume:
             beside.run.earlier({}, resume=False, discard=job.overwrite)

@@ -7,15 +7,16 @@ from typing import Any
 
 from marlin_convert import recipe as recipes
 from marlin_convert.checkpoint.linears import Weights
-from marlin_convert.commands.quantize import Job, Report, quantize, resolve_job
+from marlin_convert.commands.quantize import Report, quantize
 from marlin_convert.commands.quantize import plan_job as plan_quantizing
+from marlin_convert.conversion import Job, resolve_job
 from marlin_convert.plan import Plan
 
 
 def make_job(
     model: str | Path, output: str | Path, recipe: str | Path, settings: Mapping[str, Any], **options: Any
 ) -> Job:
-    """What is asked of `sparsify` by its options; as `quantize.make_job`."""
+    """What is asked of `sparsify` by its options; as `conversion.make_job`."""
     return resolve_job(model, output, recipes.load(str(recipe)).changed(recipes.given(settings)), **options)
 
 

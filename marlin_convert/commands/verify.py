@@ -129,6 +129,8 @@ def make_job(
     )
     if report is not None:
         check_report(Path(report), job.checkpoint.directory)
+        if Path(report).suffix == ".html":
+            _conversion(job)
     return job
 
 
@@ -189,14 +191,19 @@ def save(done: Verification, job: Job, report: Path | None = None) -> None:
 
 
 def _page(job: Job, done: Verification) -> str:
-    """The report as a page, which is of the conversion too; ConvertError where nothing is known of that."""
+    """The report as a page."""
+    return html(_conversion(job), done.to_dict())
+
+
+def _conversion(job: Job) -> dict[str, Any]:
+    """The manifest, for a page that is of the conversion too; ConvertError where nothing is known of that."""
     manifest = manifests.load(job.checkpoint.directory)
     if manifest is None:
         raise ConvertError(
             f"{job.checkpoint.name} has no manifest of marlin-convert, and a page is of a conversion too.",
             "name a file.json for --report.",
         )
-    return html(manifest, done.to_dict())
+    return manifest
 
 
 def _open(job: Job, manifest: dict[str, Any] | None, problems: list[str]) -> Subject | None:

@@ -6,7 +6,7 @@ whatever the model's size. Storages tell which linears read one input, and what 
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from marlin_convert.errors import SourceError
-from marlin_convert.models.experts import Experts, experts_of, refuse_others
+from marlin_convert.models.experts import Experts, refuse_others
 from marlin_convert.models.structure import Part, Residual, Stage, Structure
 
 # Samples and tokens of the run. No model has five of anything, so the samples are found again in a shape.
@@ -41,6 +41,8 @@ UNQUANTIZED = {
     "*.x_proj": "step sizes of a mixer",
     "*.indexer.*": "chooses the tokens that are attended to",
 }
+Modules = Mapping[str, nn.Module]  # all of a model, by their paths
+
 NOT_FOR_TEXT = "never sees text: of a tower for pictures or sound, or of its projector"
 OUTSIDE = "outside of the blocks"
 
@@ -141,16 +143,17 @@ def discover(model: PreTrainedModel) -> Structure:
     SourceError for one that cannot be taken block by block, and why.
     """
     refuse_others(model, WAY_OUT)
-    calls, reads, storages = _run(model)
-    blocks = _block_list(model, calls)
-    of_blocks = _block_calls(model, blocks, calls)
+    modules = dict(model.named_modules())
+    experts = {path: module for path, module in modules.items() if isinstance(module, Experts)}
+    calls, reads, storages = _run(model, experts.values())
+    blocks = _block_list(model, modules, calls)
+    of_blocks = _block_calls(model, modules, blocks, calls)
     handed = _check_chain(of_blocks, reads)
     inside = {
         name: module
-        for name, module in model.named_modules()
+        for name, module in modules.items()
         if isinstance(module, nn.Linear) and name.startswith(f"{blocks}.")
     }
-    experts = dict(experts_of(model))
     routers = {call.path for call in calls if isinstance(call.output, tuple)}
     dense = {}
     for name, linear in inside.items():
@@ -171,7 +174,7 @@ def discover(model: PreTrainedModel) -> Structure:
     )
     called = {call.path for call in calls}
     head = model.get_output_embeddings()
-    for name, module in model.named_modules():
+    for name, module in modules.items():
         if isinstance(module, nn.Linear) and name not in inside:
             if module is not head:
                 dense[name] = OUTSIDE if name in called else NOT_FOR_TEXT
@@ -204,14 +207,6 @@ def _takes(model: PreTrainedModel) -> str:
     return ", it takes images too" if hasattr(model.config, "vision_config") else ""
 
 
-def _is_another(path: str, experts: Mapping[str, Experts]) -> bool:
-    """Whether this is of an expert that is not the first of its layer, which is run for all."""
-    parts = path.split(".")
-    return any(
-        part.isdecimal() and part != "0" and ".".join(parts[:i]) in experts for i, part in enumerate(parts)
-    )
-
-
 def _storage(x: Tensor) -> int:
     """What two tensors have in common that are views of one."""
     return x.untyped_storage()._cdata
@@ -233,10 +228,8 @@ def _same_memory(one: Any, other: Any) -> bool:
     )
 
 
-def _run(model: PreTrainedModel) -> tuple[list[_Call], _Reads, dict[str, int]]:
+def _run(model: PreTrainedModel, experts: Iterable[Experts]) -> tuple[list[_Call], _Reads, dict[str, int]]:
     """Every call of a module in the order they began, what was made from what, and where tensors were."""
-    experts = dict(experts_of(model))
-    met = [(path, module) for path, module in model.named_modules() if not _is_another(path, experts)]
     calls: list[_Call] = []
     running: list[_Call] = []
     reads = _Reads()
@@ -254,6 +247,11 @@ def _run(model: PreTrainedModel) -> tuple[list[_Call], _Reads, dict[str, int]]:
         running.pop().output = output
 
     with ExitStack() as stack:
+        for one in experts:  # the first of them is run for all
+            stack.callback(one._modules.update, dict(one._modules))
+            for number in range(1, one.count):
+                del one._modules[str(number)]
+        met = list(model.named_modules())
         for _, module in met:  # some keep tensors from call to call, here without values
             stack.callback(vars(module).update, dict(vars(module)))
         for path, module in met:
@@ -271,7 +269,6 @@ def _run(model: PreTrainedModel) -> tuple[list[_Call], _Reads, dict[str, int]]:
         tensors = {
             name: torch.empty(tensor.shape, dtype=tensor.dtype)
             for name, tensor in (*model.named_parameters(), *model.named_buffers())
-            if not _is_another(name, experts)
         }
         stack.enter_context(reads)
         text = {"input_ids": torch.zeros(SHAPE, dtype=torch.long), "use_cache": False}
@@ -286,12 +283,12 @@ def _run(model: PreTrainedModel) -> tuple[list[_Call], _Reads, dict[str, int]]:
     return calls, reads, {name: _storage(tensor) for name, tensor in tensors.items()}
 
 
-def _block_list(model: PreTrainedModel, calls: Sequence[_Call]) -> str:
+def _block_list(model: PreTrainedModel, modules: Modules, calls: Sequence[_Call]) -> str:
     """The path of the largest list of modules that are called."""
     called = {call.path.rpartition(".")[0] for call in calls}
     sizes = {
         path: sum(parameter.numel() for parameter in module.parameters())
-        for path, module in model.named_modules()
+        for path, module in modules.items()
         if isinstance(module, nn.ModuleList) and path in called
     }
     if not sizes:
@@ -309,7 +306,9 @@ def _block_list(model: PreTrainedModel, calls: Sequence[_Call]) -> str:
     return blocks
 
 
-def _block_calls(model: PreTrainedModel, blocks: str, calls: Sequence[_Call]) -> list[_Call]:
+def _block_calls(
+    model: PreTrainedModel, modules: Modules, blocks: str, calls: Sequence[_Call]
+) -> list[_Call]:
     """The call of every block; SourceError where one is called twice, or out of order."""
     found = [call for call in calls if call.path.rpartition(".")[0] == blocks]
     order = [call.path.rpartition(".")[2] for call in found]
@@ -321,11 +320,15 @@ def _block_calls(model: PreTrainedModel, blocks: str, calls: Sequence[_Call]) ->
             "if each is run once, one after another.",
             WAY_OUT,
         )
-    for name, module in model.get_submodule(blocks).named_modules():
+    for name, module in modules.items():
         # of models that take images too, text may look ahead in a prompt; they are run as they run on text
-        if getattr(module, "is_causal", True) is False and not hasattr(model.config, "vision_config"):
+        if (
+            name.startswith(f"{blocks}.")
+            and getattr(module, "is_causal", True) is False
+            and not hasattr(model.config, "vision_config")
+        ):
             raise SourceError(
-                f"{_type(model)} is an encoder, or works with one: {blocks}.{name} is not causal.", WAY_OUT
+                f"{_type(model)} is an encoder, or works with one: {name} is not causal.", WAY_OUT
             )
     owner: dict[int, str] = {}
     for call in found:

@@ -81,6 +81,13 @@ class Experts(nn.Module):
         return self.post_expert_norm(answer) if self.has_post_expert_norm else answer
 
 
+class Unfilled(nn.Linear):
+    """A linear on the meta device that no values are drawn for: of the largest mixtures that took seconds."""
+
+    def reset_parameters(self) -> None:
+        """Leave it as it is."""
+
+
 class ScoresOnInputs(nn.Module):
     """What take_apart makes of a mixture whose experts read a token times its score, as Llama 4's do.
 
@@ -177,8 +184,8 @@ def _take_apart(path: str, module: Any, known: list[WeightConverter]) -> None:
     for number in range(count):
         expert = nn.Module()
         for role in names[:-1]:
-            expert.add_module(role, nn.Linear(k, inner, bias=module.has_bias, device="meta"))
-        expert.add_module(names[-1], nn.Linear(inner, outputs, bias=module.has_bias, device="meta"))
+            expert.add_module(role, Unfilled(k, inner, bias=module.has_bias, device="meta"))
+        expert.add_module(names[-1], Unfilled(inner, outputs, bias=module.has_bias, device="meta"))
         module.add_module(str(number), expert)
 
 
@@ -219,7 +226,9 @@ def experts_of(model: nn.Module) -> Iterator[tuple[str, Experts]]:
 def refuse_others(model: PreTrainedModel, way_out: str) -> None:
     """Raise SourceError for experts in stacked weights that are none of the interface's."""
     for name, module in model.named_modules():
-        stacked = any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
+        stacked = any(
+            parameter is not None and parameter.dim() == 3 for parameter in module._parameters.values()
+        )
         if stacked and "expert" in f"{name} {type(module).__name__}".lower():
             raise SourceError(
                 f"{model.config.model_type!r} has experts of a kind of its own ({name}, "

@@ -7,6 +7,7 @@ Vision-language models have had two sets of names, `language_model.model.layers.
 import re
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import cached_property
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -14,7 +15,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, WeightConverter, WeightRenaming, rename_source_key
 
 from marlin_convert.checkpoint.linears import Stacked, Weights
-from marlin_convert.models.experts import experts_of, merges_experts
+from marlin_convert.models.experts import Experts, merges_experts
 from marlin_convert.models.joined import Joined, joins_linears
 
 # Layers for multi-token prediction, by name, and how many blocks past the last one they are.
@@ -31,10 +32,17 @@ class Names:
     """Which parameter of a model a tensor is by its name."""
 
     def __init__(self, model: PreTrainedModel):
+        self.model = model
         transforms = get_model_conversion_mapping(model)
+        modules = dict(model.named_modules())
         self._renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
-        apart = any(isinstance(module, Joined) for module in model.modules())
-        self._stacks = {stack.path: stack for _, experts in experts_of(model) for stack in experts.stacks}
+        apart = any(isinstance(module, Joined) for module in modules.values())
+        self._stacks = {
+            stack.path: stack
+            for module in modules.values()
+            if isinstance(module, Experts)
+            for stack in module.stacks
+        }
         # what was taken apart is as it is in files that have it so
         self._converters = [
             one
@@ -46,7 +54,7 @@ class Names:
         self._prefix = model.base_model_prefix
         self._expected = model.state_dict()
         self._linears = {
-            f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)
+            f"{name}.weight" for name, module in modules.items() if isinstance(module, nn.Linear)
         }
         self._left = "|".join(f"({one})" for one in sorted(model._keys_to_ignore_on_load_unexpected or ()))
         config = model.config.get_text_config()
@@ -55,6 +63,11 @@ class Names:
         self._further = range(blocks, blocks + further)
         last = f".{blocks - 1}."
         self._lists = {name.partition(last)[0] for name in self._expected if last in name}
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor that the model has, by its name."""
+        return {name: tuple(tensor.shape) for name, tensor in self._expected.items()}
 
     def place(self, weights: Weights) -> None:
         """Let the tensors of a checkpoint be known by the names of the model's parameters."""
@@ -112,6 +125,10 @@ class Names:
         """Whether transformers splits, joins or turns a tensor of the model while it loads it."""
         return self._renamed(name)[1] is not None and not self.is_beside(name)
 
+    def beside(self, names: Iterable[str]) -> list[str]:
+        """Those of the names that are of the model's, but of no part that is built."""
+        return [name for name in names if self.is_beside(name)]
+
     def is_beside(self, name: str) -> bool:
         """Whether a tensor belongs to the model, but to no part that is built: it goes along as it is.
 
@@ -133,9 +150,3 @@ class Names:
         if name in self._expected:
             return name, None
         return rename_source_key(name, self._renamings, self._converters, self._prefix, self._expected)
-
-
-def beside(names: Iterable[str], model: PreTrainedModel) -> list[str]:
-    """Those of the names that are of the model's, but of no part that is built."""
-    known = Names(model)
-    return [name for name in names if known.is_beside(name)]

@@ -19,7 +19,7 @@ from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.errors import SourceError
 from marlin_convert.models import experts, joined
 from marlin_convert.models.discover import discover
-from marlin_convert.models.names import Names, beside
+from marlin_convert.models.names import Names
 
 OTHER_MODEL = "the config.json may be of another model; fetch the model again."
 
@@ -136,17 +136,16 @@ def claims_tied(weights: Weights, model: PreTrainedModel) -> bool:
     return bool(said) and not model.config.tie_word_embeddings
 
 
-def check_names(weights: Weights, model: PreTrainedModel, *, requantize: bool = False) -> list[str]:
-    """Compare the tensors with the architecture's; returns those that are known to be left out.
+def check_names(weights: Weights, names: Names, *, requantize: bool = False) -> list[str]:
+    """Compare the tensors with those of a model; returns those that are known to be left out.
 
     To `requantize` leaves the scales of a rounding that was not carried out too.
     SourceError names what is missing, what is not of the architecture or of a type that is not read, scales
     that are none, and what is there dense and packed.
     """
     source = weights.checkpoint.directory.name
-    tied = model.all_tied_weights_keys.keys()
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    expected, names = shapes.keys(), Names(model)
+    model, shapes = names.model, names.shapes
+    tied, expected = model.all_tied_weights_keys.keys(), shapes.keys()
     known = {name for name in weights.packed_names() if f"{name.rpartition('.')[0]}.weight" in expected}
     parts = {part for parts, _ in weights.joined.values() for part in parts}
     foreign = sorted(weights.checkpoint.tensors.keys() - expected - known - parts)
@@ -163,7 +162,7 @@ def check_names(weights: Weights, model: PreTrainedModel, *, requantize: bool = 
     missing = sorted(name for name in expected - tied - unread if name not in weights)
     if missing:
         raise SourceError(
-            f"{_some(missing)} of the architecture not in {source}.", _way_to_names(missing, weights, model)
+            f"{_some(missing)} of the architecture not in {source}.", _way_to_names(missing, weights, names)
         )
     for name, info in weights.checkpoint.tensors.items():
         if name in expected and info.shape != shapes[name]:
@@ -193,14 +192,14 @@ def check_names(weights: Weights, model: PreTrainedModel, *, requantize: bool = 
     if strangers:
         raise SourceError(
             f"{_some(strangers)} in {source} not of the architecture.",
-            _way_to_names(strangers, weights, model),
+            _way_to_names(strangers, weights, names),
         )
     return left_out
 
 
-def _way_to_names(wrong: Sequence[str], weights: Weights, model: PreTrainedModel) -> str:
+def _way_to_names(wrong: Sequence[str], weights: Weights, names: Names) -> str:
     """What to do about tensors that are missing, or too many: what config.json would have to say."""
-    blocks = discover(model).blocks + "."
+    blocks = discover(names.model).blocks + "."
     if weights.disregarded:
         return f"{weights.disregarded}; fetch the model again."
     if weights.checkpoint.config.get("vision_config") and not any(
@@ -212,7 +211,7 @@ def _way_to_names(wrong: Sequence[str], weights: Weights, model: PreTrainedModel
         )
     if list(wrong) == ["lm_head.weight"]:
         return "if the embedding is the head too, config.json must say tie_word_embeddings = true."
-    further = set(beside(weights.checkpoint.tensors, model))
+    further = set(names.beside(weights.checkpoint.tensors))
     numbers = {
         name.removeprefix(blocks).partition(".")[0]
         for name in weights.checkpoint.tensors
@@ -224,7 +223,7 @@ def _way_to_names(wrong: Sequence[str], weights: Weights, model: PreTrainedModel
             f"its tensors have names like {first!r}; engines know those of the "
             "language model alone: save that, with adapters merged."
         )
-    said = model.config.get_text_config().num_hidden_layers
+    said = names.model.config.get_text_config().num_hidden_layers
     if len(numbers) != said:
         return (
             f"config.json says num_hidden_layers = {said}, the tensors are of {len(numbers)} blocks; "
