@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from marlin_convert.chunks import experts_at_once, read_of_expert
 from marlin_convert.matrix import Fate
 from marlin_convert.models.blocks import bf16_units, rounding_linear
 from marlin_convert.models.hidden import TOKENS as BATCH
 from marlin_convert.models.memory import free_memory, memory_for_activations
 from marlin_convert.plan import Plan
-from marlin_convert.solve import experts_at_once, read_of_expert
 from marlin_convert.solvers import gptq
 from marlin_convert.solvers.hessian import Hessian
 from marlin_convert.solvers.straight_through import POSITIONS

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from marlin_convert import solve
+from marlin_convert import chunks, solve
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.checks.divergence import log_probabilities
@@ -392,8 +392,8 @@ def test_how_many_experts_are_solved_at_once_follows_from_shapes(source, monkeyp
     # gate and up are 128 inputs, 256 outputs; half of the tokens go to each of four; float32, in two models
     expert = gptq.bytes_taken(128, 256) + 2 * 4 * 128 * 8 * 64 // 2
     for space, count in ((0, 1), (3 * expert - 1, 2), (3 * expert, 3), (100 * expert, 4)):
-        monkeypatch.setitem(solve.AT_ONCE, "cpu", space)
-        assert solve.experts_at_once(plan, 1, torch.device("cpu")) == count
+        monkeypatch.setitem(chunks.AT_ONCE, "cpu", space)
+        assert chunks.experts_at_once(plan, 1, torch.device("cpu")) == count
 
 
 def test_repacks_are_exact(source, cli: Cli, tmp_path) -> None:
