@@ -25,9 +25,9 @@ log = logging.getLogger("marlin_convert")
 # It is not asked how much is free, for bits can depend on how many matrices are multiplied side by side.
 AT_ONCE = {"cuda": 8 << 30, "cpu": 1 << 30}
 
-# Seconds of work that may be lost. Every matrix that is kept is written twice, so what takes less than this
-# in all is not: a layer of 256 experts does on a large GPU, on a CPU it takes hours.
-KEEP_AFTER = 120.0
+# Seconds of work that may be lost. What is kept is written twice, and waited for: so little of it in so long a
+# time is no burden. Of a layer of 256 experts a large GPU keeps nothing; a CPU takes hours for it.
+KEEP_AFTER = 300.0
 
 
 def experts_at_once(plan: Plan, number: int, device: torch.device) -> int:
