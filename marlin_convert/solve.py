@@ -26,7 +26,7 @@ from marlin_convert.models.structure import Stage
 from marlin_convert.plan import Plan
 from marlin_convert.quantized import QuantizedLinear, first_crowded, quad_nonzeros
 from marlin_convert.solvers import gptq, sparsity
-from marlin_convert.solvers.drift import MOST, Products, compensated
+from marlin_convert.solvers.drift import MOST, Products, before_norm, compensated
 from marlin_convert.solvers.gptq import Solution
 from marlin_convert.solvers.hessian import Hessian
 from marlin_convert.solvers.straight_through import residual_latents
@@ -76,6 +76,8 @@ class Sums:
         wanted = before.x
         if one.residual is not None and before.residual is not None and before.output is not None:
             drift = before.residual.float() - one.residual.float()
+            if before.norm is not None:
+                drift = before_norm(before.norm, before.output, drift)
             wanted = before.output + (drift if self._bias is None else drift - self._bias)
             self._of_outputs = True
         if self._products is None:

@@ -38,6 +38,12 @@ FUSED = (
     Part("self_attn", (("self_attn.qkv_proj",), ("self_attn.o_proj",)), pair=True, residual=BEFORE),
     Part("mlp", (("mlp.gate_up_proj",), ("mlp.down_proj",)), residual=BETWEEN),
 )
+# Where a norm stands before the sum, by family: what reads the residual of attention and of the MLP.
+THROUGH_NORMS = {
+    "gemma2": ("input_layernorm", "pre_feedforward_layernorm"),
+    "gemma3_text": ("input_layernorm", "pre_feedforward_layernorm"),
+    "olmo2": ("self_attn", "mlp"),
+}
 LINEAR_ATTENTION = Part(
     "linear_attn",
     (("linear_attn.in_proj_qkv", "linear_attn.in_proj_z"), ("linear_attn.out_proj",)),
@@ -77,8 +83,10 @@ def test_of_known_families_the_parts_are_found(family: str) -> None:
     found = discover(on_meta(tiny_models.build(family)))
     assert found.blocks == "model.layers"
     parts = FUSED if family == "phi3" else SPLIT
-    if family in ("gemma2", "gemma3_text", "olmo2"):  # a norm stands before the sum
-        parts = tuple(replace(part, residual=None) for part in parts)
+    if family in THROUGH_NORMS:
+        norms = ("post_attention_layernorm", "post_feedforward_layernorm")
+        found_at = zip(parts, THROUGH_NORMS[family], norms, strict=True)
+        parts = tuple(replace(part, residual=Residual(read, norm=norm)) for part, read, norm in found_at)
     elif family == "granite":
         parts = tuple(replace(part, residual=replace(part.residual, multiplier=0.22)) for part in parts)
     assert found.parts == 2 * (parts,)
@@ -95,10 +103,10 @@ def test_what_is_added_to_a_residual_gives_the_sum_that_was_found(model_type: st
     for number in range(len(model)):
         block, handed = model.load(number), []
 
-        def hand(_: torch.nn.Module, args: Any, handed: list[Tensor] = handed) -> None:
-            handed.extend(x for x in args[:1] if isinstance(x, Tensor))
+        def hand(_: torch.nn.Module, args: Any, kwargs: Any, handed: list[Tensor] = handed) -> None:
+            handed.extend([x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)][:1])
 
-        hooks = [module.register_forward_pre_hook(hand) for module in block.modules()]
+        hooks = [module.register_forward_pre_hook(hand, with_kwargs=True) for module in block.modules()]
         handed.append(hidden.forward(0, block, number))
         for hook in hooks:
             hook.remove()
@@ -111,7 +119,8 @@ def test_what_is_added_to_a_residual_gives_the_sum_that_was_found(model_type: st
         for one in walk.reach(model.structure.stages(number), hidden.put):
             if one.residual is not None and one.output is not None and one.stage not in seen:
                 seen.add(one.stage)
-                total = multiplier[one.stage] * (one.residual + one.output)
+                output = one.output if one.norm is None else one.norm(one.output)
+                total = multiplier[one.stage] * (one.residual + output)
                 same = [x for x in handed if x.numel() == total.numel()]
                 assert any(torch.allclose(x.flatten(), total.flatten(), atol=1e-5) for x in same)
         assert seen == multiplier.keys()

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from marlin_convert.solvers.drift import compensated
+from marlin_convert.solvers.drift import before_norm, compensated
 from marlin_convert.solvers.gptq import Solution, bytes_taken, factorise, solve, solve_batch
 from marlin_convert.solvers.hessian import Hessian
 from marlin_convert.solvers.scales import search_scales
@@ -389,3 +389,30 @@ def test_the_bytes_that_a_weight_of_a_batch_takes() -> None:
         targets = compensated(weights, hessians, products @ weights.mT, damping=0.05, tokens=[2 * k] * batch)
         solve_batch(targets, hessians, bits=4, group_size=128, damping=0.05, sweeps=1)
     assert 0.8 < peak.most / (batch * bytes_taken(k, n)) < 1.05
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """Gemma's: the weight says how far from 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], 1 + self.weight, 1e-6)
+
+
+def test_a_change_before_a_norm_makes_the_one_that_is_wanted_after_it() -> None:
+    """By its derivative, but for what would only make y longer; where the weight is 0 none is asked."""
+    torch.manual_seed(0)
+    norm, y, change = RMSNorm(64), torch.randn(3, 5, 64), torch.randn(3, 5, 64)
+    norm.weight.data = torch.randn(64)
+    norm.weight.data[7] = -1
+    change[..., 7] = 0
+    got = before_norm(norm, y, change)
+    assert (got[..., 7] == 0).all()
+    _, made = torch.func.jvp(norm, (y,), (got,))
+    z = norm(y)
+    lost = z * (y * got).mean(-1, keepdim=True) / y.pow(2).mean(-1, keepdim=True)
+    torch.testing.assert_close(made, change - lost, rtol=1e-4, atol=1e-4)
+
+
+def test_before_a_norm_that_takes_the_mean_off_nothing_is_asked() -> None:
+    norm = torch.nn.LayerNorm(64, bias=False)
+    assert (before_norm(norm, torch.randn(2, 4, 64), torch.randn(2, 4, 64)) == 0).all()

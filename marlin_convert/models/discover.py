@@ -468,8 +468,9 @@ def _parts(
         of_child = [call for call in calls if call.path == f"{block}.{child}"]
         part = _part(child, tuple(mine), of_child, output_of, ordered)
         if part.module:
-            residual = _residual(part, whole, calls, reads.added_to(output_of[part.last[0]]))
-            part = replace(part, residual=residual)
+            output, norm = _through_norm(block, calls, output_of[part.last[0]])
+            residual = _residual(part, whole, calls, reads.added_to(output))
+            part = replace(part, residual=residual and replace(residual, norm=norm))
         yield part
 
 
@@ -483,6 +484,16 @@ def _part_of_experts(path: str, experts: Experts, call: _Call) -> Part:
         for roles in (first, (last,))
     ]
     return Part(path, tuple(stages), experts=experts.count, choices=index.shape[-1])
+
+
+def _through_norm(block: str, calls: Sequence[_Call], x: Tensor) -> tuple[Tensor, str]:
+    """What a norm of the block makes of x, and the norm's path in it; x and "" where none reads x."""
+    for call in calls:
+        path = call.path.removeprefix(f"{block}.")
+        names = [name for name, _ in call.module.named_parameters()]
+        if "." not in path and names == ["weight"] and call.args and _same_memory(call.args[0], x):
+            return call.given, path
+    return x, ""
 
 
 def _residual(
@@ -503,7 +514,8 @@ def _residual(
         path = call.path.removeprefix(f"{block.path}.")
         if path == part.last[0]:
             break
-        if call.args and _same_memory(call.args[0], residual) and "." not in path:
+        first = next((x for x in (*call.args, *call.kwargs.values()) if isinstance(x, Tensor)), None)
+        if _same_memory(first, residual) and "." not in path:
             return Residual(path, multiplier)
     return None
 

@@ -55,14 +55,16 @@ class Reached:
     """What a micro-batch brings to a stage: x (..., k).
 
     Where the stage is the last of a part that is added to a `residual`, also that, over its multiplier; in a
-    block in which nothing is solved the stage's `output` (..., n) too. `routed` of the rows go to the expert
-    that the stage is of; None where it is of no expert.
+    block in which nothing is solved the stage's `output` (..., n) too, and the `norm` that it goes through
+    before XX
+    it is of no expert.
     """
 
     stage: Stage
     x: Tensor
     residual: Tensor | None = None
     output: Tensor | None = None
+    norm: nn.Module | None = None
     routed: int | None = None
 
 
@@ -157,7 +159,8 @@ class BlockWalk:
                 output = self.block.get_submodule(stage[0])(x).to(self._dtype)
                 if self._fits(output):
                     self._outputs[part.module, i] = output
-                yield Reached(stage, x, residual, output)
+                path = part.residual.norm if part.residual else ""
+                yield Reached(stage, x, residual, output, self.block.get_submodule(path) if path else None)
                 del output
             else:
                 if self._fits(x):
@@ -264,10 +267,12 @@ class BlockWalk:
             return
         multiplier = part.residual.multiplier
 
-        def read(_: nn.Module, args: Any) -> None:
-            found[:] = [args[0] if multiplier == 1 else args[0] / multiplier]
+        def read(_: nn.Module, args: Any, kwargs: Any) -> None:
+            x = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+            found[:] = [x if multiplier == 1 else x / multiplier]
 
-        hook = self.block.get_submodule(part.residual.module).register_forward_pre_hook(read)
+        reader = self.block.get_submodule(part.residual.module)
+        hook = reader.register_forward_pre_hook(read, with_kwargs=True)
         try:
             yield found
         finally:

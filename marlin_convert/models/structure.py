@@ -12,11 +12,14 @@ Stage = tuple[str, ...]
 class Residual:
     """The sum that a linear's output goes into, and nowhere else: residual + multiplier * output.
 
-    `module` is the path inside the block of what reads the residual earlier, in Llama a norm.
+    `module` is the path inside the block of what reads the residual earlier, in Llama a norm: it is the first
+    tensor that it is handed. `norm` is that of the norm that the output goes through on its way to the sum,
+    as in Gemma 2 and OLMo 2; "" where there is none.
     """
 
     module: str
     multiplier: float = 1.0
+    norm: str = ""
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class Part:
 
     `pair` says that the submodule returns (output, attention weights) and not the output alone. Stages that
     no submodule ends with make a part whose `module` is "". `residual` is what the output is added to; it is
-    None where something stands between, as the norms of Gemma 2.
+    None where more than a norm stands between.
 
     `experts` says that the module is one of so many experts, and `choices` to how many of them an input goes:
     two stages for each.

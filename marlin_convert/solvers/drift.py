@@ -10,7 +10,7 @@ rest of the error does not depend on what is solved for.
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from marlin_convert.solvers.gptq import diagonals, factorise
 from marlin_convert.solvers.hessian import bf16_products, product
@@ -82,6 +82,18 @@ def compensated(
         if one is None:  # no inputs, or sums that are not finite: the solver rounds, and says so
             moved[number] = 0
     return moved.add_(weights)
+
+
+def before_norm(norm: nn.Module, y: Tensor, change: Tensor) -> Tensor:
+    """The change of y (..., n) that changes norm(y) by `change`, to first order, in float32.
+
+    `norm` divides by the root of the mean square and multiplies by a weight: one output for each of its
+    inputs, whose lengths are lost, so that along y nothing could be changed. Of a norm that takes the mean
+    off its inputs the ones that tell its weight leave nothing, and so does this.
+    """
+    weight = norm(torch.ones_like(y[..., :1, :])).float()
+    length = y.float().pow(2).mean(-1, keepdim=True).sqrt()
+    return torch.where(weight == 0, 0.0, change * length / weight)
 
 
 def _solution(upper: Tensor, right: Tensor) -> Tensor:
