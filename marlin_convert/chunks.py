@@ -25,7 +25,7 @@ log = logging.getLogger("marlin_convert")
 # It is not asked how much is free, for bits can depend on how many matrices are multiplied side by side.
 AT_ONCE = {"cuda": 8 << 30, "cpu": 1 << 30}
 
-# Seconds of work that may be lost. What is kept is written twice, and waited for: so little of it in so long a
+# Seconds of work that may be lost. What is kept is written twice, and waited for: so little in so long a
 # time is no burden. Of a layer of 256 experts a large GPU keeps nothing; a CPU takes hours for it.
 KEEP_AFTER = 300.0
 
