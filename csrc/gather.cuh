@@ -81,15 +81,16 @@ __device__ __forceinline__ const Problem& planned(const Problem& given) {
   return known;
 }
 
-// The rows of x of the tokens of a tile that a thread of 128 loads: 16 bytes of every eighth token.
+// The rows of x of the tokens of a tile that one of LOADERS threads loads: 16 bytes of every eighth or sixteenth token.
+constexpr int LOADED = LOADERS / 16;  // tokens at a time
 struct Rows {
-  int stop = -1, row[TOKENS / 8];
+  int stop = -1, row[TOKENS / LOADED];
   __device__ __forceinline__ void find(const Problem& p, const Position& at) {
     if (at.stop == stop) return;
     stop = at.stop;
 #pragma unroll
-    for (int i = 0; i < TOKENS / 8; i++) {
-      const int t = at.tile.token + 8 * i + threadIdx.x % 128 / 16;
+    for (int i = 0; i < TOKENS / LOADED; i++) {
+      const int t = at.tile.token + LOADED * i + threadIdx.x % LOADERS / 16;
       row[i] = !at.tile.holds(p, t) ? -1 : p.rows ? p.rows[t] : t;
     }
   }

@@ -3,17 +3,6 @@ constexpr int TILES = TOKENS / 8;
 
 typedef float Sums[4][TILES][4];  // of 16 features (rows l / 4 and + 8) x 8 tokens (2 (l % 4) and + 1) each
 
-__device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-// 32 rows of k, of which a holds 16; two lanes of every four have the metadata.
-template <int lanes>
-__device__ __forceinline__ void mma_sparse(float (&d)[4], const u32 (&a)[4], const u32 (&b)[4], u32 metadata) {
-  asm volatile("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." TYPE "." TYPE ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(metadata), "n"(lanes));
-}
 __device__ __forceinline__ void clear(Sums& sums) {
 #pragma unroll
   for (int j = 0; j < 4; j++)
@@ -21,10 +10,6 @@ __device__ __forceinline__ void clear(Sums& sums) {
     for (int t = 0; t < TILES; t++)
 #pragma unroll
       for (int i = 0; i < 4; i++) sums[j][t][i] = 0.f;
-}
-// Where in shared memory 16 bytes of a token lie: two blocks of 64 rows of k, tokens of 128 bytes, swizzled.
-__device__ __forceinline__ u32 place(int token, int v) {
-  return v / 8 * (TOKENS * 128) + token * 128 + (((v ^ token) & 7) << 4);
 }
 
 // Each group is summed by itself, then scaled in float32: exact scales, and no multiplication of weights.

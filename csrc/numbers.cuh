@@ -22,11 +22,7 @@ __device__ __forceinline__ void unpack(u32 q, u32 (&a)[4]) {
 }
 // A scale of float16 has more digits than bfloat16: it is the sum of two.
 struct Factor { u32 high, low; };
-__device__ __forceinline__ u32 multiply(u32 a, u32 b) {
-  u32 r;
-  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
-  return r;
-}
+__device__ __forceinline__ u32 multiply(u32 a, u32 b) { return multiply_add(a, b, 0x80008000u); }  // before sm_90 there is no other
 __device__ __forceinline__ u32 multiply(u32 a, const Factor& f) { return multiply_add(a, f.high, multiply(a, f.low)); }
 #define TYPE "bf16"
 __device__ __forceinline__ u32 pair(float low, float high) {

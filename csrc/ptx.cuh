@@ -46,6 +46,52 @@ __device__ __forceinline__ void load_matrices(u32 (&r)[4], u32 from) {
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(from));
 }
 
+__device__ __forceinline__ uint4 load_shared(u32 from) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from));
+  return v;
+}
+__device__ __forceinline__ void load_shared(u32 (&v)[2], u32 from) {
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v[0]), "=r"(v[1]) : "r"(from));
+}
+__device__ __forceinline__ u32 load_shared_word(u32 from) {
+  u32 v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(from));
+  return v;
+}
+// The metadata of four fragments: two words, 128 bytes apart.
+__device__ __forceinline__ uint2 load_metadata(u32 from) {
+  uint2 v = make_uint2(0, 0);
+#if SPARSE
+  asm volatile("ld.shared.u32 %0, [%2];\nld.shared.u32 %1, [%2 + 128];" : "=r"(v.x), "=r"(v.y) : "r"(from));
+#endif
+  return v;
+}
+__device__ __forceinline__ void store_shared(u32 to, u32 v) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(v) : "memory"); }
+__device__ __forceinline__ void store_shared(u32 to, float4 v) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+}
+// Two or four 8 x 8 matrices, each transposed: lane l gives where row l % 8 of matrix l / 8 goes.
+#if __CUDA_ARCH__ >= 900
+__device__ __forceinline__ void store_matrices(u32 to, const u32 (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
+               ::"r"(to), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
+}
+__device__ __forceinline__ void store_matrices(u32 to, const u32 (&r)[2]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(to), "r"(r[0]), "r"(r[1]) : "memory");
+}
+#else
+__device__ __forceinline__ void store_matrix(u32 to, u32 r, int number) {
+  const u32 row = __shfl_sync(~0u, to, 8 * number + threadIdx.x % 32 / 4);
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;" : "+r"(r));
+  store_shared(row + threadIdx.x % 4 * 4, r);
+}
+template <int count> __device__ __forceinline__ void store_matrices(u32 to, const u32 (&r)[count]) {
+#pragma unroll
+  for (int i = 0; i < count; i++) store_matrix(to, r[i], i);
+}
+#endif
+
 #if __CUDA_ARCH__ >= 900
 __device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
@@ -96,39 +142,6 @@ __device__ __forceinline__ void fetch_map(const TensorMap* map) { asm volatile("
 __device__ __forceinline__ void copy_tile(u32 to, const TensorMap* map, int column, int row, u32 flag) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
                ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(flag) : "memory");
-}
-__device__ __forceinline__ uint4 load_shared(u32 from) {
-  uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from));
-  return v;
-}
-__device__ __forceinline__ void load_shared(u32 (&v)[2], u32 from) {
-  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v[0]), "=r"(v[1]) : "r"(from));
-}
-__device__ __forceinline__ u32 load_shared_word(u32 from) {
-  u32 v;
-  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(from));
-  return v;
-}
-// The metadata of four fragments: two words, 128 bytes apart.
-__device__ __forceinline__ uint2 load_metadata(u32 from) {
-  uint2 v = make_uint2(0, 0);
-#if SPARSE
-  asm volatile("ld.shared.u32 %0, [%2];\nld.shared.u32 %1, [%2 + 128];" : "=r"(v.x), "=r"(v.y) : "r"(from));
-#endif
-  return v;
-}
-__device__ __forceinline__ void store_shared(u32 to, u32 v) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(v) : "memory"); }
-__device__ __forceinline__ void store_shared(u32 to, float4 v) {
-  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
-}
-// Two or four 8 x 8 matrices, each transposed: lane l gives where row l % 8 of matrix l / 8 goes.
-__device__ __forceinline__ void store_matrices(u32 to, const u32 (&r)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
-               ::"r"(to), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
-}
-__device__ __forceinline__ void store_matrices(u32 to, const u32 (&r)[2]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(to), "r"(r[0]), "r"(r[1]) : "memory");
 }
 template <int registers> __device__ __forceinline__ void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers)); }
 template <int registers> __device__ __forceinline__ void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers)); }

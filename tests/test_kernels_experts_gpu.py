@@ -92,12 +92,13 @@ SHAPES = [(8, 256, 128, 2), (5, 192, 320, 3), (64, 1024, 192, 6), (512, 128, 64,
 def families(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The kernels of this GPU, and those that every one of them has."""
     yield "own"
-    with monkeypatch.context() as patched:
-        patched.setattr(
-            kernels, "choose_for_experts",
-            lambda *given: choose_for_experts(*given[:-2], (8, 0), given[-1]),
-        )  # fmt: skip
-        yield "mma"
+    for other in ((8, 0), (8, 6)):
+        with monkeypatch.context() as patched:
+            patched.setattr(
+                kernels, "choose_for_experts",
+                lambda *given, other=other: choose_for_experts(*given[:-2], other, given[-1]),
+            )  # fmt: skip
+            yield str(other)
 
 
 @pytest.mark.parametrize("count, k, inner, choices", SHAPES)
@@ -125,8 +126,10 @@ def test_every_shape(
 
 
 TILES = [("stream", 8, 3), ("stream", 8, 2), ("stream", 16, 3)]
-TILES += [("wgmma", tokens, 2) for tokens in (16, 32, 64, 80, 128, 144)] + [
-    ("mma", tokens, 2) for tokens in (8, 16, 32)
+TILES += [
+    *(("wgmma", tokens, 2) for tokens in (16, 32, 64, 80, 128, 144)),
+    *(("mma", tokens, 2) for tokens in (8, 16)),
+    *(("multistage", tokens, 2) for tokens in (16, 32, 64, 96, 128)),
 ]
 
 
@@ -135,7 +138,7 @@ TILES += [("wgmma", tokens, 2) for tokens in (16, 32, 64, 80, 128, 144)] + [
 def test_every_tile_takes_every_number_of_tokens(
     kernel: str, tokens: int, teams: int, fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if kernel != "mma" and torch.cuda.get_device_capability() != (9, 0):
+    if kernel in ("stream", "wgmma") and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip(f"{kernel} needs a Hopper")
     first, last = (
         Configuration(kernel, tokens, teams, 128, False, experts=True, paired=one) for one in (fused, False)
@@ -262,19 +265,26 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 PROGRAM = """
+from importlib import import_module
 import torch
+from marlin_convert.kernels.configurations import choose_for_experts
 from marlin_convert.kernels.experts import GroupedExperts, Stack
+
+OTHER = None
+module = import_module("marlin_convert.kernels.experts")
+module.choose_for_experts = lambda *given: choose_for_experts(*given[:4], OTHER or given[4], *given[5:])
 
 def stack(count, k, n):
     B = torch.full((count, k // 16, 2 * n), 0x12345678, dtype=torch.int32, device="cuda")
     return Stack(B, torch.full((count, k // 64, n), 0.01, dtype=torch.half, device="cuda"))
 
-for count, k, inner, choices in ((16, 256, 192, 4), (5, 512, 320, 2), (70, 128, 64, 8)):
-    grouped = GroupedExperts((stack(count, k, inner), stack(count, k, inner)), stack(count, inner, k))
-    for m in (1, 3, 16, 65, 200):
-        x = torch.ones(m, k, dtype=torch.half, device="cuda")
-        shares, index = torch.rand(m, count, device="cuda").topk(choices)
-        grouped(x, index, shares)
+for OTHER in (None, (8, 6)):
+  for count, k, inner, choices in ((16, 256, 192, 4), (5, 512, 320, 2), (70, 128, 64, 8)):
+      grouped = GroupedExperts((stack(count, k, inner), stack(count, k, inner)), stack(count, inner, k))
+      for m in (1, 3, 16, 65, 200):
+          x = torch.ones(m, k, dtype=torch.half, device="cuda")
+          shares, index = torch.rand(m, count, device="cuda").topk(choices)
+          grouped(x, index, shares)
 torch.cuda.synchronize()
 """
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch
 
 from marlin_convert.errors import KernelError
 from marlin_convert.formats import FORMATS, marlin, marlin_24
+from marlin_convert.kernels.configurations import Configuration, choose
+from marlin_convert.kernels.launch import Call
 from marlin_convert.quantized import QuantizedLinear
 
 pytestmark = [
@@ -56,6 +59,29 @@ def error(y: torch.Tensor, expected: torch.Tensor) -> float:
     return ((y.double() - expected).norm() / expected.norm()).item()
 
 
+# Whose kernels run on this GPU too: with much shared memory, and with little.
+OTHERS = ((8, 0), (8, 6))
+
+
+def by_others(
+    x: torch.Tensor, one: QuantizedLinear, bias: torch.Tensor | None
+) -> Iterator[tuple[Configuration, torch.Tensor]]:
+    """The products (m, n) of the kernels that other architectures would choose, in poisoned memory."""
+    pack = marlin.pack if one.kept is None else marlin_24.pack
+    tensors = {name: tensor.cuda() for name, tensor in pack(one).items()}
+    B, s, B_meta = tensors.get("B", tensors.get("B_24")), tensors["s"], tensors.get("B_meta")
+    (m, k), n = x.shape, s.shape[1]
+    group = 0 if len(s) == 1 else k // len(s)
+    chosen = {
+        choose(m, n, k, group, x.dtype == torch.bfloat16, capability, B_meta is not None)
+        for capability in OTHERS
+    }
+    for configuration in chosen:
+        y = torch.full((m, n), float("nan"), device="cuda", dtype=x.dtype)
+        Call(configuration, x, B, s, bias, B_meta)(x.data_ptr(), y.data_ptr())
+        yield configuration, y
+
+
 SHAPES = [(128, 64), (256, 320), (1024, 768), (4096, 4096), (14336, 1088)]
 # The last chunk of these has half of its rows.
 HALVES = [(64, 64), (192, 320), (576, 1536), (960, 4096), (1856, 2688), (10944, 1088)]
@@ -85,26 +111,24 @@ def test_every_edge(k: int, n: int, group_size: int, dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("group_size", [128, 64, 32, -1])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_the_kernel_of_other_architectures(dtype: torch.dtype, group_size: int) -> None:
-    """It runs on this one too."""
-    from marlin_convert.kernels.configurations import Configuration
-    from marlin_convert.kernels.launch import Call
+def test_the_kernels_of_other_architectures(dtype: torch.dtype, group_size: int) -> None:
+    """They run on this one too."""
     from marlin_convert.kernels.matmul import reference
 
-    for k, n in ((128, 64), (1024, 320), (4096, 4096), *HALVES[:-1]):
+    met = set()
+    for k, n in ((128, 64), (1024, 320), (4096, 4096), (4096, 28672), *HALVES[:-1]):
         if group_size == 128 and k % 128:
             continue
         one = layer(k, n, group_size)
-        B, s = packed(one)
         bias = torch.randn(n, device="cuda", dtype=dtype)
-        group = 0 if len(s) == 1 else group_size
-        for tokens in (8, 16, 32):
-            configuration = Configuration("mma", tokens, 2, group, dtype == torch.bfloat16)
-            for m in (1, tokens, tokens + 1, 100):
-                x = torch.randn(m, k, device="cuda", dtype=dtype)
-                y = torch.full((m, n), float("nan"), device="cuda", dtype=dtype)
-                Call(configuration, x, B, s, bias)(x.data_ptr(), y.data_ptr())
-                assert error(y, reference(x, one, bias)) < TOLERANCE[dtype], (k, n, tokens, m)
+        for m in BATCHES:
+            x = torch.randn(m, k, device="cuda", dtype=dtype)
+            expected = reference(x, one, bias)
+            for configuration, y in by_others(x, one, bias):
+                met.add((configuration.kernel, configuration.tokens))
+                assert error(y, expected) < TOLERANCE[dtype], (k, n, m, configuration)
+    many = {16, 32, 64, 128} | ({96} if group_size == 32 else set())
+    assert met == {("mma", 8), ("mma", 16), *(("multistage", tokens) for tokens in many)}
 
 
 @pytest.mark.parametrize(
@@ -113,8 +137,6 @@ def test_the_kernel_of_other_architectures(dtype: torch.dtype, group_size: int) 
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_every_edge_of_sparse_layers(k: int, n: int, group_size: int, dtype: torch.dtype) -> None:
-    from marlin_convert.kernels.configurations import Configuration
-    from marlin_convert.kernels.launch import Call
     from marlin_convert.kernels.matmul import matmul, reference
 
     one = sparse_layer(k, n, group_size)
@@ -126,12 +148,8 @@ def test_every_edge_of_sparse_layers(k: int, n: int, group_size: int, dtype: tor
         y = matmul(x, B, s, bias, B_meta)
         assert error(y, expected) < TOLERANCE[dtype], m
         assert torch.equal(y, matmul(x, B, s, bias, B_meta)), "not the same twice"
-        if m <= 33:  # and as other architectures multiply
-            group = 0 if len(s) == 1 else group_size
-            configuration = Configuration("mma", 16, 2, group, dtype == torch.bfloat16, sparse=True)
-            y = torch.full((m, n), float("nan"), device="cuda", dtype=dtype)
-            Call(configuration, x, B, s, bias, B_meta)(x.data_ptr(), y.data_ptr())
-            assert error(y, expected) < TOLERANCE[dtype], m
+        for configuration, y in by_others(x, one, bias):
+            assert error(y, expected) < TOLERANCE[dtype], (m, configuration)
 
 
 def test_the_largest_batch() -> None:
@@ -191,8 +209,6 @@ def test_poisoned_output_memory() -> None:
 @pytest.mark.parametrize("m", [1, 12, 40, 200])
 def test_poison_behind_the_inputs(m: int) -> None:
     """What is there of a last chunk beyond the inputs is never multiplied."""
-    from marlin_convert.kernels.configurations import Configuration
-    from marlin_convert.kernels.launch import Call
     from marlin_convert.kernels.matmul import matmul, reference
 
     one = layer(576, 320, 64)
@@ -201,9 +217,8 @@ def test_poison_behind_the_inputs(m: int) -> None:
     x.copy_(torch.randn_like(x))
     expected = reference(x, one)
     assert error(matmul(x, B, s), expected) < 3e-4
-    y = torch.empty_like(expected, dtype=torch.float16)
-    Call(Configuration("mma", 16, 2, 64, False), x, B, s, None)(x.data_ptr(), y.data_ptr())
-    assert error(y, expected) < 3e-4
+    for configuration, y in by_others(x, one, None):
+        assert error(y, expected) < 3e-4, configuration
 
 
 def test_two_streams_at_once() -> None:
@@ -414,18 +429,24 @@ def test_vllm_multiplies_the_same_bytes(group_size: int) -> None:
 
 
 PRODUCTS = """
+from importlib import import_module
 import torch
-from marlin_convert.kernels.matmul import matmul
+from marlin_convert.kernels.configurations import choose
 
-for k, n, groups in ((1024, 768, 8), (512, 320, 4), (192, 320, 1), (576, 768, 1)):
-    s = torch.full((groups, n), 0.01, dtype=torch.half, device="cuda")
-    B = torch.full((k // 16, 2 * n), 0x12345678, dtype=torch.int32, device="cuda")
-    B_24 = torch.full((k // 32, 2 * n), 0x12345678, dtype=torch.int32, device="cuda")
-    B_meta = torch.full((k // 32, 2 * n), 0x4444, dtype=torch.int16, device="cuda")
-    for m in (1, 16, 17, 65, 200):
-        x = torch.ones(m, k, dtype=torch.half, device="cuda")
-        matmul(x, B, s)
-        matmul(x, B_24, s, None, B_meta)
+module = import_module("marlin_convert.kernels.matmul")
+matmul = module.matmul
+OTHER = None
+module.choose = lambda *given: choose(*given[:5], OTHER or given[5], *given[6:])
+for OTHER in (None, (8, 6)):
+  for k, n, groups in ((1024, 768, 8), (512, 320, 4), (192, 320, 1), (576, 768, 1)):
+      s = torch.full((groups, n), 0.01, dtype=torch.half, device="cuda")
+      B = torch.full((k // 16, 2 * n), 0x12345678, dtype=torch.int32, device="cuda")
+      B_24 = torch.full((k // 32, 2 * n), 0x12345678, dtype=torch.int32, device="cuda")
+      B_meta = torch.full((k // 32, 2 * n), 0x4444, dtype=torch.int16, device="cuda")
+      for m in (1, 16, 17, 65, 200):
+          x = torch.ones(m, k, dtype=torch.half, device="cuda")
+          matmul(x, B, s)
+          matmul(x, B_24, s, None, B_meta)
 torch.cuda.synchronize()
 """
 

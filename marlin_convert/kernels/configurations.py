@@ -5,14 +5,23 @@ may have 64 (csrc/tiles.cuh).
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 FEATURES = 256  # of a tile
 ROWS = 128  # of k, of a chunk
 
-# Shared memory that a block may have with compute capability 9.0.
-HOPPER_MEMORY = 227 * 1024
+# KiB of shared memory that a block may have, by compute capability: CUDA's programming guide.
+SHARED_MEMORY = {
+    **dict.fromkeys([(8, 0), (8, 7)], 163),
+    **dict.fromkeys([(8, 6), (8, 9), (12, 0), (12, 1)], 99),
+    **dict.fromkeys([(9, 0), (10, 0), (10, 3), (11, 0)], 227),
+}
+HOPPER_MEMORY = SHARED_MEMORY[9, 0] * 1024
+
+# Chunks that are in shared memory at once where threads load: with more there is no room for blocks of the
+# next kernel, which load their first weights early.
+MOST_STAGES = 3
 
 # Blocks that every GPU with clusters can run as one.
 LARGEST_CLUSTER = 8
@@ -30,7 +39,7 @@ class Configuration:
 
     `group` is the rows of k per scale, 0 where one scale serves all of k. `teams` of four warps multiply.
     `sparse` is for the Sparse-MARLIN layout. `experts` takes the tokens of many experts; `paired` too, and
-    multiplies by the weights of gate and up at once.
+    multiplies by the weights of gate and up at once. A block may have `memory` bytes of shared memory.
     """
 
     kernel: str
@@ -41,6 +50,7 @@ class Configuration:
     sparse: bool = False
     experts: bool = False
     paired: bool = False
+    memory: int = HOPPER_MEMORY
 
     @property
     def entry(self) -> str:
@@ -50,22 +60,31 @@ class Configuration:
     @property
     def sources(self) -> tuple[str, ...]:
         """The files of csrc that make it, in order."""
-        products = "wgmma_ptx.cuh" if self.kernel == "wgmma" else "mma_products.cuh"
+        in_registers = self.kernel in ("wgmma", "multistage")
         files = {
             **dict.fromkeys(("ptx.cuh", "numbers.cuh", "layout.cuh"), True),
             "routing.cuh": self.experts,
             "tiles.cuh": True,
             "gather.cuh": self.experts,
             "stages.cuh": self.kernel != "mma",
-            "load_experts.cuh": self.experts and self.kernel != "mma",
-            **dict.fromkeys((products, f"{self.kernel}.cu"), True),
+            "load_experts.cuh": self.experts and self.on_hopper,
+            "wgmma_ptx.cuh": self.kernel == "wgmma",
+            "mma_ptx.cuh": self.kernel != "wgmma",
+            "registers.cuh": in_registers,
+            "mma_products.cuh": not in_registers,
+            f"{self.kernel}.cu": True,
         }
         return tuple(name for name, needed in files.items() if needed)
 
     @property
+    def on_hopper(self) -> bool:
+        """Whether the copy engine loads."""
+        return self.kernel in ("stream", "wgmma")
+
+    @property
     def threads(self) -> int:
         """Threads of a block: the teams and, where the copy engine loads, the warpgroup that drives it."""
-        return 128 * self.teams + (0 if self.kernel == "mma" else 128)
+        return 128 * (self.teams + self.on_hopper)
 
     @property
     def scale_rows(self) -> int:
@@ -77,31 +96,46 @@ class Configuration:
         """Rows of B or, where it is sparse, B_24 of a chunk."""
         return ROWS // (32 if self.sparse else 16)
 
+    @property
+    def _pattern(self) -> int:
+        """Bytes that stages are whole numbers of: the copy engine swizzles eight tokens."""
+        return 1024 if self.on_hopper else 128
+
     @cached_property
     def _stage(self) -> int:
         """Bytes of a stage: codes, activations and scales of a chunk, in whole swizzle patterns."""
         codes = 8 * FEATURES * self.code_rows + (4096 if self.sparse else 0)
         filled = codes + 256 * self.tokens + (512 * self.scale_rows if self.group else 0)
-        return -(-filled // 1024) * 1024
+        return -(-filled // self._pattern) * self._pattern
 
     @property
     def _beside(self) -> int:
         """Bytes of shared memory beside the stages: sums or staging, and what alignment takes."""
         sums = 4 * self.teams * self.tokens * (FEATURES + 4)
-        return {"mma": sums, "stream": sums + 2048, "wgmma": 2048 * self.teams + 2048}[self.kernel]
+        beside = {"mma": sums, "stream": sums + 2048, "wgmma": 2048 * self.teams + 2048, "multistage": 0}
+        return beside[self.kernel]
 
     @cached_property
     def stages(self) -> int:
         """Chunks that are in shared memory at once; a whole number for every team."""
-        room = HOPPER_MEMORY - self._beside - (STATIC if self.experts else 0)
+        room = self.memory - self._beside - (STATIC if self.experts else 0)
+        if self.kernel == "multistage":
+            return min(MOST_STAGES, room // self._stage)
         turns = self.teams if self.kernel == "stream" else 1
         return min(12, room // (self._stage + 16)) // turns * turns
+
+    @property
+    def fits(self) -> bool:
+        """Whether one chunk can be multiplied while another is loaded."""
+        return self.kernel == "mma" or self.stages >= 2
 
     @cached_property
     def shared_memory(self) -> int:
         """Bytes of dynamic shared memory."""
         if self.kernel == "mma":
             return self._beside + 2 * 256 * self.teams * self.tokens
+        if self.kernel == "multistage":
+            return self.stages * self._stage
         return self._beside + self.stages * (self._stage + 16)
 
     @property
@@ -116,13 +150,16 @@ class Configuration:
             "EXPERTS": int(self.experts),
             "PAIRED": int(self.paired),
             "LARGEST_CLUSTER": LARGEST_CLUSTER,
+            "LOADERS": 256 if self.kernel == "multistage" else 128,
+            "PATTERN": self._pattern,
+            "STAGES": self.stages,
         }
-        if self.kernel != "mma":
+        if self.on_hopper:
             # registers a thread has at launch, in eights: those given up are shared out among the others
             launch = 65536 // self.threads // 8 * 8
             others = self.threads // 128 - 1
             taken = (launch * (others + 1) - GIVEN) // others // 8 * 8
-            macros |= {"STAGES": self.stages, "GIVE": GIVEN, "TAKE": min(taken, 232)}
+            macros |= {"GIVE": GIVEN, "TAKE": min(taken, 232)}
         return macros
 
 
@@ -187,12 +224,22 @@ def choose(
     128     8B qkv: 64 14.5, 128 16.4          70B o: 64 24.0, 128 23.3
     256     8B o: 64 15.1, 128 16.9            8B down: 64 37.4, 128 33.6
     ======  =================================  ==================================
+
+    Elsewhere mma.sync's kernels, from a sweep on an H100 that was made to run them, with the same words for
+    few and many chunks; tiles of 128 tokens only where shared memory holds two of their chunks.
     """
-    if capability != (9, 0):
-        tokens = 8 if m <= 8 else 16 if m <= 16 else 32
-        return Configuration("mma", tokens, 2, group, bfloat16, sparse)
     columns = -(-n // FEATURES)
     chunks = columns * chunks_of(k)
+    if capability != (9, 0):
+        if m <= 8 or (m <= 16 and chunks > 3000):
+            return Configuration("mma", 8 if m <= 8 else 16, 2, group, bfloat16, sparse)
+        if m <= 64:
+            tokens = 16 if m <= 16 else 32 if m <= 32 or chunks <= 512 else 64
+        else:
+            tokens = 64 if chunks <= (2560 if m <= 128 else 768 if m <= 256 else 0) else 128
+        memory = SHARED_MEMORY[capability] * 1024
+        found = Configuration("multistage", tokens, 2, group, bfloat16, sparse, memory=memory)
+        return found if found.fits else replace(found, tokens=96)
     if m <= 8 or (m <= 16 and chunks > 3000 and not sparse):
         return Configuration("stream", 8 if m <= 8 else 16, 2 if sparse else 3, group, bfloat16, sparse)
     if m <= 32:
@@ -210,6 +257,12 @@ EXPERT_TILES = [
     *(("wgmma", tokens, 2) for tokens in (32, 48, 64, 80, 96, 128, 144)),
 ]
 
+# The same where mma.sync multiplies: chosen by the same rule, not swept.
+EXPERT_TILES_OF_MMA = [
+    *(("mma", tokens, 2) for tokens in (8, 16)),
+    *(("multistage", tokens, 2) for tokens in (32, 64, 96, 128)),
+]
+
 # What a tile takes whatever tokens it has, in tokens: with one an expert Mixtral takes 319 us where tiles are
 # of 32 tokens, 404 of 64, 533 of 96.
 OF_A_TILE = 65
@@ -224,13 +277,18 @@ def choose_for_experts(
     """
     each = rows / min(rows, experts)  # of an expert, if they went to all of them alike
     most = each + 1.4 * each**0.5  # of all but a few
-    kinds = EXPERT_TILES if capability == (9, 0) else [("mma", tokens, 2) for tokens in (8, 16, 32)]
-    kernel, tokens, teams = min(kinds, key=lambda kind: math.ceil(most / kind[1]) * (OF_A_TILE + kind[1]))
-    one, other = (
-        Configuration(kernel, tokens, teams, group, bfloat16, experts=True, paired=fused and not number)
-        for number, group in enumerate(groups)
-    )
-    return one, other
+    memory = SHARED_MEMORY[capability] * 1024
+
+    def both(kernel: str, tokens: int, teams: int) -> tuple[Configuration, Configuration]:
+        up, down = (
+            Configuration(kernel, tokens, teams, group, bfloat16, experts=True, memory=memory)
+            for group in groups
+        )
+        return replace(up, paired=fused), down
+
+    kinds = EXPERT_TILES if capability == (9, 0) else EXPERT_TILES_OF_MMA
+    kinds = [kind for kind in kinds if all(one.fits for one in both(*kind))]
+    return both(*min(kinds, key=lambda kind: math.ceil(most / kind[1]) * (OF_A_TILE + kind[1])))
 
 
 def schedule(configuration: Configuration, tiles: int, chunks: int, processors: int) -> tuple[int, ...]:

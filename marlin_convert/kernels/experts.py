@@ -253,7 +253,7 @@ def _product(
         one.pitch, int(routed), route,
     )  # fmt: skip
     maps = []
-    if configuration.kernel != "mma":
+    if configuration.on_hopper:
         for kind, suffix, rows in (
             (UINT64, "B", configuration.code_rows),
             (FLOAT16, "s", configuration.scale_rows),

@@ -292,7 +292,7 @@ class Call:
         arguments = [addressof(problem)]
         maps: list[tuple[int, ctypes.Array[c_char]]] = []
         self._tiles: tuple[int, int, int, tuple[int, int]] | None = None
-        if configuration.kernel != "mma":
+        if configuration.on_hopper:
             kind = BFLOAT16 if x.dtype == torch.bfloat16 else FLOAT16
             self._tiles = kind, m, k, (configuration.tokens, 64)
             # Boxes of whole chunks: what the last one has beyond k arrives as zeros. As metadata these are no
