@@ -4,7 +4,7 @@ They are solved on calibration text (solve.py), tuned after that (tune.py), or k
 (repack.py). Weights that are only pruned come the same way as codes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -72,3 +72,8 @@ def pack(
         )
     tensors = {f"{fate.name}.{suffix}": tensor for suffix, tensor in packed.items()}
     return tensors, row | {"scales": layer.signs}
+
+
+def weight_of(fate: Fate, stored: Mapping[str, Tensor], plan: Plan) -> Tensor:
+    """The weight (n, k) of a matrix by the tensors that it is written as, by suffix, in the plan's type."""
+    return stored["weight"] if fate.pruned else plan.unpack(fate, stored).dequantize(plan.dtype)

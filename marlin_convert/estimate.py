@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from marlin_convert.chunks import experts_at_once, read_of_expert
 from marlin_convert.matrix import Fate
 from marlin_convert.models.blocks import bf16_units, rounding_linear
 from marlin_convert.models.hidden import TOKENS as BATCH
 from marlin_convert.models.memory import free_memory, memory_for_activations
 from marlin_convert.plan import Plan
-from marlin_convert.solve import experts_at_once, read_of_expert
 from marlin_convert.solvers import gptq
 from marlin_convert.solvers.hessian import Hessian
 from marlin_convert.solvers.straight_through import POSITIONS
@@ -22,8 +22,12 @@ from marlin_convert.tune import DENSE, SPARSE, STEP, TOKENS
 
 # How far the parts that are no large matrix product stretch the whole on a GPU, seen on an H200.
 OVERHEAD = 2.0
-# Seconds that any matrix takes beside, of many small ones: seen on an H100 with Qwen3-30B-A3B's.
-EACH = 0.015
+# Seconds that any matrix takes beside, of many small ones: most of it is forwards of few tokens. And that any
+# weight of experts takes to be read, packed, compared and handed to the disk. Seen on H100s with layers of
+# Qwen3-30B-A3B's and DeepSeek-V3's shapes.
+EACH, EACH_WEIGHT = 0.0175, 2.1e-9
+# Seconds of a command on a GPU before the first block and after the last.
+START = 10.0
 
 # How much longer pruning takes: six masks for every quad.
 PRUNING = 1.5
@@ -84,20 +88,13 @@ class _Work:
 
 def estimate(plan: Plan, device: torch.device) -> Estimate:
     """Seconds from the work counted and the speeds measured; memory from the largest things held."""
-    number = max(range(plan.blocks), key=lambda i: sum(fate.k * fate.n for fate in plan.worked_on_in(i)))
-    block = plan.worked_on_in(number) or list(plan.fates.values())
+    number, block = _largest(plan)
     if plan.repack:
         return Estimate(plan.output_bytes / REPACKED, 12.0 * max(fate.k * fate.n for fate in block))
-    stages = _stages(plan, block)
-    last = next(part for parts in plan.structure.parts for part in parts).last[0]
-    heads = next(
-        (fate.k for fate in plan.fates.values() if fate.name.endswith("." + last)),
-        min(one.k for one in stages),
+    work = _work(plan, block)
+    seconds = (
+        on_gpu(plan, _rate(device)) if device.type == "cuda" else plan.blocks * _on_cpu(plan, work, device)
     )
-    recipe = plan.recipe
-    work = _Work(recipe.samples * recipe.sequence_length, recipe.sequence_length, stages, heads)
-    of_a_block = _on_gpu if device.type == "cuda" else _on_cpu
-    seconds = plan.blocks * of_a_block(plan, work, device)
     if plan.sparsity:
         seconds *= PRUNING
     memory = _memory(plan, number, work, max(fate.n for fate in block), device)
@@ -105,6 +102,24 @@ def estimate(plan: Plan, device: torch.device) -> Estimate:
         seconds += _tuning(plan, device)
         memory = max(memory, tuning_memory(plan, device))
     return Estimate(seconds, memory)
+
+
+def _largest(plan: Plan) -> tuple[int, list[Fate]]:
+    """The number of the block with the most weights that are worked on, and these."""
+    number = max(range(plan.blocks), key=lambda i: sum(fate.k * fate.n for fate in plan.worked_on_in(i)))
+    return number, plan.worked_on_in(number) or list(plan.fates.values())
+
+
+def _work(plan: Plan, block: list[Fate]) -> _Work:
+    """What there is to do in a block."""
+    stages = _stages(plan, block)
+    last = next(part for parts in plan.structure.parts for part in parts).last[0]
+    heads = next(
+        (fate.k for fate in plan.fates.values() if fate.name.endswith("." + last)),
+        min(one.k for one in stages),
+    )
+    recipe = plan.recipe
+    return _Work(recipe.samples * recipe.sequence_length, recipe.sequence_length, stages, heads)
 
 
 def _memory(plan: Plan, number: int, work: _Work, width: int, device: torch.device) -> float:
@@ -186,14 +201,20 @@ def _tuning(plan: Plan, device: torch.device) -> float:
     return OVERHEAD * 5 * tokens * weights / _rate(device)
 
 
-def _on_gpu(plan: Plan, work: _Work, device: torch.device) -> float:
-    """Seconds of a block where products in 16 bits are nearly all there is to do."""
-    rate = _rate(device)
+def on_gpu(plan: Plan, rate: float) -> float:
+    """Seconds where products in 16 bits, `rate` multiply-adds a second, are nearly all there is to do.
+
+    But for experts, whose products are small.
+    """
+    work = _work(plan, _largest(plan)[1])
     solving = sum((0.5 + plan.recipe.sweeps) * one.k * one.k * one.n for one in work.stages)
     walks = 2 if plan.compensates else 1
     sums = 2 * work.hessians + (work.products if plan.compensates else 0)
-    matrices = sum(one.count for one in work.stages)
-    return matrices * EACH + OVERHEAD * (walks * work.tokens * work.weights + sums + solving) / rate
+    each = sum(
+        one.count * EACH + (one.k * one.n * EACH_WEIGHT if one.count > 1 else 0) for one in work.stages
+    )
+    products = walks * work.tokens * work.weights + sums + solving
+    return START + plan.blocks * (each + OVERHEAD * products / rate)
 
 
 def _rate(device: torch.device) -> float:

@@ -22,6 +22,7 @@ from marlin_convert.checkpoint.writer import TensorSpec
 from marlin_convert.errors import ConvertError, FormatError
 from marlin_convert.fates import DTYPES, fates_of
 from marlin_convert.formats import mixtures
+from marlin_convert.kernels.experts import MOST
 from marlin_convert.matrix import Fate, Matrix, dense
 from marlin_convert.models.discover import discover
 from marlin_convert.models.experts import Experts, ScoresOnInputs
@@ -389,6 +390,7 @@ def _expert_notes(modules: Modules, structure: Structure, fates: Mapping[str, Fa
     refused = {
         "in marlin-24": "marlin-24" in ours,
         "with biases": any(one.has_bias for one in experts),
+        f"that are more than {MOST} on a rank": any(count > MOST for count in counts),
         "without a gate": not all(one.has_gate for one in experts),
         "that read tokens times their scores": any(
             isinstance(one, ScoresOnInputs) for one in modules.values()

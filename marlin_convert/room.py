@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from marlin_convert.chunks import chunk_bytes
 from marlin_convert.errors import ConvertError
 from marlin_convert.tune import kept_bytes
 
@@ -33,11 +34,13 @@ class Room:
 
 
 def rooms(job: "Job", plan: "Plan") -> list[Room]:
-    """What a conversion takes on every disk: the download, what is kept to be tuned, and the output."""
+    """What a conversion takes on every disk: the download, what is kept meanwhile, and the output."""
     written = plan.output_bytes + sum(other.output_bytes for other in plan.also)
     taken = {(job.output, "the output takes"): written}
     if plan.tunes:
         taken[job.output, "what is solved to be tuned"] = kept_bytes(plan)
+    if chunks := chunk_bytes(plan, job.device):
+        taken[job.output, "what is solved of a block"] = chunks
     if job.source.remote is not None and job.source.remote.missing:
         from huggingface_hub.constants import HF_HUB_CACHE
 

@@ -13,14 +13,16 @@ from torch import Tensor, nn
 from marlin_convert.calibration import Calibration
 from marlin_convert.checkpoint import manifest as manifests
 from marlin_convert.checkpoint.linears import Weights
-from marlin_convert.codes import Packed, Tuned, pack
+from marlin_convert.checkpoint.unfinished import CHUNKS
+from marlin_convert.chunks import Chunks, experts_at_once, in_several
+from marlin_convert.codes import Packed, Tuned, pack, weight_of
 from marlin_convert.errors import SourceError
 from marlin_convert.matrix import Fate
 from marlin_convert.models.blocks import BlockModel
 from marlin_convert.models.hidden import HiddenStates
 from marlin_convert.models.memory import memory_for_activations
 from marlin_convert.models.stages import BlockWalk, Reached
-from marlin_convert.models.structure import Part, Stage
+from marlin_convert.models.structure import Stage
 from marlin_convert.plan import Plan
 from marlin_convert.quantized import QuantizedLinear, first_crowded, quad_nonzeros
 from marlin_convert.solvers import gptq, sparsity
@@ -30,10 +32,6 @@ from marlin_convert.solvers.hessian import Hessian
 from marlin_convert.solvers.straight_through import residual_latents
 
 log = logging.getLogger("marlin_convert")
-
-# Bytes that the experts of a layer that are solved at once take on a device: never all of a layer's Hessians.
-# It is not asked how much is free, for bits can depend on how many matrices are multiplied side by side.
-AT_ONCE = {"cuda": 8 << 30, "cpu": 1 << 30}
 
 
 @dataclass(frozen=True)
@@ -120,8 +118,12 @@ class Solve:
         directory: Path,
         trust_remote_code: bool,
     ):
-        """Embed the calibration text; `directory` is for hidden states that no memory can hold."""
+        """Embed the calibration text.
+
+        `directory` is for hidden states that no memory can hold, and for what is solved of a large block.
+        """
         self._plan = plan
+        self._kept = directory / CHUNKS
         self._recipe = plan.recipe
         self._claimed = set(weights.sparse_linears(manifests.load(weights.checkpoint.directory)))
         self._model = BlockModel(weights, device, dtype=plan.dtype, trust_remote_code=trust_remote_code)
@@ -145,36 +147,51 @@ class Solve:
             self._model.unload(number)
 
     def block(self, number: int) -> Iterator[Packed]:
-        """Every matrix of a block that is worked on, solved and packed."""
-        for one in self.solved(number):
-            if isinstance(one.found, Tensor):
-                yield {f"{one.fate.name}.weight": one.found.cpu()}, one.row
-            else:
-                yield pack(one.fate, one.found, self._plan, one.row)
+        """Every matrix of a block that is worked on, solved and packed, or as an earlier run has kept it."""
+        chunks = Chunks(self._kept / str(number))
+        kept = in_several(self._plan, number, self._model.device)
+        yield from chunks.earlier()
+        for alike in self.solved(number, chunks.earlier()):
+            packed = []
+            while alike:  # codes leave the device while the others are packed
+                packed.append(self._packed(alike.pop(0)))
+                yield packed[-1]
+            if kept:
+                chunks.add(packed)
 
-    def solved(self, number: int) -> Iterator[Solved]:
-        """Solve the block stage by stage, with the inputs that the stages before leave it."""
+    def _packed(self, one: Solved) -> Packed:
+        if isinstance(one.found, Tensor):
+            return {f"{one.fate.name}.weight": one.found.cpu()}, one.row
+        return pack(one.fate, one.found, self._plan, one.row)
+
+    def solved(self, number: int, earlier: Iterable[Packed] = ()) -> Iterator[list[Solved]]:
+        """Solve the block stage by stage, with the inputs that the stages before leave it.
+
+        Those that are solved at once come together. The matrices that an `earlier` run has solved are taken
+        as they are: they must be those that are solved first.
+        """
         model = self._model
-        stages = self._plan.stages(number)
         block = model.load(number)
+        original = None if self._original is None else model.unchanging(block)
+        stages = self._left(number, earlier)
         sums: dict[Stage, Sums] = {}
-        solved: list[Solved] = []
+        solved: list[list[Solved]] = []
 
         def solve(alike: Sequence[Stage]) -> None:
             fates = [[self._plan.fates[f"{model.name(number)}.{name}"] for name in stage] for stage in alike]
-            solved.extend(self._solve(fates, [sums.pop(stage) for stage in alike]))
+            solved.append(list(self._solve(fates, [sums.pop(stage) for stage in alike])))
 
         walk = self._walk(self._hidden, block, number, solve)
         both: Iterable[tuple[Reached, Reached | None]]
-        if self._original is None:
+        if self._original is None or original is None:
             both = ((one, None) for one in walk.reach(stages, self._hidden.put))
         else:
-            beside = self._walk(self._original, model.unchanging(block), number, None, walk)
+            beside = self._walk(self._original, original, number, None, walk)
             both = zip(
                 walk.reach(stages, self._hidden.put), beside.reach(stages, self._original.put), strict=True
             )
         for one, before in both:
-            while solved:  # codes leave the device while the others are found
+            while solved:
                 yield solved.pop(0)
             if one.stage not in sums:
                 linear = block.get_submodule(one.stage[0])
@@ -188,6 +205,20 @@ class Solve:
         if self._original is not None:
             self.divergence = float(f"{self._hidden.divergence(self._original):.6g}")
         yield from solved
+
+    def _left(self, number: int, earlier: Iterable[Packed]) -> list[Stage]:
+        """Give a loaded block the weights that an `earlier` run has found; the stages that are left."""
+        model, found = self._model, set()
+        for tensors, row in earlier:
+            fate = self._plan.fates[row["name"]]
+            stored = {name.rpartition(".")[2]: tensor for name, tensor in tensors.items()}
+            model.replace(fate.name, weight_of(fate, stored, self._plan).to(model.dtype))
+            found.add(fate.name)
+        if found:
+            every = len(self._plan.worked_on_in(number))
+            log.info("block %d: %d of its %d matrices were solved before", number, len(found), every)
+        path = model.name(number)
+        return [stage for stage in self._plan.stages(number) if f"{path}.{stage[0]}" not in found]
 
     def _overflow(self, what: str) -> SourceError:
         """The error for hidden states that are not finite."""
@@ -341,36 +372,6 @@ class Solve:
                 self._model.replace(fate.name, written.to(self._model.dtype))
                 solved.append(Solved(fate, written, fate.row()))
         yield from _with_errors(solved, energies)
-
-
-def experts_at_once(plan: Plan, number: int, device: torch.device) -> int:
-    """How many experts of a block are solved at once: as many as AT_ONCE holds, and one at least.
-
-    It follows from their shapes and from the length of the text, so a model has the same bytes wherever it is
-    converted on a kind of device. Beside what the solver takes that is what their last linears read.
-    """
-    counts = [1]
-    for part in plan.structure.parts[number]:
-        if part.experts:
-            first, last = _linears_of_expert(plan, number, part)
-            solving = max(gptq.bytes_taken(one[0].k, sum(fate.n for fate in one)) for one in (first, last))
-            each = solving + read_of_expert(plan, number, part)
-            counts.append(max(1, min(part.experts, AT_ONCE[device.type] // each)))
-    return max(counts)
-
-
-def read_of_expert(plan: Plan, number: int, part: Part) -> int:
-    """Bytes that the last linear of an expert reads, on the average of all experts and in both models."""
-    first, last = _linears_of_expert(plan, number, part)
-    tokens = plan.recipe.samples * plan.recipe.sequence_length
-    rows = max(tokens * part.choices // part.experts, min(tokens, first[0].k))
-    return 2 * plan.dtype.itemsize * last[0].k * rows
-
-
-def _linears_of_expert(plan: Plan, number: int, part: Part) -> list[list[Fate]]:
-    """Those that read what enters the first expert of a block, and those that read what they give."""
-    path = f"{plan.structure.blocks}.{number}"
-    return [[plan.fates[f"{path}.{name}"] for name in stage] for stage in part.stages[:2]]
 
 
 def _batch(tensors: list[Tensor]) -> Tensor:

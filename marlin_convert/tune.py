@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from math import cos, inf, isfinite, pi
 from pathlib import Path
 
@@ -94,7 +95,7 @@ class Tune:
         for number in blocks:
             tensors: dict[str, Tensor] = {}
             rows = []
-            for one in solve.solved(number):
+            for one in chain.from_iterable(solve.solved(number)):
                 assert isinstance(one.found, QuantizedLinear) and one.latents is not None
                 tensors[f"{one.fate.name}.latents"] = one.latents
                 tensors[f"{one.fate.name}.scales"] = one.found.scales

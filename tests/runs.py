@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 # Starts a process for every line it is given, without importing torch each time.
 STARTER = """
@@ -38,6 +38,10 @@ def kill_at(place, call):
         return result
     setattr(holder, name, counted)
 
+def set_constant(place, value):
+    module, name = place.split(":")
+    setattr(importlib.import_module(module), name, value)
+
 print("ready", flush=True)
 for line in sys.stdin:
     order = json.loads(line)
@@ -46,6 +50,8 @@ for line in sys.stdin:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), 1)
         os.dup2(1, 2)
+        for place, value in order["constants"].items():
+            set_constant(place, value)
         if order["kill"]:
             kill_at(*order["kill"])
         if fault := order["fault"]:
@@ -84,6 +90,7 @@ class Start(Protocol):
     """Runs a command line; the exit status, and all that was printed.
 
     It is killed before (-n) or after (n) the n-th call of the function `kill`, or after so many `seconds`.
+    `constants` are of our modules, to be other than they are.
     """
 
     def __call__(
@@ -92,6 +99,7 @@ class Start(Protocol):
         kill: tuple[str, int] | None = None,
         seconds: float | None = None,
         fault: Fault | None = None,
+        constants: dict[str, Any] | None = None,
     ) -> tuple[int, str]: ...
 
 
@@ -111,6 +119,7 @@ def starter(directory: Path, **environment: str) -> Iterator[Start]:
             kill: tuple[str, int] | None = None,
             seconds: float | None = None,
             fault: Fault | None = None,
+            constants: dict[str, Any] | None = None,
         ) -> tuple[int, str]:
             order = {
                 "words": [str(word) for word in words],
@@ -118,6 +127,7 @@ def starter(directory: Path, **environment: str) -> Iterator[Start]:
                 "kill": kill,
                 "seconds": seconds,
                 "fault": fault and asdict(fault),
+                "constants": constants or {},
             }
             print(json.dumps(order), file=server.stdin, flush=True)
             status = int(server.stdout.readline())

@@ -7,6 +7,13 @@ import sys
 
 import pytest
 import tiny_models
+from transformers import CONFIG_MAPPING
+
+from marlin_convert import recipe
+from marlin_convert.checkpoint.linears import Weights
+from marlin_convert.checkpoint.reader import Checkpoint
+from marlin_convert.estimate import on_gpu
+from marlin_convert.plan import make_plan
 
 # One conversion: what was estimated, what it took.
 RUN = """
@@ -41,3 +48,43 @@ def test_the_seconds_are_of_the_right_size(units, tinypy, tmp_path) -> None:
     )  # fmt: skip
     expected, took = json.loads(done.stdout)
     assert took / 5 < expected < 5 * took
+
+
+# Shapes and tokens that were timed on H100s (benchmarks/quantize_mixture.py), and the seconds of the whole
+# command and of its work without the imports.
+MEASURED = {
+    "12 layers of Qwen3-30B-A3B": (
+        "qwen3_moe",
+        {
+            "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768, "num_experts": 128,
+            "num_experts_per_tok": 8, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+            "num_hidden_layers": 12,
+        },
+        256, 97.3, 84.0,
+    ),
+    "a layer of DeepSeek-V3": (
+        "deepseek_v3",
+        {
+            "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048,
+            "n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 8, "n_group": 8,
+            "topk_group": 4, "num_attention_heads": 128, "num_key_value_heads": 128, "q_lora_rank": 1536,
+            "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128,
+            "first_k_dense_replace": 0, "num_hidden_layers": 1,
+        },
+        64, 51.2, 40.8,
+    ),
+}  # fmt: skip
+# Multiply-adds a second of bfloat16 on an H100, as large products reach them.
+H100 = 3.5e14
+
+
+@pytest.mark.parametrize("case", MEASURED)
+def test_the_seconds_of_measured_mixtures(case, tmp_path) -> None:
+    """Within 15 % of the command and of its work; the rate is that of such a card."""
+    model_type, shape, samples, *measured = MEASURED[case]
+    config = CONFIG_MAPPING[model_type](**shape, vocab_size=4096, dtype="bfloat16")
+    source = tiny_models.headers_only(config, tmp_path)
+    settings = {"samples": samples, "sequence_length": 2048, "format": "compressed-tensors"}
+    plan = make_plan(Weights(Checkpoint.open(source)), recipe.load(recipe.DEFAULT).changed(settings))
+    for seconds in measured:
+        assert on_gpu(plan, H100) == pytest.approx(seconds, rel=0.15)

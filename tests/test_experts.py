@@ -13,9 +13,9 @@ import torch
 from click.testing import Result
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Qwen3MoeConfig
 
-from marlin_convert import solve
+from marlin_convert import chunks, solve
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.checks.divergence import log_probabilities
@@ -28,6 +28,7 @@ from marlin_convert.models.hidden import HiddenStates
 from marlin_convert.models.stages import BlockWalk
 from marlin_convert.models.structure import Stage
 from marlin_convert.models.tree import module_tree
+from marlin_convert.plan import make_plan
 from marlin_convert.recipe import Recipe
 from marlin_convert.solvers import gptq
 
@@ -392,8 +393,8 @@ def test_how_many_experts_are_solved_at_once_follows_from_shapes(source, monkeyp
     # gate and up are 128 inputs, 256 outputs; half of the tokens go to each of four; float32, in two models
     expert = gptq.bytes_taken(128, 256) + 2 * 4 * 128 * 8 * 64 // 2
     for space, count in ((0, 1), (3 * expert - 1, 2), (3 * expert, 3), (100 * expert, 4)):
-        monkeypatch.setitem(solve.AT_ONCE, "cpu", space)
-        assert solve.experts_at_once(plan, 1, torch.device("cpu")) == count
+        monkeypatch.setitem(chunks.AT_ONCE, "cpu", space)
+        assert chunks.experts_at_once(plan, 1, torch.device("cpu")) == count
 
 
 def test_repacks_are_exact(source, cli: Cli, tmp_path) -> None:
@@ -529,6 +530,19 @@ def test_the_plan_says_that_vllm_refuses_experts_without_a_gate(
     assert done.exit_code == 0, done.stderr
     note = "experts without a gate load in transformers with marlin-convert, not in vLLM"
     assert (note in done.stdout) == (format == "marlin"), done.stdout
+
+
+@pytest.mark.parametrize(("count", "refused"), [(512, False), (513, True)])
+def test_the_plan_says_that_vllm_takes_512_experts_on_a_rank(count: int, refused: bool, tmp_path) -> None:
+    """As the plugin does where it loads them."""
+    shape: dict[str, Any] = {"hidden_size": 64, "moe_intermediate_size": 64, "num_attention_heads": 2}
+    config = Qwen3MoeConfig(
+        **shape, num_experts=count, num_experts_per_tok=2, num_hidden_layers=1, num_key_value_heads=2,
+        head_dim=32, vocab_size=64, dtype="bfloat16",
+    )  # fmt: skip
+    plan = make_plan(Weights(Checkpoint.open(tiny_models.headers_only(config, tmp_path))), Recipe())
+    said = [note for note in plan.notes if "that are more than 512 on a rank load in transformers" in note]
+    assert len(said) == refused
 
 
 @pytest.mark.gpu

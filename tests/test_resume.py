@@ -287,11 +287,11 @@ def test_stopped_between_two_renames_the_earlier_output_comes_back(
 def test_what_a_kill_leaves_of_a_replaced_output_goes_with_the_next_run(
     start: Start, words: list[object], whole: dict[str, bytes], tmp_path: Path
 ) -> None:
-    """Its removal comes after four others, of what there is not."""
+    """Its removal comes after five others, of what there is not."""
     output = tmp_path / "out"
     for number in range(2):
         earlier_output(output)
-        place = ("marlin_convert.checkpoint.unfinished:remove", -5)
+        place = ("marlin_convert.checkpoint.unfinished:remove", -6)
         status, log = start(*words, "-o", output, "--overwrite", kill=place)
         assert status == -signal.SIGKILL, log
         assert contents(output) == whole

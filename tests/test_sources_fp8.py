@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diverse_models
 import pytest
 import tiny_models
 import torch
@@ -19,6 +20,7 @@ from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.manifest import MANIFEST
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.errors import SourceError
+from marlin_convert.models.tree import module_tree
 
 Cli = Callable[..., Result]
 Tensors = dict[str, Tensor]
@@ -162,6 +164,119 @@ def test_a_conversion_is_that_of_the_floats(kind, plain, text, tmp_path, cli: Cl
     assert "stored_in" not in json.loads((theirs / MANIFEST).read_text())["source"]
     checked = cli("verify", ours, "--source", directory, "--text", text, *FAST)
     assert checked.exit_code == 0, checked.output
+
+
+# Of all experts one tensor: as (E, n, k); as (E, k, n); so, and with gate and up in turn.
+@pytest.fixture(scope="module", params=["qwen3_moe", "llama4_text", "gpt_oss"])
+def mixture(request, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = diverse_models.build(request.param, vocab_size=4096, hidden_size=192).bfloat16()
+    directory = tiny_models.save(model, tmp_path_factory.mktemp("mixture") / request.param)
+    model.save_pretrained(directory, save_original_format=False)
+    return directory
+
+
+def stack(mixture: Path, directory: Path, kind: str) -> tuple[Path, Path]:
+    """A copy with its experts in fp8, as they are stacked, and one with the floats that they mean."""
+    config, suffix, block, dtype, shape = STORED[kind]
+    tensors, meant = {}, {}
+    for name, tensor in load_file(mixture / SHARD).items():
+        tensors[name] = meant[name] = tensor
+        if not (".experts." in name and name.endswith("_proj") and tensor.dim() == 3):
+            continue
+        turned_over = mixture.name != "qwen3_moe"
+        sizes = block[::-1] if turned_over and kind == "channel" else block
+        stored, grids, floats = zip(*(divided(one, sizes, dtype) for one in tensor), strict=True)
+        tensors[name], meant[name], grid = torch.stack(stored), torch.stack(floats), torch.stack(grids)
+        tensors[name + suffix] = grid if shape is None else grid.reshape(-1)
+        if config.get("activation_scheme") == "static":
+            tensors[name + "_input_scale"] = torch.ones(len(tensor))
+    assert len(meant) < len(tensors)
+    for path, found in ((directory / "stored", tensors), (directory / "floats", meant)):
+        shutil.copytree(mixture, path)
+        save_file(found, path / SHARD, {"format": "pt"})
+    said = json.loads((mixture / "config.json").read_text()) | {"quantization_config": config}
+    (directory / "stored" / "config.json").write_text(json.dumps(said))
+    return directory / "stored", directory / "floats"
+
+
+@pytest.mark.parametrize("kind", ["odd blocks", "channel", "whole in vllm"])
+def test_experts_that_are_stacked_are_what_their_scales_make_of_them(kind, mixture, tmp_path, monkeypatch):
+    monkeypatch.setattr(fp8, "SLICE", 5000)
+    found, expected = (Weights(Checkpoint.open(path)) for path in stack(mixture, tmp_path, kind))
+    for weights in (found, expected):
+        module_tree(weights)
+    assert found.checkpoint.tensors.keys() == expected.checkpoint.tensors.keys()
+    experts = [name for name in found.scaled if ".experts.1." in name]
+    assert len(experts) >= 6 and found.stored_in and expected.stored_in is None
+    for name in expected.checkpoint.tensors:
+        assert found.shape(name) == expected.shape(name), name
+        assert torch.equal(found.read(name), expected.read(name)), name
+
+
+@pytest.mark.parametrize("mixture", ["llama4_text"], indirect=True)
+def test_a_mixture_with_stacked_experts_in_fp8_is_converted(mixture, text, tmp_path, cli: Cli):
+    for source in stack(mixture, tmp_path, "blocks"):
+        words = ("--calibration", text, "--format", "compressed-tensors", "--group-size", 32, *FAST)
+        done = cli("quantize", source, "-o", tmp_path / f"{source.name}-4", *words)
+        assert done.exit_code == 0, done.output
+    ours, theirs = (load_file(tmp_path / f"{name}-4" / SHARD) for name in ("stored", "floats"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_experts_of_llama_4_one_by_one_in_fp8(text, tmp_path, cli: Cli):
+    """As its FP8 release is: a tensor and a scale an output for every matrix of every expert."""
+    model = diverse_models.build("llama4_text", vocab_size=4096).bfloat16()
+    plain = tiny_models.save(model, tmp_path / "plain")
+    stored, meant = {}, {}
+    for name, tensor in load_file(plain / SHARD).items():
+        stored[name] = meant[name] = tensor
+        if ".experts." not in name:
+            continue
+        del stored[name], meant[name]
+        around, _, kind = name.rpartition(".")
+        halves = zip(("gate_proj", "up_proj"), tensor.chunk(2, -1), strict=True)
+        for role, all_experts in halves if kind == "gate_up_proj" else [(kind, tensor)]:
+            for number, one in enumerate(all_experts):
+                called = f"{around}.{number}.{role}.weight"
+                codes, scales, meant[called] = divided(one.T.contiguous(), (1, 9999), torch.bfloat16)
+                stored |= {called: codes, called + "_scale": scales}
+    written = []
+    for found, config in ((stored, {"quantization_config": float_quantized("channel")}), (meant, {})):
+        source = Path(shutil.copytree(plain, tmp_path / f"source-{len(config)}"))
+        save_file(found, source / SHARD, {"format": "pt"})
+        said = json.loads((plain / "config.json").read_text()) | config
+        (source / "config.json").write_text(json.dumps(said))
+        output = tmp_path / f"out-{len(config)}"
+        words = ("--calibration", text, "--format", "compressed-tensors", "--only", "experts", *FAST)
+        done = cli("quantize", source, "-o", output, *words)
+        assert done.exit_code == 0, done.output
+        written.append(load_file(output / SHARD))
+    assert written[0].keys() == written[1].keys()
+    assert all(torch.equal(tensor, written[1][name]) for name, tensor in written[0].items())
+
+
+@pytest.mark.parametrize("mixture", ["qwen3_moe"], indirect=True)
+def test_a_stack_in_fp8_that_is_no_experts_is_refused(mixture, tmp_path, cli: Cli):
+    directory, _ = stack(mixture, tmp_path, "blocks")
+    tensors = load_file(directory / SHARD)
+    name = next(name for name in tensors if name.endswith("_proj") and tensors[name].dtype == E4M3)
+    tensors["model.extra"] = tensors[name].clone()
+    tensors["model.extra_scale_inv"] = tensors[name + "_scale_inv"].clone()
+    save_file(tensors, directory / SHARD)
+    done = cli("quantize", directory, "-o", tmp_path / "out", "--dry-run")
+    assert (
+        done.exit_code == 1 and "model.extra of shape" in done.stderr and "no stack of experts" in done.stderr
+    )
+    del tensors["model.extra"], tensors["model.extra_scale_inv"]
+    for spoiled, said in (
+        (lambda found: found[1:].clone(), "has shape"),
+        (lambda found: found.flatten(1).clone(), "has shape"),
+        (lambda found: -found, "negative"),
+    ):
+        save_file(tensors | {name + "_scale_inv": spoiled(tensors[name + "_scale_inv"])}, directory / SHARD)
+        done = cli("quantize", directory, "-o", tmp_path / "out", "--dry-run")
+        assert done.exit_code == 1 and said in done.stderr and name in done.stderr, done.stderr
 
 
 def test_an_embedding_in_fp8_does_not_say_its_own_type(plain, tmp_path):

@@ -1,6 +1,5 @@
 """--effort high: what it makes is nearer to the original; a run that is stopped goes on to the same bytes."""
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +12,7 @@ import tiny_models
 import torch
 from click.testing import Result
 from runs import contents, partial
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import LlamaConfig
 
 from marlin_convert import tune
 from marlin_convert.calibration import calibrate, load_tokenizer, tuning_text
@@ -239,7 +238,7 @@ def test_an_8b_fits_80_gb(tmp_path: Path) -> None:
         num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192,
         tie_word_embeddings=False, dtype="bfloat16",
     )  # fmt: skip
-    source = headers_only(config, tmp_path)
+    source = tiny_models.headers_only(config, tmp_path)
     plan = make_plan(Weights(Checkpoint.open(source)), Recipe(effort="high", sequence_length=1024))
     needed = tuning_memory(plan, torch.device("cuda"))
     assert 60e9 < needed < 80e9
@@ -248,27 +247,6 @@ def test_an_8b_fits_80_gb(tmp_path: Path) -> None:
         Recipe(effort="high", sequence_length=1024, sparsity="2:4", format="marlin-24"),
     )
     assert tuning_memory(sparse, torch.device("cuda")) == pytest.approx(needed + 6.98e9, rel=0.01)
-
-
-def headers_only(config: Any, directory: Path) -> Path:
-    """A checkpoint whose tensors are holes in a file: they take no room on the disk."""
-    with torch.device("meta"):
-        shapes = {
-            name: list(tensor.shape)
-            for name, tensor in AutoModelForCausalLM.from_config(config).state_dict().items()
-        }
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        size = 2 * torch.Size(shape).numel()
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
-        end += size
-    said = json.dumps(header).encode()
-    with (directory / "model.safetensors").open("wb") as file:
-        file.write(len(said).to_bytes(8, "little") + said)
-        file.truncate(8 + len(said) + end)
-    config.architectures = ["LlamaForCausalLM"]
-    config.save_pretrained(directory)
-    return directory
 
 
 def test_where_no_codes_are_made_it_is_refused(

@@ -1,12 +1,13 @@
 """Tiny random models of every family, with the attention variants the real ones have."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 TOKENIZER = Path(__file__).parent.parent / "examples" / "tinypy-4m"
 
@@ -105,3 +106,23 @@ def text(directory: Path) -> Path:
     path = directory / "text.txt"
     shutil.copyfile(TOKENIZER.parents[1] / "LICENSE", path)
     return path
+
+
+def headers_only(config: PreTrainedConfig, directory: Path) -> Path:
+    """A checkpoint whose tensors are holes in a file: they take no room on the disk."""
+    with torch.device("meta"):
+        shapes = {
+            name: list(tensor.shape)
+            for name, tensor in AutoModelForCausalLM.from_config(config).state_dict().items()
+        }
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        size = 2 * torch.Size(shape).numel()
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    said = json.dumps(header).encode()
+    with (directory / "model.safetensors").open("wb") as file:
+        file.write(len(said).to_bytes(8, "little") + said)
+        file.truncate(8 + len(said) + end)
+    config.save_pretrained(directory)
+    return directory

@@ -6,11 +6,15 @@
     activation_scale  what an engine divides the inputs by before it rounds them to fp8 too: of no use here
     or input_scale
 
+The weights of E experts may be stacked, (E, n, k) or turned over, (E, k, n), and their scales are then as
+they lie: NAME_scale_inv or NAME_scale is (E, rows, columns), or (E,) of whole weights.
+
 Sources: transformers' FineGrainedFP8, whose quant_method is "fp8", and compressed-tensors' float-quantized.
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +34,7 @@ OF_INPUTS = ("activation_scale", "input_scale")
 Block = tuple[int | None, int | None]
 WHOLE: Block = (None, None)
 OUTPUT: Block = (1, None)
+TURNED_OVER: Block = (None, 1)  # of the outputs of experts, where those are the columns
 
 # Where a config of transformers' says nothing of blocks, its own are meant, or none as vLLM takes it.
 DEFAULT: Block = (128, 128)
@@ -42,15 +47,28 @@ FETCH = "the source is damaged; fetch it again."
 
 @dataclass(frozen=True)
 class Scales:
-    """The scales of one weight: their tensor, and what each of them covers."""
+    """The scales of one weight, or of a stack of them: their tensor, and what each of them covers.
+
+    The weight may be some `rows` of a matrix that they are all of, `transposed` first where it is.
+    """
 
     info: TensorInfo
     block: Block
+    transposed: bool = False
+    rows: range | None = None
 
     def __str__(self) -> str:
-        if self.block in (WHOLE, OUTPUT):
+        if self.block in (WHOLE, OUTPUT, TURNED_OVER):
             return "fp8 with a scale " + ("a tensor" if self.block == WHOLE else "an output")
         return "fp8 with block scales"
+
+    def of_expert(self, number: int, transposed: bool, rows: range) -> "Scales":
+        """Those of some rows of one matrix of a stack."""
+        count, *grid = self.info.shape
+        size = (self.info.end - self.info.start) // count
+        start = self.info.start + number * size
+        info = replace(self.info, shape=(*grid, 1, 1)[:2], start=start, end=start + size)
+        return Scales(info, self.block, transposed, rows)
 
 
 def blocks(config: Mapping[str, Any]) -> tuple[Block, ...]:
@@ -107,7 +125,10 @@ def pair(
         name: _scales(name, info, tensors, allowed) for name, info in tensors.items() if info.code in CODES
     }
     gone = {name + suffix for name in scales for suffix in OF_WEIGHTS}
-    gone |= {f"{name.rpartition('.')[0]}.{suffix}" for name in scales for suffix in OF_INPUTS}
+    for name in scales:
+        stacked = len(tensors[name].shape) > 2
+        of = f"{name}_" if stacked else f"{name.rpartition('.')[0]}."
+        gone |= {of + suffix for suffix in OF_INPUTS}
     return {name: info for name, info in tensors.items() if name not in gone}, scales
 
 
@@ -119,14 +140,17 @@ def _scales(
         said = "both " + " and ".join(found) if found else f"no {name}{OF_WEIGHTS[0]} or {OF_WEIGHTS[1]}"
         raise SourceError(f"{name} is stored in fp8, and there is {said}.", "fetch the model again.")
     scale = tensors[found[0]]
-    if len(info.shape) != 2 or not all(info.shape) or scale.code not in SCALE_CODES:
+    if len(info.shape) not in (2, 3) or not all(info.shape) or scale.code not in SCALE_CODES:
         raise SourceError(
             f"{name} of shape {info.shape} is stored in fp8 with scales in {scale.code}; read are matrices, "
-            f"with scales in {', '.join(SCALE_CODES)}.",
+            f"alone or stacked, with scales in {', '.join(SCALE_CODES)}.",
             "start from the model it was made from.",
         )
-    shape = (1, 1) if scale.shape in ((), (1,)) else scale.shape
-    grids = {block: _grid(info.shape, block) for block in allowed}
+    experts = info.shape[:-2]  # how many are stacked, if they are
+    shape = (*experts, 1, 1) if math.prod(scale.shape) == math.prod(experts) else scale.shape
+    if experts and OUTPUT in allowed:
+        allowed = (*allowed, TURNED_OVER)
+    grids = {block: (*experts, *_grid(info.shape[-2:], block)) for block in allowed}
     for block, grid in grids.items():
         if grid == shape:
             return Scales(scale, block)
@@ -156,19 +180,23 @@ def read_scales(scales: Scales) -> Tensor:
 
 
 def read(stored: TensorInfo, scales: Scales, dtype: torch.dtype) -> Tensor:
-    """A weight (n, k) in `dtype`, multiplied in float32 and rounded once, a slice of rows at a time.
+    """A weight (n, k) in `dtype`, multiplied in float32 and rounded once, some rows at a time.
 
     SourceError where it is not finite, or its scales are none.
     """
     grid, values = read_scales(scales), stored.read()
+    block = scales.block
+    if scales.transposed:
+        grid, block = grid.T, block[::-1]
     n, k = values.shape
-    rows, columns = (share or size for share, size in zip(scales.block, values.shape, strict=True))
+    lie = scales.rows or range(n)  # where its rows are in what the scales are of
+    rows, columns = block[0] or lie.stop, block[1] or k
+    place = torch.arange(lie.start, lie.stop, lie.step) // rows
     weight = torch.empty(n, k, dtype=dtype)
     step = max(1, SLICE // k)
     for start in range(0, n, step):
         part = values[start : start + step].float()
-        row = torch.arange(start, start + len(part)) // rows
-        part *= grid[row].repeat_interleave(columns, 1)[:, :k]
+        part *= grid[place[start : start + step]].repeat_interleave(columns, 1)[:, :k]
         weight[start : start + step] = part
         if not weight[start : start + step].isfinite().all():
             if not part.isfinite().all():

@@ -14,7 +14,7 @@ from torch import Tensor
 
 def keep(path: Path, tensors: Mapping[str, Tensor], said: Any) -> None:
     """Put tensors, and what is said of them (JSON), in a safetensors file."""
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     save_file(
         {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},

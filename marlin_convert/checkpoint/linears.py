@@ -139,10 +139,17 @@ class Weights:
     def split(self, stacked: Callable[[str], Stacked | None]) -> None:
         """Take tensors that hold a weight of every expert for as many tensors, called as experts' own are.
 
-        `stacked` says of a tensor by its name whether it is one. SourceError for one in fp8, whose scales are
-        not read.
+        `stacked` says of a tensor by its name whether it is one. SourceError for one of another shape or in a
+        type that is not read, and for what is stacked in fp8 and is of no experts.
         """
         stacks = {name: stack for name in self.checkpoint.tensors if (stack := stacked(name)) is not None}
+        for name in self.scaled.keys() - stacks.keys():
+            shape = self.checkpoint.tensors[name].shape
+            if len(shape) > 2:
+                raise SourceError(
+                    f"{name} of shape {shape} is stored in fp8, and is no stack of experts.",
+                    "start from the model it was made from.",
+                )
         if not stacks:
             return
         tensors: dict[str, TensorInfo] = {}
@@ -156,13 +163,17 @@ class Weights:
                     f"{name} has shape {info.shape}, its config.json means {(info.shape[0], *stack.shape)}.",
                     "the config.json may be of another model; fetch the model again.",
                 )
-            if info.code not in FLOATS:
+            if info.code not in FLOATS and name not in self.scaled:
                 raise SourceError(
                     f"{name} holds the weights of {info.shape[0]} experts as {info.code}; "
                     f"{', '.join(FLOATS)} are read.",
                     "start from a release of the model in 16 bits.",
                 )
-            tensors |= {one.name: one for one in _slices(name, info, stack)}
+            of_all = self.scaled.pop(name, None)
+            for one, own in _slices(name, info, stack, of_all):
+                tensors[one.name] = one
+                if own is not None:
+                    self.scaled[one.name] = own
         self.checkpoint = replace(self.checkpoint, tensors=tensors)
 
     def rename(self, parameter: Callable[[str], str | None]) -> None:
@@ -434,8 +445,10 @@ class Weights:
         return self.quantized(linear).dequantize(torch.float32)
 
 
-def _slices(name: str, info: TensorInfo, stack: Stacked) -> Iterator[TensorInfo]:
-    """What every expert has of a tensor that stacks it."""
+def _slices(
+    name: str, info: TensorInfo, stack: Stacked, scales: fp8.Scales | None
+) -> Iterator[tuple[TensorInfo, fp8.Scales | None]]:
+    """What every expert has of a tensor that stacks it, and of its scales in fp8."""
     count, *stored = info.shape
     transposed = tuple(stored) != stack.shape or (stack.transposed and stored == stored[::-1])
     size = (info.end - info.start) // count
@@ -448,15 +461,16 @@ def _slices(name: str, info: TensorInfo, stack: Stacked) -> Iterator[TensorInfo]
             first = slice(place * n // parts, (place + 1) * n // parts)
             rows = slice(place, n, parts) if stack.interleaved else first
             called, shape = f"{experts}.{number}.{role}.{suffix}", (n // parts, *k)
-            start = info.start + number * size
+            start, end = info.start + number * size, info.start + (number + 1) * size
+            one: TensorInfo
             if isinstance(info, mxfp4.Stack):
-                yield info.expert(called, number, rows)
+                one = info.expert(called, number, rows)
             elif transposed or stack.interleaved:  # its rows lie apart: all are read, and these taken
-                end = start + size
-                yield Slice(called, info.code, shape, info.file, start, end, tuple(stored), transposed, rows)
+                one = Slice(called, info.code, shape, info.file, start, end, tuple(stored), transposed, rows)
             else:
                 start += place * size // parts
-                yield TensorInfo(called, info.code, shape, info.file, start, start + size // parts)
+                one = TensorInfo(called, info.code, shape, info.file, start, start + size // parts)
+            yield one, scales and scales.of_expert(number, transposed, range(n)[rows])
 
 
 def _experts(name: str, stack: Stacked) -> str:
@@ -471,7 +485,9 @@ def _experts(name: str, stack: Stacked) -> str:
 def _is_dense(checkpoint: Checkpoint) -> bool:
     """Whether every weight is floats, whatever the config says."""
     return all(
-        name.rpartition(".")[2] not in CODES and (info.code in FLOATS or not name.endswith(".weight"))
+        name.rpartition(".")[2] not in CODES
+        and info.code not in fp8.CODES
+        and (info.code in FLOATS or not name.endswith(".weight"))
         for name, info in checkpoint.tensors.items()
     )
 

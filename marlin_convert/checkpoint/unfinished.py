@@ -21,6 +21,8 @@ LOCK = "lock"
 HIDDEN_STATES = "hidden_states.bin"
 # Of tune.py: what the solver has found, block by block, and how far its tuning is.
 SOLVED, TUNING = "solved", "tuning"
+# Of chunks.py: what is solved of blocks that are not finished, a directory each.
+CHUNKS = "chunks"
 
 
 class UnfinishedRun:
@@ -35,6 +37,7 @@ class UnfinishedRun:
         self.output = output
         self.directory = output.with_name(output.name + ".partial")
         self.staging = self.directory / "checkpoint"  # becomes `output` by one rename
+        self._chunks = self.directory / CHUNKS
         self._progress = self.directory / PROGRESS
         self._lock_file: IO[str] | None = None
 
@@ -47,10 +50,16 @@ class UnfinishedRun:
         return done["blocks"] or done.get("solved", 0)
 
     @property
+    def _in_chunks(self) -> bool:
+        """Whether a part of a block is solved and safely on disk."""
+        return self._progress.exists() and any(self._chunks.glob("*/*.safetensors"))
+
+    @property
     def staged_bytes(self) -> int:
         """Bytes that are already taken on the disk."""
-        places = (self.staging, self.directory / SOLVED)
-        return sum(path.stat().st_size for place in places if place.is_dir() for path in place.glob("*"))
+        places = (self.staging, self.directory / SOLVED, self._chunks)
+        files = (path for place in places if place.is_dir() for path in place.rglob("*"))
+        return sum(path.stat().st_size for path in files if path.is_file())
 
     def check_ours(self) -> None:
         """ConvertError if what stands in the directory's place is not what a run leaves, and nothing else."""
@@ -72,6 +81,7 @@ class UnfinishedRun:
         known = {LOCK, PROGRESS + ".tmp"}
         if PROGRESS in names:
             known |= {PROGRESS, self.staging.name, REPLACED, HIDDEN_STATES, SOLVED, TUNING, TUNING + ".tmp"}
+            known |= {CHUNKS, CHUNKS + ".tmp"}
             try:
                 noted = json_file(self.directory, PROGRESS)
             except SourceError as error:
@@ -99,7 +109,7 @@ class UnfinishedRun:
         """Remove what a run has left that ended before it had anything, or after its output was complete."""
         if not os.path.lexists(self.directory) or self._stranger() is not None:
             return
-        if not self.blocks or self.published() is not None:
+        if not (self.blocks or self._in_chunks) or self.published() is not None:
             self._lock()
             self.forget()
 
@@ -110,8 +120,9 @@ class UnfinishedRun:
         """
         nothing: dict[str, Any] = {
             "blocks": 0, "solved": 0, "tensors": 0, "matrices": [], "divergence": [], "tuning": None,
+            "chunks": False,
         }  # fmt: skip
-        if not self.blocks:
+        if not (self.blocks or self._in_chunks):
             return nothing
         progress = json_file(self.directory, PROGRESS)
         digest = progress.get("manifest")
@@ -120,7 +131,8 @@ class UnfinishedRun:
         if not resume:
             if not discard:
                 raise ConvertError(
-                    f"'{self.directory}' holds an interrupted run that has finished {self.blocks} blocks.",
+                    f"'{self.directory}' holds an interrupted run that has finished {self.blocks} blocks"
+                    f"{' and a part of another' * self._in_chunks}.",
                     "continue it with --resume, or remove the directory.",
                 )
             return nothing
@@ -130,7 +142,7 @@ class UnfinishedRun:
                 _way_on(name, then),
             )
         log.info("resuming at block %d", self.blocks)
-        return nothing | progress["done"]
+        return nothing | progress["done"] | {"chunks": self._in_chunks}
 
     def begin(self, settings: dict[str, Any], done: dict[str, Any]) -> None:
         """Make the directory, for this process alone; what an abandoned run left there goes."""
@@ -140,6 +152,11 @@ class UnfinishedRun:
         if os.path.lexists(replaced) and not os.path.lexists(self.output):  # stopped between two renames
             replaced.rename(self.output)
         remove(replaced)
+        aside = self._chunks.with_name(CHUNKS + ".tmp")
+        remove(aside)
+        if self._chunks.exists() and not done.get("chunks"):
+            self._chunks.rename(aside)  # all of them at once, and before there is a note of other settings
+            remove(aside)
         # first the note, then what it is about: what is noted as done is there at any moment
         finished = {key: value for key, value in done.items() if key != "tensors"}
         self.save(settings, finished, done["tensors"])
@@ -169,7 +186,7 @@ class UnfinishedRun:
             if self._lock_file is None:  # never ours, or forgotten; an empty directory may be left
                 with suppress(OSError):
                     self.directory.rmdir()
-            elif not self.blocks:
+            elif not (self.blocks or self._in_chunks):
                 self.forget()
         finally:
             self._unlock()
@@ -181,8 +198,12 @@ class UnfinishedRun:
             self._lock_file = None
 
     def save(self, settings: dict[str, Any], finished: dict[str, Any], tensors: int) -> None:
-        """Note how far the run is: from here --resume goes on."""
+        """Note how far the run is: from here --resume goes on. Chunks of finished blocks are removed."""
         write_json(self._progress, {"settings": settings, "done": {**finished, "tensors": tensors}})
+        over = {str(number) for number in range(finished["blocks"])}
+        for chunks in self._chunks.glob("*"):
+            if chunks.name in over:
+                remove(chunks)
 
     def complete(self, done: dict[str, Any]) -> None:
         """Note that the staged files are complete, so that they are known wherever the run is stopped."""

@@ -27,7 +27,7 @@ from marlin_convert.checkpoint.writer import (
     publish,
     write_report,
 )
-from marlin_convert.codes import Codes
+from marlin_convert.codes import Codes, weight_of
 from marlin_convert.conversion import Job
 from marlin_convert.errors import ConvertError, FormatError, SourceError
 from marlin_convert.estimate import tuning_memory
@@ -259,7 +259,7 @@ def _solve(job: Job, plan: Plan, weights: Weights, calibration: Calibration) -> 
 def _written(plan: Plan, writer: ShardWriter, fate: Fate) -> Tensor:
     """The weight that an earlier run has written for a matrix."""
     stored = {suffix: writer.read(f"{fate.name}.{suffix}") for suffix in plan.suffixes(fate)}
-    return stored["weight"] if fate.pruned else plan.unpack(fate, stored).dequantize(plan.dtype)
+    return weight_of(fate, stored, plan)
 
 
 def _tuned(

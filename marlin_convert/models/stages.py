@@ -179,24 +179,33 @@ class BlockWalk:
         assert ways is not None
         for start in range(0, part.experts, self._at_once):
             numbers = range(start, min(start + self._at_once, part.experts))
-            pieces = [(number, piece) for number in numbers for piece in chosen(ways, number)]
             first, last = ({number: part.stages[2 * number + i] for number in numbers} for i in (0, 1))
-            for number, piece in pieces:
-                if first[number] in self._stages:
-                    yield self._of_expert(first[number], entering.x[piece.tokens], piece)
-            self._solve_of(first.values())
-            inner = [
-                experts.inner(number, entering.x[piece.tokens].to(self._computed)).to(self._dtype)
-                for number, piece in pieces
-            ]
-            for (number, piece), x in zip(pieces, inner, strict=True):
-                if last[number] in self._stages:
-                    yield self._of_expert(last[number], x, piece)
-            self._solve_of(last.values())
+            if any(stage in self._stages for stage in (*first.values(), *last.values())):
+                yield from self._walk_some(experts, ways, first, last)
             if self._solve is None:
                 for number in numbers:
                     experts.get_submodule(str(number)).to("meta")
         self._entering = None
+
+    def _walk_some(
+        self, experts: Experts, ways: Entering, first: dict[int, Stage], last: dict[int, Stage]
+    ) -> Iterator[Reached]:
+        """Solve the `first` stages of some experts by number, and then the `last`."""
+        entering = self._entering
+        assert entering is not None
+        pieces = [(number, piece) for number in first for piece in chosen(ways, number)]
+        for number, piece in pieces:
+            if first[number] in self._stages:
+                yield self._of_expert(first[number], entering.x[piece.tokens], piece)
+        self._solve_of(first.values())
+        inner = [
+            experts.inner(number, entering.x[piece.tokens].to(self._computed)).to(self._dtype)
+            for number, piece in pieces
+        ]
+        for (number, piece), x in zip(pieces, inner, strict=True):
+            if last[number] in self._stages:
+                yield self._of_expert(last[number], x, piece)
+        self._solve_of(last.values())
 
     def _solve_of(self, experts: Iterable[Stage]) -> None:
         """Solve the stages of experts, but for those that are passed over."""
