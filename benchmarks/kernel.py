@@ -1,14 +1,16 @@
 """The kernel beside cuBLAS float16 and, where they can be imported, vLLM's Marlin and Machete and Humming.
 
-    python benchmarks/kernel.py OUT.json [--shapes 8B.o,8B.qkv] [--batches 1,16,64]
+    python benchmarks/kernel.py OUT.json [--shapes 8B.o,8B.qkv] [--batches 1,16,64] [--as 8.0]
 
 What `marlin-convert bench kernel` measures, as JSON, and with vLLM's kernels where vLLM is not installed:
 VLLM_C names its _C_stable_libtorch.abi3.so, out of its wheel; Humming's wheel is unpacked on PYTHONPATH.
+`--as` runs the kernels that a GPU of another compute capability would be given: those of mma.sync run on any.
 """
 
 import argparse
 import json
 import os
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -18,6 +20,7 @@ from marlin_convert.bench.measurements import cell_line, means
 from marlin_convert.bench.multipliers import ours, peers
 from marlin_convert.bench.shapes import LAYERS, find
 from marlin_convert.bench.timing import Cell, measure
+from marlin_convert.kernels.configurations import choose
 
 GROUP = 128
 
@@ -28,7 +31,13 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--shapes", default=",".join(shape.name for shape in LAYERS))
     parser.add_argument("--batches", default=",".join(map(str, BATCHES)))
+    parser.add_argument("--as", dest="capability", help="as with this compute capability")
     chosen = parser.parse_args()
+    if chosen.capability:
+        major, minor = map(int, chosen.capability.split("."))
+        # the module, which has the name of its function
+        module = import_module("marlin_convert.kernels.matmul")
+        module.choose = lambda *given: choose(*given[:5], (major, minor), *given[6:])
     library = os.environ.get("VLLM_C")
     mine, _ = ours(GROUP)
     others, missing = peers(Path(library) if library else None)

@@ -1,9 +1,9 @@
-// W4A16 by mma.sync, for every architecture from sm_80 on: out^T (features x tokens) = W^T x^T.
+// W4A16 by mma.sync for few tokens, for every architecture from sm_80 on: out^T (features x tokens) = W^T x^T.
 //
 // Four warps side by side take 64 features each of the same 128 rows of k (a chunk); SPLITS such teams take chunks in
 // turn. Weights go from memory to registers one chunk ahead; activations go through shared memory, shared by a team.
 // A last chunk of 64 rows has its weights twice, the second time for activations that are zeros.
-// TOKENS: 8, 16 or 32. GROUP: rows of k per scale, 0 for one scale for all.
+// TOKENS: 8 or 16. GROUP: rows of k per scale, 0 for one scale for all.
 struct Chunk {
   uint4 codes[STEPS];
   uint2 metadata[4];

@@ -3,9 +3,8 @@
 // A tile is 256 features x TOKENS tokens; its work is chunks of 128 rows of k, of which the last may have 64. Every block
 // first computes the same number of tiles alone. The chunks of the tiles that are left stand in one row; every block takes
 // an equal run of them, or as many blocks each share a tile of their own. Here a tile that more than one block worked on is
-// summed by the block that comes last; in wgmma.cu each part by who comes last to that, or the tile by a cluster. Always in
-// the order of the chunks: the result does not depend on who that is.
-
+// summed by the block that comes last; in registers.cuh each part by who comes last to that, in wgmma.cu perhaps by a
+// cluster. Always in the order of the chunks: the result does not depend on who that is.
 //
 // PAIRED: a tile is 128 features of gate and the same ones of up, side by side; what is stored is silu(gate) * up.
 
