@@ -62,6 +62,7 @@ def settings_of(job: "Job", plan: Plan, weights: Weights, calibration: Calibrati
         "processor": None if calibration is None else processor(job.device),
         "max_shard_size": job.max_shard_size,
         "trust_remote_code": job.trust_remote_code,
+        **({} if job.ranks.alone else {"ranks": job.ranks.count}),
     }
 
 

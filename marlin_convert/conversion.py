@@ -12,6 +12,7 @@ from marlin_convert.checkpoint.unfinished import UnfinishedRun
 from marlin_convert.errors import ConvertError, OptionError
 from marlin_convert.hub import Source, resolve
 from marlin_convert.options import FORMATS, check_place, names, pick_device, shard_size
+from marlin_convert.ranks import ALONE, Ranks
 from marlin_convert.recipe import Recipe
 
 # The groups that each of these takes the ones behind it take too, and 2:4 is no more than zeros to them.
@@ -24,7 +25,7 @@ class Job:
 
     `group_size` is set when one was asked for by name: a quantized source keeps its own, and one that differs
     from it is refused; the recipe's may be a mere default. `also` are formats that the output is repacked to,
-    each in a directory beside it that is called as the format.
+    each in a directory beside it that is called as the format. `ranks` are the processes that share the work.
     """
 
     source: Source
@@ -39,6 +40,7 @@ class Job:
     trust_remote_code: bool = False
     report: Path | None = None
     also: tuple[str, ...] = ()
+    ranks: Ranks = ALONE
 
     @property
     def beside(self) -> tuple[Path, ...]:

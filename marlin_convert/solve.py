@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,15 @@ from marlin_convert.models.hidden import HiddenStates
 from marlin_convert.models.memory import memory_for_activations
 from marlin_convert.models.stages import BlockWalk, Reached
 from marlin_convert.models.structure import Stage
+from marlin_convert.owners import Owners
 from marlin_convert.plan import Plan
 from marlin_convert.quantized import QuantizedLinear, first_crowded, quad_nonzeros
+from marlin_convert.ranks import Ranks, Share
 from marlin_convert.solvers import gptq, sparsity
-from marlin_convert.solvers.drift import MOST, Products, before_norm, compensated
+from marlin_convert.solvers.drift import MOST, compensated
 from marlin_convert.solvers.gptq import Solution
-from marlin_convert.solvers.hessian import Hessian
 from marlin_convert.solvers.straight_through import residual_latents
+from marlin_convert.sums import Sums
 
 log = logging.getLogger("marlin_convert")
 
@@ -38,67 +39,15 @@ log = logging.getLogger("marlin_convert")
 class Solved:
     """What a matrix has become: codes and scales or, where it is only pruned, a weight (n, k).
 
-    `row` is what the manifest says of it; `latents` (n, k) are where tuning starts, if it follows.
+    `row` is what the manifest says of it, `energies` are those of its error and of its outputs; `latents`
+    (n, k) are where tuning starts, if it follows.
     """
 
     fate: Fate
     found: QuantizedLinear | Tensor
     row: dict[str, Any]
+    energies: Tensor
     latents: Tensor | None = None
-
-
-class Sums:
-    """What the inputs of a stage sum up to and, beside the original model, what is wanted of them.
-
-    That is the original's outputs; where outputs are added to a residual, the original's sums, so that the
-    drift of the residual is made up for too.
-    """
-
-    def __init__(self, bias: Tensor | None):
-        self._bias = bias
-        self._hessian: Hessian | None = None
-        self._products: Products | None = None
-        self._of_outputs = False
-        self.tokens = 0
-        self.routed: int | None = None
-
-    def add(self, one: Reached, before: Reached | None, *, bf16_units: bool) -> None:
-        """Add what a micro-batch brings to the stage, in the model that is made and in the original."""
-        x = one.x
-        self.tokens += x.shape[:-1].numel()
-        if one.routed is not None:
-            self.routed = (self.routed or 0) + one.routed
-        if self._hessian is None:
-            self._hessian = Hessian(x.shape[-1], x.device, bf16_units=bf16_units)
-        self._hessian.add(x)
-        if before is None:
-            return
-        wanted = before.x
-        if one.residual is not None and before.residual is not None and before.output is not None:
-            drift = before.residual.float() - one.residual.float()
-            if before.norm is not None:
-                drift = before_norm(before.norm, before.output, drift)
-            wanted = before.output + (drift if self._bias is None else drift - self._bias)
-            self._of_outputs = True
-        if self._products is None:
-            self._products = Products(x.shape[-1], wanted.shape[-1], x.device, bf16_units=bf16_units)
-        self._products.add(x, wanted.to(x.dtype))
-
-    def hessian(self) -> Tensor:
-        """The mean of x^T x, (k, k) float32; the sum is given up."""
-        summed, self._hessian = self._hessian, None
-        assert summed is not None
-        return summed.mean()
-
-    @cached_property
-    def _mean(self) -> Tensor | None:
-        return None if self._products is None else self._products.mean()
-
-    def wanted(self, weight: Tensor) -> Tensor | None:
-        """The mean of x^T y0, (k, n) float32, for the original `weight` (n, k); None if not known."""
-        if self._mean is None or self._of_outputs:
-            return self._mean
-        return self._mean @ weight.T.float()
 
 
 class Solve:
@@ -117,39 +66,58 @@ class Solve:
         *,
         directory: Path,
         trust_remote_code: bool,
+        ranks: Ranks,
     ):
-        """Embed the calibration text.
+        """Embed the calibration text: of several ranks each its share.
 
-        `directory` is for hidden states that no memory can hold, and for what is solved of a large block.
+        `directory` is for hidden states that no memory can hold, and for what is solved of a large block; only
+        the first rank has it.
         """
         self._plan = plan
+        self._ranks = ranks
         self._kept = directory / CHUNKS
         self._recipe = plan.recipe
         self._claimed = set(weights.sparse_linears(manifests.load(weights.checkpoint.directory)))
         self._model = BlockModel(weights, device, dtype=plan.dtype, trust_remote_code=trust_remote_code)
-        self._hidden = HiddenStates(self._model, calibration.ids, directory)
-        self._original = HiddenStates(self._model, calibration.ids, directory) if plan.compensates else None
+        ids = calibration.ids[ranks.share.slice(len(calibration.ids))]
+        room = directory if ranks.first else None
+        self._hidden = HiddenStates(self._model, ids, room)
+        self._original = HiddenStates(self._model, ids, room) if plan.compensates else None
         self.replayed = 0
         self.divergence: float | None = None
         self.tuned: Tuned | None = None
 
-    def skip(self, done: int, weight: Callable[[Fate], Tensor]) -> None:
-        """Take the text through the blocks that an earlier run has finished, with the weights it found."""
-        plan = self._plan
+    def skip(self, done: int, weight: Callable[[Fate], Tensor] | None = None) -> None:
+        """Take the text through the blocks that an earlier run has finished, with the weights it found.
+
+        The first rank has them, and tells the others.
+        """
+        plan, ranks = self._plan, self._ranks
         for number in range(done):
             log.debug("block %d was finished before, running the text through it", number)
             block = self._model.load(number)
             if self._original:
                 self._original.advance(block, number)
             for fate in plan.worked_on_in(number):
-                self._model.replace(fate.name, weight(fate).to(self._model.dtype))
+                found = None if weight is None else weight(fate).to(self._model.dtype)
+                if not ranks.alone:
+                    found = ranks.given(found, self._model.device)
+                assert found is not None
+                self._model.replace(fate.name, found)
             self._hidden.advance(block, number)
             self._model.unload(number)
 
     def block(self, number: int) -> Iterator[Packed]:
-        """Every matrix of a block that is worked on, solved and packed, or as an earlier run has kept it."""
+        """Every matrix of a block that is worked on, solved and packed, or as an earlier run has kept it.
+
+        Of several ranks the first one packs. They keep nothing of a block that is not finished.
+        """
+        if not self._ranks.first:
+            for _ in self.solved(number):
+                pass
+            return
         chunks = Chunks(self._kept / str(number))
-        kept = in_several(self._plan, number, self._model.device)
+        kept = self._ranks.alone and in_several(self._plan, number, self._model.device)
         yield from chunks.earlier()
         for alike in self.solved(number, chunks.earlier()):
             packed = []
@@ -179,6 +147,10 @@ class Solve:
 
         def solve(alike: Sequence[Stage]) -> None:
             fates = [[self._plan.fates[f"{model.name(number)}.{name}"] for name in stage] for stage in alike]
+            for stage, (fate, *_) in zip(alike, fates, strict=True):
+                if stage not in sums:  # an expert that no token of this rank goes to
+                    sums[stage] = Sums(None)
+                    sums[stage].begin(fate.k, model.device, beside=self._original is not None)
             solved.append(list(self._solve(fates, [sums.pop(stage) for stage in alike])))
 
         walk = self._walk(self._hidden, block, number, solve)
@@ -203,7 +175,7 @@ class Solve:
         if number == self._plan.blocks - 1 and not self._hidden.finite():
             raise self._overflow(f"what {model.name(number)} gives is")
         if self._original is not None:
-            self.divergence = float(f"{self._hidden.divergence(self._original):.6g}")
+            self.divergence = float(f"{self._hidden.divergence(self._original, self._ranks.mean):.6g}")
         yield from solved
 
     def _left(self, number: int, earlier: Iterable[Packed]) -> list[Stage]:
@@ -244,10 +216,35 @@ class Solve:
             block, model.structure.parts[number], len(hidden), lambda i: hidden.forward(i, block, number),
             solve, keep_bytes=memory_for_activations(model.device) // share, dtype=model.dtype,
             at_once=experts_at_once(self._plan, number, model.device), beside=beside,
+            counted=None if self._ranks.alone else self._ranks.counted,
         )  # fmt: skip
 
     def _solve(self, stages: list[list[Fate]], sums: list[Sums]) -> Iterator[Solved]:
-        """Solve the linears of stages that are alike and put what they have become into the model."""
+        """Solve the linears of stages that are alike and put what they have become into the model.
+
+        Of several ranks each solves its part, and learns what the others have found.
+        """
+        if self._ranks.alone:
+            for some in self._find(stages, sums, Share()):
+                yield from _with_errors(some, self._recipe.damping)
+            return
+        owners = Owners(self._ranks, len(stages))
+        owners.sum_up(sums)
+        mine = owners.stages(self._ranks.rank)
+        sums[:] = [sums[number] for number in mine]
+        found = [one for some in self._find([stages[i] for i in mine], sums, owners.outputs) for one in some]
+        every = [
+            Solved(self._plan.fates[row["name"]], layer, row, energies)
+            for layer, row, energies in owners.exchange(
+                [(one.found, one.row, one.energies) for one in found], self._model.device
+            )
+        ]
+        for one in every:
+            self._model.replace(one.fate.name, one.found.dequantize().to(self._model.dtype))
+        yield from _with_errors(every, self._recipe.damping)
+
+    def _find(self, stages: list[list[Fate]], sums: list[Sums], share: Share) -> Iterator[list[Solved]]:
+        """Solve a share of the outputs of linears: one kind of them after another."""
         hessians = _batch([one.hessian() for one in sums])
         finite = hessians.isfinite().flatten(1).all(1).tolist()
         if not all(finite):
@@ -263,17 +260,29 @@ class Solve:
                     for number in these
                 ]
                 solve = self._prune if kind == (True, True) else self._quantize
-                yield from solve(chosen, [sums[number] for number in these], read)
+                yield solve(chosen, [sums[number] for number in these], read, share)
 
-    def _weights(self, fates: list[Fate]) -> list[Tensor]:
-        return [self._model.model.get_parameter(f"{fate.name}.weight") for fate in fates]
+    def _weights(self, fates: list[Fate], share: Share) -> list[Tensor]:
+        weights = [self._model.model.get_parameter(f"{fate.name}.weight") for fate in fates]
+        return [weight[share.slice(len(weight))] for weight in weights]
+
+    def _put(self, fate: Fate, written: Tensor) -> None:
+        """Put a weight into the model; of several ranks none has all of it yet."""
+        if self._ranks.alone:
+            self._model.replace(fate.name, written.to(self._model.dtype))
 
     def _targets(
-        self, weights: list[list[Tensor]], sums: list[Sums], hessians: Tensor, *, sparse: bool
+        self,
+        weights: list[list[Tensor]],
+        sums: list[Sums],
+        hessians: Tensor,
+        share: Share,
+        *,
+        sparse: bool,
     ) -> Tensor:
         """What is solved for, (batch, n, k): weights as one, or what makes up for the drift of the inputs."""
         whole = [torch.cat(one) for one in weights]
-        wanted = [one.wanted(weight) for one, weight in zip(sums, whole, strict=True)]
+        wanted = [one.wanted(weight, share) for one, weight in zip(sums, whole, strict=True)]
         known = [one for one in wanted if one is not None]
         if not known:
             return _batch(whole)
@@ -286,12 +295,14 @@ class Solve:
             tokens=[one.tokens for one in sums], most=None if sparse else MOST,
         )  # fmt: skip
 
-    def _quantize(self, stages: list[list[Fate]], sums: list[Sums], hessians: Tensor) -> Iterator[Solved]:
+    def _quantize(
+        self, stages: list[list[Fate]], sums: list[Sums], hessians: Tensor, share: Share
+    ) -> list[Solved]:
         recipe = self._recipe
         layout = stages[0][0].layout  # engines load a stage, and all experts, as one: they have one layout
         group_size = hessians.shape[1] if layout.group_size == -1 else layout.group_size
-        weights = [self._weights(fates) for fates in stages]
-        targets = self._targets(weights, sums, hessians, sparse=layout.sparse)
+        weights = [self._weights(fates, share) for fates in stages]
+        targets = self._targets(weights, sums, hessians, share, sparse=layout.sparse)
         settings: dict[str, Any] = {
             "bits": layout.bits,
             "group_size": group_size,
@@ -308,7 +319,6 @@ class Solve:
         else:
             found = gptq.solve_batch(targets, hessians, **settings)
         solved: list[Solved] = []
-        energies: list[Tensor] = []
         for fates, own, one, target, hessian, of_all in zip(
             stages, weights, sums, targets, hessians, found, strict=True
         ):
@@ -320,9 +330,9 @@ class Solve:
                 strict=True,
             ):
                 written = layer.dequantize()
-                energies.append(_energies(hessian, weight, written))
-                self._model.replace(fate.name, written.to(self._model.dtype))
-                row = fate.row() | {"error": None} | _damping(fate, of_all, recipe.damping)
+                energies = _energies(hessian, weight, written)
+                self._put(fate, written)
+                row = fate.row() | {"error": None} | _damping(of_all)
                 if one.routed is not None:
                     row["tokens"] = one.routed
                 latents = None
@@ -331,8 +341,8 @@ class Solve:
                         wanted, hessian, layer.codes, layer.scales,
                         bits=layout.bits, damping=of_all.damping or 1.0, kept=layer.kept,
                     )  # fmt: skip
-                solved.append(Solved(fate, layer, row, latents))
-        yield from _with_errors(solved, energies)
+                solved.append(Solved(fate, layer, row, energies, latents))
+        return solved
 
     def _mask(self, fates: list[Fate], weights: list[Tensor]) -> Tensor | None:
         """What weights that are 2:4 keep, None if they are not; SourceError if they are said to be."""
@@ -349,17 +359,16 @@ class Solve:
                 )
         return None
 
-    def _prune(self, stages: list[list[Fate]], sums: list[Sums], hessians: Tensor) -> Iterator[Solved]:
+    def _prune(
+        self, stages: list[list[Fate]], sums: list[Sums], hessians: Tensor, share: Share
+    ) -> list[Solved]:
         recipe = self._recipe
-        weights = [self._weights(fates) for fates in stages]
+        weights = [self._weights(fates, share) for fates in stages]
         targets = [torch.cat(own) for own in weights]
         if recipe.method == "sparsegpt":
-            targets = [
-                one.to(own[0].dtype)
-                for one, own in zip(self._targets(weights, sums, hessians, sparse=True), weights, strict=True)
-            ]
+            moved = self._targets(weights, sums, hessians, share, sparse=True)
+            targets = [one.to(own[0].dtype) for one, own in zip(moved, weights, strict=True)]
         solved: list[Solved] = []
-        energies: list[Tensor] = []
         for fates, own, target, hessian in zip(stages, weights, targets, hessians, strict=True):
             if recipe.method == "sparsegpt":
                 pruned, _ = sparsity.prune(target, hessian, damping=recipe.damping, sweeps=recipe.sweeps)
@@ -368,10 +377,9 @@ class Solve:
                 pruned = target * mask.T
             for fate, old, new in zip(fates, own, pruned.split([len(one) for one in own]), strict=True):
                 written = new.to(getattr(torch, fate.layout.dtype)).contiguous()
-                energies.append(_energies(hessian, old, written))
-                self._model.replace(fate.name, written.to(self._model.dtype))
-                solved.append(Solved(fate, written, fate.row()))
-        yield from _with_errors(solved, energies)
+                self._put(fate, written)
+                solved.append(Solved(fate, written, fate.row(), _energies(hessian, old, written)))
+        return solved
 
 
 def _batch(tensors: list[Tensor]) -> Tensor:
@@ -401,21 +409,27 @@ def _energies(hessian: Tensor, weight: Tensor, written: Tensor) -> Tensor:
         return torch.stack([gptq.output_energy(hessian, one.T).sum() for one in pair])
 
 
-def _with_errors(solved: list[Solved], energies: list[Tensor]) -> Iterator[Solved]:
-    """What was solved with its error, the root of what `_energies` gives as a share, to six digits."""
+def _with_errors(solved: list[Solved], asked: float) -> Iterator[Solved]:
+    """What was solved with its error, the root of what `_energies` gives as a share, to six digits.
+
+    What did not go with the damping that was asked for is said.
+    """
     # fetched at once: a GPU would be waited for every time
-    for one, (error, energy) in zip(solved, torch.stack(energies).tolist(), strict=True):
+    energies = torch.stack([one.energies for one in solved]).tolist()
+    for one, (error, energy) in zip(solved, energies, strict=True):
         share = float(f"{(max(error, 0.0) / energy) ** 0.5:.6g}") if energy > 0 else 0.0
+        damping = one.row.get("damping", asked)
+        if damping is None:
+            log.warning(
+                "%s: its Hessian could not be factorised; weights are rounded to nearest", one.fate.name
+            )
+        elif damping > asked:
+            log.warning("%s: its Hessian needed damping %g, not %g", one.fate.name, damping, asked)
         log.debug("%s: relative output error %.4f", one.fate.name, share)
         one.row["error"] = share
         yield one
 
 
-def _damping(fate: Fate, found: Solution, asked: float) -> dict[str, Any]:
+def _damping(found: Solution) -> dict[str, Any]:
     """What the manifest says of how the Hessian was factorised."""
-    if found.damping is None:
-        log.warning("%s: its Hessian could not be factorised; weights are rounded to nearest", fate.name)
-        return {"damping": None, "rounded_to_nearest": True}
-    if found.damping > asked:
-        log.warning("%s: its Hessian needed damping %g, not %g", fate.name, found.damping, asked)
-    return {"damping": found.damping}
+    return {"damping": found.damping} | ({"rounded_to_nearest": True} if found.damping is None else {})

@@ -136,7 +136,7 @@ class UnfinishedRun:
                     "continue it with --resume, or remove the directory.",
                 )
             return nothing
-        for name, then, now in _differences(progress["settings"], settings):
+        for name, then, now in differences(progress["settings"], settings):
             raise ConvertError(
                 f"cannot resume '{self.directory}': it was started with {name} {then!r}, not {now!r}.",
                 _way_on(name, then),
@@ -237,15 +237,18 @@ def _way_on(name: str, then: Any) -> str:
     """How to go on with a run that was started with another value of a setting."""
     if name == "processor.threads":
         return f"continue with OMP_NUM_THREADS={then}, as sums depend on it, or remove the directory."
+    if name == "ranks":
+        how = f"torchrun and {then} processes" if then else "one process"
+        return f"continue with {how}, as sums depend on it, or remove the directory."
     if name in ("device", "processor") or name.startswith("processor."):
         return "continue on a machine like the one it was started on, or remove the directory."
     return "use the settings it was started with, or remove the directory."
 
 
-def _differences(then: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+def differences(then: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
     if isinstance(then, dict) and isinstance(now, dict):
         # in the order of `now`: what was chosen is named before what follows from it
         for key in {**now, **then}:
-            yield from _differences(then.get(key), now.get(key), f"{name}.{key}".removeprefix("."))
+            yield from differences(then.get(key), now.get(key), f"{name}.{key}".removeprefix("."))
     elif then != now:
         yield name, then, now

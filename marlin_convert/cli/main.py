@@ -9,11 +9,12 @@ from typing import Any, NoReturn
 import click
 
 from marlin_convert import __version__
-from marlin_convert.cli import terminal
+from marlin_convert.cli import terminal, torchrun
 from marlin_convert.cli.bench import bench
 from marlin_convert.cli.env import env
 from marlin_convert.cli.generate import generate
 from marlin_convert.cli.inspect import inspect
+from marlin_convert.cli.output import show_error
 from marlin_convert.cli.push import push
 from marlin_convert.cli.quantize import quantize
 from marlin_convert.cli.recipes import recipes
@@ -41,9 +42,7 @@ class Commands(click.Group):
         try:
             super().main(words, *more, **kwargs)
         except ConvertError as error:
-            click.echo(f"Error: {error}", err=True)
-            if error.hint:
-                click.echo(f"Hint: {error.hint}", err=True)
+            show_error(error)
             sys.exit(2 if isinstance(error, OptionError) else 1)
         except click.NoSuchOption as error:
             resembling(error).show()
@@ -99,7 +98,8 @@ def going_on(words: Sequence[str]) -> str | None:
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="marlin-convert")
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """Quantize Hugging Face language models to 4 bits, write them in the MARLIN layout, check, and publish.
 
     \b
@@ -112,6 +112,8 @@ def main() -> None:
     Exit status: 0 done, 1 it could not be done, 2 wrong usage, 3 verify found a difference, 130 interrupted,
     143 ended by SIGTERM.
     """
+    if context.invoked_subcommand not in (None, "quantize"):
+        torchrun.refuse(str(context.invoked_subcommand))
 
 
 for command in (quantize, sparsify, verify, generate, push, inspect, recipes, bench, env):

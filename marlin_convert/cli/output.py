@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import click
 
 from marlin_convert.cli import terminal
+from marlin_convert.errors import ConvertError
 
 log = logging.getLogger("marlin_convert")
 
@@ -22,6 +23,13 @@ def output_options(command: Callable) -> Callable:
     ):
         command = option(command)
     return command
+
+
+def show_error(error: ConvertError) -> None:
+    """Print what could not be done, and what to do about it."""
+    click.echo(f"Error: {error}", err=True)
+    if error.hint:
+        click.echo(f"Hint: {error.hint}", err=True)
 
 
 def set_up_logging(quiet: bool, verbose: int) -> None:

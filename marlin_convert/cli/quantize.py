@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from marlin_convert.cli import torchrun
 from marlin_convert.cli.arguments import NameOrPlace, Names
 from marlin_convert.cli.conversion import conversion_options, convert
 from marlin_convert.cli.imports import imports
@@ -79,13 +80,16 @@ def quantize(
         from marlin_convert.commands import quantize as story
         from marlin_convert.conversion import make_job
 
-    size, bits = settings["group_size"], settings["bits"]
-    settings |= {"group_size": int(size) if size not in (None, "auto") else size}
-    settings |= {"bits": int(bits) if bits else None}
-    job = make_job(
-        model, output, recipe, settings,
-        device=device, revision=revision, max_shard_size=max_shard_size, requantize=requantize,
-        resume=resume, overwrite=overwrite, trust_remote_code=trust_remote_code, report=report,
-    )  # fmt: skip
-    said = {"dry_run": dry_run, "as_json": as_json, "quiet": quiet, "verbose": bool(verbose)}
-    convert(job, story.plan_job, story.quantize, **said)
+    with torchrun.ranks() as ranks:
+        size, bits = settings["group_size"], settings["bits"]
+        settings |= {"group_size": int(size) if size not in (None, "auto") else size}
+        settings |= {"bits": int(bits) if bits else None}
+        job = make_job(
+            model, output, recipe, settings,
+            device=torchrun.device(device), revision=revision, max_shard_size=max_shard_size,
+            requantize=requantize, resume=resume, overwrite=overwrite, trust_remote_code=trust_remote_code,
+            report=report, ranks=ranks,
+        )  # fmt: skip
+        torchrun.advise(job.device)
+        said = {"dry_run": dry_run, "as_json": as_json, "quiet": quiet, "verbose": bool(verbose)}
+        convert(job, story.plan_job, story.quantize, **said)

@@ -40,6 +40,7 @@ from marlin_convert.plan import Plan, make_plan
 from marlin_convert.remote import RemoteFile, fetched_ahead
 from marlin_convert.repack import Repack
 from marlin_convert.room import check_room
+from marlin_convert.shared import check_alike, check_shared
 from marlin_convert.solve import Solve
 from marlin_convert.tune import HELD_OUT, TOKENS, Tune
 
@@ -82,7 +83,10 @@ def _planned(job: Job, checkpoint: Checkpoint) -> tuple[Weights, Plan]:
     plan = replace(plan, also=tuple(also))
     if not plan.worked_on:
         raise ConvertError("nothing is left to do: every linear stays as it is.", "skip fewer of them.")
-    _check_output(job)
+    if not job.ranks.alone:
+        check_shared(job, plan)
+    if job.ranks.first:
+        _check_output(job)
     if plan.tunes:
         _check_memory(job, plan)
     return weights, plan
@@ -99,7 +103,7 @@ def quantize(
     log.info("planning %s", job.source.name)
     _check_names(job)
     run = job.run
-    if not job.resume:
+    if job.ranks.first and not job.resume:
         try:
             run.tidy()
         except OSError as error:
@@ -113,7 +117,7 @@ def _on_its_way(job: Job) -> Iterator[tuple[Weights, Plan]]:
     """The source and the plan; files of the Hub come while the context lasts, as blocks want them."""
     checkpoint = _opened(job)
     weights, plan = _planned(job, checkpoint)
-    if not (job.resume and job.run.published()):
+    if job.ranks.first and not (job.resume and job.run.published()):
         check_room(job, plan)
     if job.source.remote is None:
         yield weights, plan
@@ -149,12 +153,16 @@ def _quantize(
         "%s: %d linears in %d blocks to %s", "repacking" if plan.repack else "solving",
         len(plan.worked_on), plan.blocks, plan.recipe.format,
     )  # fmt: skip
+    check_alike(job.ranks, settings)
+    if not job.ranks.first:
+        return _solve_along(job, plan, weights, calibration, started)
     done = run.earlier(settings, resume=job.resume, discard=job.overwrite)
     replayed, tuned = 0, 0.0
     manifest = run.published() if job.resume else None
     try:
         if manifest is None:
             run.begin(settings, done)
+            job.ranks.told(done["blocks"])
             files, found, codes = _convert(job, plan, weights, calibration, settings, done, progress)
             replayed, tuned = codes.replayed, codes.tuned.seconds if codes.tuned else 0.0
             manifest = assemble(job, plan, weights, settings, found, files)
@@ -166,6 +174,7 @@ def _quantize(
             if not is_made(beside):
                 quantize(beside)
             beside.run.tidy()
+        job.ranks.told(manifest)
         if job.report is not None:
             hint = "choose another file, or make room; then --resume writes it: the output is complete."
             made = {
@@ -180,6 +189,24 @@ def _quantize(
     finally:
         run.release()
     return Report(manifest, plan, time.monotonic() - started, replayed, tuned)
+
+
+def _solve_along(
+    job: Job, plan: Plan, weights: Weights, calibration: Calibration | None, started: float
+) -> Report:
+    """What the ranks do whose first one writes: solve with it what is not `done`, until the output is there."""
+    done = job.ranks.told()
+    replayed = 0
+    if isinstance(done, int):
+        if calibration is not None and done < plan.blocks:
+            codes = _solve(job, plan, weights, calibration)
+            codes.skip(done)
+            for number in range(done, plan.blocks):
+                for _ in codes.block(number):
+                    raise AssertionError("only the first rank packs")
+            replayed = codes.replayed
+        done = job.ranks.told()
+    return Report(done, plan, time.monotonic() - started, replayed)
 
 
 def _disk_error(job: Job, error: OSError) -> ConvertError:
@@ -252,7 +279,7 @@ def _convert(
 def _solve(job: Job, plan: Plan, weights: Weights, calibration: Calibration) -> Solve:
     return Solve(
         plan, weights, calibration, job.device,
-        directory=job.run.directory, trust_remote_code=job.trust_remote_code,
+        directory=job.run.directory, trust_remote_code=job.trust_remote_code, ranks=job.ranks,
     )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from mmap import mmap
 from pathlib import Path
 from typing import Any
@@ -138,17 +138,19 @@ class HiddenStates:
         """Whether no micro-batch holds NaN or infinity."""
         return all(bool(torch.stack(torch.aminmax(state)).isfinite().all()) for state in self._states)
 
-    def divergence(self, original: "HiddenStates") -> float:
+    def divergence(
+        self, original: "HiddenStates", mean: Callable[[Tensor], float] = lambda x: x.mean().item()
+    ) -> float:
         """How far the states h are from those of the original model, h0.
 
-        The root of the mean over tokens of ||h - h0||^2 / ||h0||^2.
+        The root of the mean over tokens of ||h - h0||^2 / ||h0||^2; `mean` takes it of (tokens,).
         """
         shares = []
         for i in range(len(self)):
             before = original.state(i)  # from wherever it is kept, so once
             size = before.float().square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
             shares.append(((self.state(i) - before).float().square().sum(-1) / size).flatten())
-        return math.sqrt(torch.cat(shares).mean().item())
+        return math.sqrt(mean(torch.cat(shares)))
 
     def advance(self, block: nn.Module, number: int) -> None:
         """Take every micro-batch through a block."""

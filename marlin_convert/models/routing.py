@@ -18,11 +18,21 @@ ROWS = 8192
 class Entering:
     """What enters the experts of a block with all of a text.
 
-    x (tokens, k); `routed` has of every expert the tokens that go to it, numbers of rows of x.
+    x (tokens, k); `routed` has of every expert the tokens that go to it, numbers of rows of x. Where x is a
+    piece of a longer text, so many tokens come `before` it, and `of_all` says how many the text has, and how
+    many of them go to each expert.
     """
 
     x: Tensor
     routed: list[Tensor]
+    before: int = 0
+    of_all: tuple[int, ...] = ()
+
+    def counts(self, number: int) -> tuple[int, int]:
+        """How many tokens the whole text has, and how many of them go to an expert."""
+        if not self.of_all:
+            return len(self.x), len(self.routed[number])
+        return self.of_all[0], self.of_all[1 + number]
 
 
 @dataclass(frozen=True)
@@ -41,10 +51,13 @@ class Chosen:
 def chosen(entering: Entering, number: int) -> Iterator[Chosen]:
     """The tokens that calibrate an expert, in pieces of ROWS at most; those that go to it come first."""
     own = entering.routed[number]
-    every, inputs = entering.x.shape
+    here, inputs = entering.x.shape
+    every, routed = entering.counts(number)
     if len(own):
         yield from (Chosen(piece, own=True) for piece in own.split(ROWS))
-    if len(own) < inputs:
-        count = min(inputs - len(own), every)
-        evenly_spaced = torch.arange(count, device=own.device) * every // count
-        yield from (Chosen(piece, own=False) for piece in evenly_spaced.split(ROWS))
+    if routed < inputs:
+        count = min(inputs - routed, every)
+        evenly_spaced = torch.arange(count, device=own.device) * every // count - entering.before
+        if here < every:
+            evenly_spaced = evenly_spaced[(evenly_spaced >= 0) & (evenly_spaced < here)]
+        yield from (Chosen(piece, own=False) for piece in evenly_spaced.split(ROWS) if len(piece))

@@ -77,6 +77,9 @@ class BlockWalk:
     walk `beside` it, and their weights are given up one after another. At most about `keep_bytes` of
     activations are kept, in `dtype`; what enters experts is kept beyond that, and what those of an unchanged
     block give.
+
+    Where others walk with other pieces of a text, `counted` gives of counts (n,) the sums over those before
+    this one, and over all.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class BlockWalk:
         dtype: torch.dtype,
         at_once: int = 1,
         beside: "BlockWalk | None" = None,
+        counted: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
     ):
         self.block = block
         self.parts = parts
@@ -102,6 +106,7 @@ class BlockWalk:
         self._dtype = dtype
         self._at_once = at_once
         self._beside = beside
+        self._counted = counted
         self._entering: Entering | None = None
         self._computed = dtype
         self._current = 0
@@ -245,7 +250,11 @@ class BlockWalk:
                     self._outputs[path, i] = entered.output
         finally:
             hook.remove()
-        return Entering(x[:tokens], [own for own, _ in routed(torch.cat(indices), experts.count)])
+        x, own = x[:tokens], [own for own, _ in routed(torch.cat(indices), experts.count)]
+        if self._counted is None:
+            return Entering(x, own)
+        before, of_all = self._counted(torch.tensor([tokens, *map(len, own)]))
+        return Entering(x, own, int(before[0]), tuple(of_all.tolist()))
 
     def _broken_off_at_experts(self, i: int, path: str) -> _Entered:
         try:

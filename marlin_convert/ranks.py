@@ -1,0 +1,232 @@
+"""The processes that torchrun starts for one conversion: which of them this is, and what they tell each other.
+
+torch.distributed carries all of it, with gloo between CPUs and NCCL between GPUs; no other module knows it. A
+rank is one of these processes, the first is rank 0. All ranks make the same calls in the same order.
+"""
+
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from marlin_convert.errors import ConvertError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# How long a rank waits for the others: longer than any block takes. A rank that ends is noticed at once.
+PATIENCE = timedelta(days=2)
+
+# Seconds in which the others say why they end, before one that says nothing counts as lost.
+LAST_WORDS = 10.0
+# Seconds that a rank leaves those before it to say the same.
+PRECEDENCE = 2.0
+
+# Tensors that are sent as one begin at multiples of so many bytes.
+ALIGNED = 16
+
+
+class RankLost(ConvertError):
+    """Another rank has ended; which one, and why, comes out when all end."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """One of `of` pieces, as equal as can be, of whatever is counted."""
+
+    index: int = 0
+    of: int = 1
+
+    def range(self, count: int) -> range:
+        """Which of so many are in this piece."""
+        return range(self.index * count // self.of, (self.index + 1) * count // self.of)
+
+    def slice(self, count: int) -> slice:
+        """The same, to index with."""
+        return slice(self.range(count).start, self.range(count).stop)
+
+
+class Ranks:
+    """This process among the `count` that work on one conversion; alone, it has nobody to wait for."""
+
+    def __init__(self, rank: int = 0, count: int = 1, store: Any = None):
+        self.rank = rank
+        self.count = count
+        self._store = store
+
+    @classmethod
+    def join(cls) -> "Ranks":
+        """Meet the others that torchrun has started; on a GPU the current device is taken."""
+        from torch import distributed
+
+        store, rank, count = next(distributed.rendezvous("env://"))
+        nccl = torch.cuda.is_available() and distributed.is_nccl_available()
+        distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if nccl else "gloo",
+            store=distributed.PrefixStore("group", store), rank=rank, world_size=count, timeout=PATIENCE,
+        )  # fmt: skip
+        return cls(rank, count, distributed.PrefixStore("marlin_convert", store))
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is one rank only."""
+        return self.count == 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0, which writes and speaks."""
+        return self.rank == 0
+
+    @property
+    def share(self) -> Share:
+        """What of anything that is split is this rank's."""
+        return Share(self.rank, self.count)
+
+    def told(self, said: Any = None) -> Any:
+        """What the first rank says, at every rank."""
+        if self.alone:
+            return said
+        from torch import distributed
+
+        words = [said]
+        with _others():
+            distributed.broadcast_object_list(words, 0)
+        return words[0]
+
+    def all_say(self, said: Any) -> list[Any]:
+        """What every rank says, in their order."""
+        if self.alone:
+            return [said]
+        from torch import distributed
+
+        words: list[Any] = [None] * self.count
+        with _others():
+            distributed.all_gather_object(words, said)
+        return words
+
+    def counted(self, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Of integers, of one shape at every rank: their sums over the ranks before this one, and over all."""
+        every = torch.tensor(self.all_say(counts.tolist()), dtype=counts.dtype)
+        return every[: self.rank].sum(0), every.sum(0)
+
+    def mean(self, values: Tensor) -> float:
+        """The mean of all values (n,) that the ranks have."""
+        if self.alone:
+            return values.mean().item()
+        said = self.all_say((values.double().sum().item(), len(values)))
+        return sum(total for total, _ in said) / sum(count for _, count in said)
+
+    def sum(self, tensor: Tensor, to: int | None = None) -> None:
+        """Sum a tensor up over all ranks, in place, at rank `to` or at all of them.
+
+        It has one shape everywhere; at the other ranks nothing is left to use. The terms are added in an order
+        that the number of ranks tells, and so is a sum for all: made at one of them.
+        """
+        from torch import distributed
+
+        _wait(distributed.reduce(tensor, to or 0, async_op=True))
+        if to is None:
+            _wait(distributed.broadcast(tensor, 0, async_op=True))
+
+    def given(self, tensor: Tensor | None, device: torch.device) -> Tensor:
+        """The first rank's tensor, at every rank, on its device."""
+        ((_, (found,)), *_) = self._sent(
+            [] if tensor is None else [tensor.to(device)], None, device, senders=[0]
+        )
+        return found
+
+    def exchange(
+        self, said: Any, tensors: Sequence[Tensor], device: torch.device
+    ) -> list[tuple[Any, list[Tensor]]]:
+        """What every rank says, with its tensors, in the order of ranks; on this rank's device."""
+        return self._sent(tensors, said, device, senders=range(self.count))
+
+    def _sent(
+        self, tensors: Sequence[Tensor], said: Any, device: torch.device, senders: Sequence[int]
+    ) -> list[tuple[Any, list[Tensor]]]:
+        """All tensors of a rank go as one, of bytes."""
+        from torch import distributed
+
+        everyone = self.all_say((said, [(tensor.shape, tensor.dtype) for tensor in tensors]))
+        found = []
+        for sender in senders:
+            words, kinds = everyone[sender]
+            sizes = [shape.numel() * dtype.itemsize for shape, dtype in kinds]
+            starts = [0]
+            for size in sizes:
+                starts.append(starts[-1] + -(-size // ALIGNED) * ALIGNED)
+            sent = torch.empty(starts.pop(), dtype=torch.uint8, device=device)
+            places = [
+                sent[start : start + size].view(dtype).view(shape)
+                for start, size, (shape, dtype) in zip(starts, sizes, kinds, strict=True)
+            ]
+            if sender == self.rank:
+                for place, tensor in zip(places, tensors, strict=True):
+                    place.copy_(tensor)
+            _wait(distributed.broadcast(sent, sender, async_op=True))
+            found.append((words, places))
+        return found
+
+    def part(self) -> None:
+        """Leave the others, when the work is done."""
+        from torch import distributed
+
+        self.all_say(None)
+        distributed.destroy_process_group()
+
+    def last_words(self, why: str | None) -> str | None:
+        """What this rank is to say as it ends before its time; None where another one does.
+
+        `why` is its own reason, None if it ends because it was told to or another was lost. The first of those
+        with a reason speaks; of ranks that end without a word, as the killed do, the others tell.
+        """
+        ended = {self.rank: why}
+        began = time.monotonic()
+        try:
+            self._store.set(f"ended {self.rank}", why or "")
+            while True:
+                for rank in set(range(self.count)) - ended.keys():
+                    if self._store.check([f"ended {rank}"]):
+                        ended[rank] = self._store.get(f"ended {rank}").decode() or None
+                reasons = [rank for rank, reason in ended.items() if reason]
+                passed = time.monotonic() - began
+                if why and (min(reasons) < self.rank or min(reasons) == self.rank and passed > PRECEDENCE):
+                    return why if min(reasons) == self.rank else None
+                if why and self.first:
+                    return why
+                if not why and reasons:
+                    return None
+                if len(ended) == self.count or passed > LAST_WORDS:
+                    break
+                time.sleep(0.02)
+        except RuntimeError:  # the store is where the first rank was
+            return why or "the machine of rank 0 has gone."
+        lost = sorted(set(range(self.count)) - ended.keys())
+        if why or not lost or self.rank != min(ended):
+            return why
+        who = f"rank {lost[0]} has" if len(lost) == 1 else f"ranks {', '.join(map(str, lost))} have"
+        return f"{who} ended without a word: killed, or out of memory."
+
+
+@contextmanager
+def _others() -> "Iterator[None]":
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankLost("another rank has ended.") from error
+
+
+def _wait(work: Any) -> None:
+    """Wait as Python does, which heeds signals: NCCL never hears that another process is gone."""
+    with _others():
+        while not work.is_completed():
+            time.sleep(0.0001)
+        work.wait()
+
+
+ALONE = Ranks()

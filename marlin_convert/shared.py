@@ -1,0 +1,48 @@
+"""What several ranks cannot do, or cannot do together: said before the work begins."""
+
+from typing import Any
+
+from marlin_convert.checkpoint.unfinished import differences
+from marlin_convert.conversion import Job
+from marlin_convert.errors import ConvertError
+from marlin_convert.plan import Plan
+from marlin_convert.ranks import Ranks
+
+
+def check_shared(job: Job, plan: Plan) -> None:
+    """ConvertError for a conversion that is not shared by several ranks."""
+    ranks, alone = job.ranks.count, "run it without torchrun: it is the work of one process."
+    sparse = any(fate.layout.sparse or fate.pruned for fate in plan.worked_on)
+    refused = {
+        "a source that is quantized already is repacked": plan.repack,
+        "--effort high tunes": plan.tunes,
+        "2:4 sparsity is solved": sparse,
+    }
+    for what, so in refused.items():
+        if so:
+            raise ConvertError(f"{what} by one process, torchrun started {ranks}.", alone)
+    if job.source.remote is not None:
+        raise ConvertError(
+            f"{ranks} processes cannot fetch {job.source.name} while they work.",
+            f"download it first (hf download {job.source.name}), and give its directory.",
+        )
+    if plan.recipe.samples < ranks:
+        raise ConvertError(
+            f"{plan.recipe.samples} calibration samples cannot be shared by {ranks} processes.",
+            f"--samples {ranks} or more, or fewer processes.",
+        )
+
+
+def check_alike(ranks: Ranks, settings: dict[str, Any]) -> None:
+    """ConvertError where a rank has another model, text, version or processor than the first one."""
+    if ranks.alone:
+        return
+    first = ranks.told(settings)
+    unlike = ranks.all_say(next(differences(first, settings), None))
+    for rank, difference in enumerate(unlike):
+        if difference is not None:
+            name, theirs, own = difference
+            raise ConvertError(
+                f"rank {rank} has {name} {own!r}, rank 0 {theirs!r}.",
+                "all ranks need the same model, text, versions and kind of processor.",
+            )
