@@ -15,7 +15,7 @@ from marlin_convert.quantized import QuantizedLinear
 from marlin_convert.ranks import Ranks, Share
 from marlin_convert.sums import Sums
 
-# A layer or some of its outputs, what the manifest says of it, and the energies (2,) of its error and outputs.
+# A layer or some of its outputs, what the manifest says of it, the energies (2,) of its error and outputs.
 Found = tuple[QuantizedLinear, dict[str, Any], Tensor]
 
 

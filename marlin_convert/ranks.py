@@ -1,4 +1,4 @@
-"""The processes that torchrun starts for one conversion: which of them this is, and what they tell each other.
+"""The processes that torchrun starts for one conversion: which of them this is, what they tell each other.
 
 torch.distributed carries all of it, with gloo between CPUs and NCCL between GPUs; no other module knows it. A
 rank is one of these processes, the first is rank 0. All ranks make the same calls in the same order.
@@ -110,7 +110,7 @@ class Ranks:
         return words
 
     def counted(self, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """Of integers, of one shape at every rank: their sums over the ranks before this one, and over all."""
+        """Of integers, of one shape at every rank, the sums over the ranks before this one, and over all."""
         every = torch.tensor(self.all_say(counts.tolist()), dtype=counts.dtype)
         return every[: self.rank].sum(0), every.sum(0)
 
@@ -124,8 +124,8 @@ class Ranks:
     def sum(self, tensor: Tensor, to: int | None = None) -> None:
         """Sum a tensor up over all ranks, in place, at rank `to` or at all of them.
 
-        It has one shape everywhere; at the other ranks nothing is left to use. The terms are added in an order
-        that the number of ranks tells, and so is a sum for all: made at one of them.
+        It has one shape everywhere; at other ranks than `to` nothing is left to use. The terms are added in an
+        order that the number of ranks tells: a sum for all is made at one of them.
         """
         from torch import distributed
 
@@ -182,8 +182,8 @@ class Ranks:
     def last_words(self, why: str | None) -> str | None:
         """What this rank is to say as it ends before its time; None where another one does.
 
-        `why` is its own reason, None if it ends because it was told to or another was lost. The first of those
-        with a reason speaks; of ranks that end without a word, as the killed do, the others tell.
+        `why` is its own reason, None if it ends because it was told to or another was lost. The first with a
+        reason speaks; of ranks that end without a word, as the killed do, the others tell.
         """
         ended = {self.rank: why}
         began = time.monotonic()
@@ -193,15 +193,11 @@ class Ranks:
                 for rank in set(range(self.count)) - ended.keys():
                     if self._store.check([f"ended {rank}"]):
                         ended[rank] = self._store.get(f"ended {rank}").decode() or None
-                reasons = [rank for rank, reason in ended.items() if reason]
-                passed = time.monotonic() - began
-                if why and (min(reasons) < self.rank or min(reasons) == self.rank and passed > PRECEDENCE):
-                    return why if min(reasons) == self.rank else None
-                if why and self.first:
-                    return why
-                if not why and reasons:
+                speaker = min((rank for rank, reason in ended.items() if reason), default=self.rank)
+                if speaker != self.rank and not (why and self.rank < speaker):
                     return None
-                if len(ended) == self.count or passed > LAST_WORDS:
+                passed = time.monotonic() - began
+                if len(ended) == self.count or passed > (PRECEDENCE if why else LAST_WORDS):
                     break
                 time.sleep(0.02)
         except RuntimeError:  # the store is where the first rank was

@@ -22,7 +22,7 @@ from marlin_convert.models.hidden import HiddenStates
 from marlin_convert.models.memory import memory_for_activations
 from marlin_convert.models.stages import BlockWalk, Reached
 from marlin_convert.models.structure import Stage
-from marlin_convert.owners import Owners
+from marlin_convert.owners import Found, Owners
 from marlin_convert.plan import Plan
 from marlin_convert.quantized import QuantizedLinear, first_crowded, quad_nonzeros
 from marlin_convert.ranks import Ranks, Share
@@ -70,8 +70,8 @@ class Solve:
     ):
         """Embed the calibration text: of several ranks each its share.
 
-        `directory` is for hidden states that no memory can hold, and for what is solved of a large block; only
-        the first rank has it.
+        `directory` is for hidden states that no memory can hold, and for what is solved of a large block; the
+        first rank has it.
         """
         self._plan = plan
         self._ranks = ranks
@@ -232,15 +232,16 @@ class Solve:
         owners.sum_up(sums)
         mine = owners.stages(self._ranks.rank)
         sums[:] = [sums[number] for number in mine]
-        found = [one for some in self._find([stages[i] for i in mine], sums, owners.outputs) for one in some]
-        every = [
-            Solved(self._plan.fates[row["name"]], layer, row, energies)
-            for layer, row, energies in owners.exchange(
-                [(one.found, one.row, one.energies) for one in found], self._model.device
-            )
-        ]
-        for one in every:
-            self._model.replace(one.fate.name, one.found.dequantize().to(self._model.dtype))
+        found: list[Found] = []
+        for some in self._find([stages[number] for number in mine], sums, owners.outputs):
+            for one in some:
+                assert isinstance(one.found, QuantizedLinear)  # pruning is not shared
+                found.append((one.found, one.row, one.energies))
+        every = []
+        for layer, row, energies in owners.exchange(found, self._model.device):
+            fate = self._plan.fates[row["name"]]
+            self._model.replace(fate.name, layer.dequantize().to(self._model.dtype))
+            every.append(Solved(fate, layer, row, energies))
         yield from _with_errors(every, self._recipe.damping)
 
     def _find(self, stages: list[list[Fate]], sums: list[Sums], share: Share) -> Iterator[list[Solved]]:

@@ -107,7 +107,8 @@ def convert(
     from marlin_convert import report as reports
 
     if not job.ranks.first:  # the first one prints
-        return None if dry_run else story(job)
+        (plan_job if dry_run else story)(job)
+        return
     if dry_run:
         _, plan = plan_job(job)
         said = json.dumps(reports.plan_json(plan, job, verbose=verbose), indent=2) if as_json else None

@@ -45,10 +45,10 @@ class Commands(click.Group):
             show_error(error)
             sys.exit(2 if isinstance(error, OptionError) else 1)
         except click.NoSuchOption as error:
-            resembling(error).show()
+            torchrun.show(resembling(error))
             sys.exit(error.exit_code)
         except click.ClickException as error:
-            error.show()
+            torchrun.show(error)
             sys.exit(error.exit_code)
         except (click.Abort, KeyboardInterrupt) as interrupt:
             self._interrupted(words, interrupt)
@@ -112,8 +112,7 @@ def main(context: click.Context) -> None:
     Exit status: 0 done, 1 it could not be done, 2 wrong usage, 3 verify found a difference, 130 interrupted,
     143 ended by SIGTERM.
     """
-    if context.invoked_subcommand not in (None, "quantize"):
-        torchrun.refuse(str(context.invoked_subcommand))
+    torchrun.begin(str(context.invoked_subcommand))
 
 
 for command in (quantize, sparsify, verify, generate, push, inspect, recipes, bench, env):

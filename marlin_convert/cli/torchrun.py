@@ -29,13 +29,22 @@ def is_first() -> bool:
     return count() == 1 or os.environ["RANK"] == "0"
 
 
-def refuse(command: str) -> None:
-    """ConvertError for a command that several processes were started for, and one can do."""
-    if count() == 1:
-        return
+def begin(command: str) -> None:
+    """Let one process log what all have to say; ConvertError where several have the work of one."""
     if not is_first():
-        terminal.leave(1)
-    raise ConvertError(f"{command} is the work of one process, torchrun started {count()}.", "run it alone.")
+        logging.disable()
+    if count() > 1 and command != "quantize":
+        if not is_first():
+            terminal.leave(1)
+        raise ConvertError(
+            f"{command} is the work of one process, torchrun started {count()}.", "run it without torchrun."
+        )
+
+
+def show(error: click.ClickException) -> None:
+    """Print wrong usage, once."""
+    if is_first():
+        error.show()
 
 
 @contextmanager
@@ -49,8 +58,6 @@ def ranks() -> Iterator["Ranks"]:
     if count() == 1:
         yield ALONE
         return
-    if not is_first():
-        logging.disable()  # the first one has the same to say
     found = Ranks.join()
     try:
         yield found

@@ -194,7 +194,7 @@ def _quantize(
 def _solve_along(
     job: Job, plan: Plan, weights: Weights, calibration: Calibration | None, started: float
 ) -> Report:
-    """What the ranks do whose first one writes: solve with it what is not `done`, until the output is there."""
+    """What the ranks do that do not write: solve with the first what is left, and wait for the output."""
     done = job.ranks.told()
     replayed = 0
     if isinstance(done, int):

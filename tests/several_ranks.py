@@ -1,0 +1,134 @@
+"""Command lines in processes that torchrun starts, one of which may be killed or fail where it is told."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+# torchrun's own launcher, in a process that has imported everything and forks: for every line it is given a
+# launcher, which forks the ranks.
+STARTER = """
+import importlib, json, os, signal, sys
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+from marlin_convert import report
+from marlin_convert.commands import quantize
+from marlin_convert.cli.main import main
+
+def at_call(place, call, do):
+    module, name = place.split(":")
+    holder = importlib.import_module(module)
+    *path, name = name.split(".")
+    for part in path:
+        holder = getattr(holder, part)
+    function, calls = getattr(holder, name), 0
+    def counted(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            do()
+        return function(*args, **kwargs)
+    setattr(holder, name, counted)
+
+def fail():
+    raise MemoryError("no memory is left")
+
+def rank(order):
+    for place, value in order["constants"].items():
+        module, name = place.split(":")
+        setattr(importlib.import_module(module), name, value)
+    if order["stop"] and os.environ["RANK"] == str(order["stop"][0]):
+        _, place, call, how = order["stop"]
+        at_call(place, call, fail if how == "fail" else lambda: os.kill(os.getpid(), signal.SIGKILL))
+    try:
+        main(order["words"])
+        status = 0
+    except SystemExit as end:
+        status = end.code or 0
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+print("ready", flush=True)
+for line in sys.stdin:
+    order = json.loads(line)
+    child = os.fork()
+    if not child:
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600), 1)
+        os.dup2(1, 2)
+        config = LaunchConfig(
+            min_nodes=1, max_nodes=1, nproc_per_node=order["ranks"], run_id="test", rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1, start_method="fork",
+        )
+        try:
+            elastic_launch(config, rank)(order)
+            status = 0
+        except ChildFailedError:
+            status = 1
+        os._exit(status)
+    _, status = os.waitpid(child, 0)
+    print(os.waitstatus_to_exitcode(status), flush=True)
+"""
+
+
+class StartRanks(Protocol):
+    """Runs a command line in several ranks; torchrun's exit status, and all that was printed.
+
+    `stop` is a rank that stops in the n-th call of a function, killed or because of an error: (rank, function,
+    n, "kill" or "fail"). `constants` are of our modules, to be other than they are.
+    """
+
+    def __call__(
+        self,
+        ranks: int,
+        *words: object,
+        stop: tuple[int, str, int, str] | None = None,
+        constants: dict[str, Any] | None = None,
+    ) -> tuple[int, str]: ...
+
+
+@contextmanager
+def ranks_starter(directory: Path) -> Iterator[StartRanks]:
+    """A process that starts ranks for every command line; `directory` is for its log."""
+    log = directory / "log.txt"
+    with subprocess.Popen(
+        [sys.executable, "-c", STARTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"},
+    ) as server:  # fmt: skip
+        assert server.stdin and server.stdout
+        server.stdout.readline()
+
+        def start(
+            ranks: int,
+            *words: object,
+            stop: tuple[int, str, int, str] | None = None,
+            constants: dict[str, Any] | None = None,
+        ) -> tuple[int, str]:
+            order = {
+                "ranks": ranks,
+                "words": [str(word) for word in words],
+                "log": str(log),
+                "stop": stop,
+                "constants": constants or {},
+            }
+            print(json.dumps(order), file=server.stdin, flush=True)
+            status = int(server.stdout.readline())
+            return status, log.read_text()
+
+        yield start
+        server.stdin.close()
+
+
+def torchrun(ranks: int, *words: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command line as a user does, with torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
+    return subprocess.run(
+        [*command, "-m", "marlin_convert", *map(str, words)],
+        capture_output=True, text=True, env=os.environ | environment,
+    )  # fmt: skip

@@ -1,0 +1,194 @@
+"""Conversions that torchrun shares among processes: the same codes as one makes, and none goes on alone."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import diverse_models
+import pytest
+import tiny_models
+import torch
+from runs import Start, blocks_done, contents, partial, starter
+from safetensors.torch import load_file
+from several_ranks import StartRanks, ranks_starter, torchrun
+
+from marlin_convert.ranks import Share
+
+MIXTURE_IN_PIECES: dict[str, Any] = {
+    "marlin_convert.chunks:AT_ONCE": {"cpu": 12 << 20},  # three experts at once
+    "marlin_convert.models.hidden:TOKENS": {"cpu": 192},
+}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartRanks]:
+    with ranks_starter(tmp_path_factory.mktemp("log")) as start:
+        yield start
+
+
+@pytest.fixture(scope="module")
+def start_alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    with starter(tmp_path_factory.mktemp("log")) as start:
+        yield start
+
+
+@pytest.fixture(scope="module")
+def words(tinypy: Path, tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+    """A dense model, whose text makes shares of three and two samples."""
+    text = tiny_models.text(tmp_path_factory.mktemp("text"))
+    return [
+        "quantize", tinypy, "--calibration", text, "--samples", 5, "--sequence-length", 128,
+        "--device", "cpu", "--format", "gptq", "-v",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(start: StartRanks, words: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks have made of it that nothing interrupted."""
+    output = tmp_path_factory.mktemp("whole") / "out"
+    status, log = start(2, *words, "-o", output)
+    assert status == 0, log
+    assert log.count("block 4 of 4 done") == log.count("Next:") == log.count("planning") == 1
+    return output
+
+
+def check_near(output: Path, alone: Path, *, same: float) -> None:
+    """Nearly all codes are the same, and so are the errors, the divergences and the other words."""
+    ours, theirs = (json.loads((path / "marlin_convert.json").read_text()) for path in (output, alone))
+    assert ours.pop("ranks") > 1 and "ranks" not in theirs
+    assert ours["divergence"] == pytest.approx(theirs["divergence"], rel=0.01)
+    for one, other in zip(ours["matrices"], theirs["matrices"], strict=True):
+        assert one.pop("error") == pytest.approx(other.pop("error"), rel=0.03)
+        assert one == other  # tokens of experts among it
+    for manifest in (ours, theirs):
+        for key in ("divergence", "files"):
+            del manifest[key]
+    assert ours == theirs
+    tensors, others = (load_file(path / "model.safetensors") for path in (output, alone))
+    assert tensors.keys() == others.keys()
+    for name, tensor in tensors.items():
+        if name.endswith("qweight"):
+            shifts = torch.arange(0, 32, 4)
+            codes, codes_alone = (x[..., None] >> shifts & 15 for x in (tensor, others[name]))
+            assert (codes == codes_alone).float().mean() > same, name
+
+
+def test_codes_are_those_of_one_process(
+    words: list[object], whole: Path, start: StartRanks, start_alone: Start, tmp_path: Path
+) -> None:
+    status, log = start_alone(*words, "-o", tmp_path / "alone")
+    assert status == 0, log
+    check_near(whole, tmp_path / "alone", same=0.98)
+    # shares of one, two and two
+    status, log = start(3, *words, "-o", tmp_path / "three")
+    assert status == 0, log
+    check_near(tmp_path / "three", tmp_path / "alone", same=0.98)
+
+
+def test_so_are_those_of_a_mixture_and_they_are_the_same_twice(
+    start: StartRanks, start_alone: Start, words: list[object], tmp_path: Path
+) -> None:
+    """Of the last of its four experts, which is alone in its chunk, every rank solves some outputs."""
+    model = diverse_models.build("qwen3_moe", vocab_size=4096, num_hidden_layers=2)
+    source = tiny_models.save(model, tmp_path / "source")
+    command = [words[0], source, *words[2:]]
+    status, log = start_alone(*command, "-o", tmp_path / "alone", constants=MIXTURE_IN_PIECES)
+    assert status == 0, log
+    for output in ("one", "other"):
+        status, log = start(2, *command, "-o", tmp_path / output, constants=MIXTURE_IN_PIECES)
+        assert status == 0, log
+    assert contents(tmp_path / "one") == contents(tmp_path / "other")
+    check_near(tmp_path / "one", tmp_path / "alone", same=0.98)
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_rank_that_is_killed_stops_the_others(
+    lost: int, start: StartRanks, words: list[object], whole: Path, tmp_path: Path
+) -> None:
+    """And the same command with --resume goes on to the same bytes."""
+    output = tmp_path / "out"
+    began = time.monotonic()
+    stop = (lost, "marlin_convert.models.hidden:HiddenStates.divergence", 3, "kill")
+    status, log = start(2, *words, "-o", output, stop=stop)
+    assert status == 1 and time.monotonic() - began < 30
+    assert f"Error: rank {1 - lost}: rank {lost} has ended without a word" in log or (
+        lost and "Error: rank 1 has ended without a word: killed, or out of memory." in log
+    ), log
+    assert log.count("Error:") == 1 and "Interrupted" not in log
+    assert not output.exists() and blocks_done(output) in (1, 2)
+    if lost:
+        status, log = start(3, *words, "-o", output, "--resume")
+        assert status == 1 and "continue with torchrun and 2 processes" in log
+    status, log = start(2, *words, "-o", output, "--resume")
+    assert status == 0 and log.count("resuming at block") == 1, log
+    assert contents(output) == contents(whole)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_rank_that_fails_says_why_and_nobody_else_does(
+    start: StartRanks, words: list[object], tmp_path: Path
+) -> None:
+    stop = (1, "marlin_convert.models.hidden:HiddenStates.divergence", 1, "fail")
+    status, log = start(2, *words, "-o", tmp_path / "out", stop=stop)
+    assert status == 1
+    assert (
+        log.count("Error: ") == 2 and "MemoryError: no memory is left" in log
+    )  # one of them the traceback's
+    assert "Error: rank 1: no memory is left" in log
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--samples", 1), "1 calibration samples cannot be shared by 2 processes."),
+        (("--sparsity", "2:4"), "2:4 sparsity is solved by one process, torchrun started 2."),
+        (("--effort", "high"), "--effort high tunes by one process, torchrun started 2."),
+        (("--device", "cuda:0"), "is one device, torchrun started 2 processes"),
+        (("--nonsense",), "No such option"),
+    ],
+)
+def test_what_is_not_shared_is_refused_once(
+    more: tuple[object, ...], said: str, start: StartRanks, words: list[object], tmp_path: Path
+) -> None:
+    status, log = start(2, *words, "-o", tmp_path / "out", *more)
+    assert status == 1
+    assert log.count(said) == 1 and log.count("Error: ") == 1, log
+    assert partial(tmp_path / "out").exists() is False
+
+
+def test_torchrun_itself(words: list[object], whole: Path, tmp_path: Path) -> None:
+    done = torchrun(2, *words, "-o", tmp_path / "out", "--json", "-q")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["linears"]
+    assert contents(tmp_path / "out") == contents(whole)
+
+
+def test_other_commands_are_of_one_process(start: StartRanks, tinypy: Path) -> None:
+    status, log = start(2, "inspect", tinypy)
+    assert status == 1
+    assert log.count("inspect is the work of one process, torchrun started 2.") == 1
+
+
+def test_shares_are_in_order_and_differ_by_one() -> None:
+    shares = [Share(number, 3).range(8) for number in range(3)]
+    assert [number for share in shares for number in share] == list(range(8))
+    assert sorted(map(len, shares)) == [2, 3, 3]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("kind", ["dense", "mixture"])
+def test_two_gpus(kind: str, words: list[object], tmp_path: Path) -> None:
+    """As on a CPU: the same bytes twice, near to those of one; each process takes its own."""
+    command = [*words, "--device", "cuda"]
+    if kind == "mixture":
+        model = diverse_models.build("qwen3_moe", vocab_size=4096, num_hidden_layers=2)
+        command[1] = tiny_models.save(model, tmp_path / "source")
+    for ranks, output in ((1, "alone"), (2, "one"), (2, "other")):
+        done = torchrun(ranks, *command, "-o", tmp_path / output)
+        assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "one") == contents(tmp_path / "other")
+    check_near(tmp_path / "one", tmp_path / "alone", same=0.97)
