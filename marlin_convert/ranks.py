@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 PATIENCE = timedelta(days=2)
 
 # Seconds in which the others say why they end, before one that says nothing counts as lost.
-LAST_WORDS = 10.0
+LAST_WORDS = 5.0
 # Seconds that a rank leaves those before it to say the same.
 PRECEDENCE = 2.0
 
@@ -124,7 +124,7 @@ class Ranks:
     def sum(self, tensor: Tensor, to: int | None = None) -> None:
         """Sum a tensor up over all ranks, in place, at rank `to` or at all of them.
 
-        It has one shape everywhere; at other ranks than `to` nothing is left to use. The terms are added in an
+        It has one shape everywhere; at ranks other than `to` nothing is left to use. Terms are added in an
         order that the number of ranks tells: a sum for all is made at one of them.
         """
         from torch import distributed

@@ -51,8 +51,8 @@ def rank(order):
     except SystemExit as end:
         status = end.code or 0
     sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    if status:  # of a function that succeeds the launcher wants to see that it returns
+        os._exit(status)
 
 print("ready", flush=True)
 for line in sys.stdin:
@@ -80,8 +80,8 @@ for line in sys.stdin:
 class StartRanks(Protocol):
     """Runs a command line in several ranks; torchrun's exit status, and all that was printed.
 
-    `stop` is a rank that stops in the n-th call of a function, killed or because of an error: (rank, function,
-    n, "kill" or "fail"). `constants` are of our modules, to be other than they are.
+    `stop` is a rank that stops in the n-th call of a function: (rank, function, n, "kill" or "fail").
+    `constants` are of our modules, to be other than they are.
     """
 
     def __call__(
