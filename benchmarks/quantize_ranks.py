@@ -1,0 +1,87 @@
+"""Seconds per layer of one conversion that torchrun shares among GPUs, beside those of one process.
+
+usage: python benchmarks/quantize_ranks.py [--ranks 1,2] [--shapes 8b,qwen3-30b] [--layers 2,6]
+
+Every conversion is a command of its own, 256 x 2048 tokens; the slope of its own clock, which starts after the
+imports, over two layer counts is what a layer costs. With `--repeats` the quickest of so many counts. Models
+are made on the first GPU, 0.44 and 1.3 GB a layer, in a directory inside of `--directory` that is removed at
+the end. `--shapes tiny` is for a CPU.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import quantize_gpu
+import quantize_mixture
+import torch
+
+HERE = Path(__file__).resolve().parent
+
+
+def make_model(shape: str, directory: Path, layers: int) -> Path:
+    """A random model of so many layers."""
+    if shape == "8b":
+        return quantize_gpu.make_model(directory, layers)
+    return quantize_mixture.make_model(shape, directory, layers)
+
+
+def seconds(shape: str, model: Path, output: Path, ranks: int) -> float:
+    """What a conversion by so many processes takes, by its own clock."""
+    samples, length = (256, 2048) if shape == "8b" else quantize_mixture.SHAPES[shape][3:]
+    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    done = subprocess.run(
+        [
+            sys.executable, *torchrun, "-m", "marlin_convert", "quantize", str(model), "-o", str(output),
+            "--samples", str(samples), "--sequence-length", str(length), "--format", "compressed-tensors",
+            "--device", "cuda" if torch.cuda.is_available() else "cpu", "--json", "-q",
+        ],
+        stdout=subprocess.PIPE, text=True, check=True, cwd=HERE.parent,
+        # torchrun lets every process have one thread where nobody says otherwise
+        env={"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))} | os.environ,
+    )  # fmt: skip
+    shutil.rmtree(output)
+    return json.loads(done.stdout)["seconds"]
+
+
+def main() -> None:
+    """Print a line for every conversion, and a table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--ranks", default="1,2")
+    parser.add_argument("--shapes", default="8b,qwen3-30b")
+    parser.add_argument("--layers", default="2,6")
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--directory", type=Path, help="where models and checkpoints are put for the while")
+    chosen = parser.parse_args()
+    counts, low_high = ([int(n) for n in said.split(",")] for said in (chosen.ranks, chosen.layers))
+    low, high = sorted(low_high)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    print(f"{device}, torch {torch.__version__}, {low} and {high} layers", flush=True)
+    table = []
+    for shape in chosen.shapes.split(","):
+        with tempfile.TemporaryDirectory(dir=chosen.directory) as temporary:
+            here = Path(temporary)
+            models = {layers: make_model(shape, here / f"model-{layers}", layers) for layers in (low, high)}
+            slopes: dict[int, float] = {}
+            for ranks in counts:
+                taken = {
+                    layers: min(seconds(shape, model, here / "out", ranks) for _ in range(chosen.repeats))
+                    for layers, model in models.items()
+                }
+                slopes[ranks] = (taken[high] - taken[low]) / (high - low)
+                print(f"{shape}, {ranks} ranks: {taken[low]:.2f} s, {taken[high]:.2f} s", flush=True)
+                times = f"{slopes[counts[0]] / slopes[ranks]:.2f}"
+                table.append(f"| {shape} | {ranks} | {slopes[ranks]:.3f} | {times} |")
+    print(f"\n| shape | ranks | seconds a layer | times as fast as {counts[0]} |\n|---|---|---|---|")
+    print("\n".join(table))
+
+
+if __name__ == "__main__":
+    main()
