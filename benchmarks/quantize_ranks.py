@@ -2,7 +2,7 @@
 
 usage: python benchmarks/quantize_ranks.py [--ranks 1,2] [--shapes 8b,qwen3-30b] [--layers 2,6]
 
-Every conversion is a command of its own, 256 x 2048 tokens; the slope of its own clock, which starts after the
+Every conversion is a command of its own, 256 x 2048 tokens; the slope of its clock, which starts after the
 imports, over two layer counts is what a layer costs. With `--repeats` the quickest of so many counts. Models
 are made on the first GPU, 0.44 and 1.3 GB a layer, in a directory inside of `--directory` that is removed at
 the end. `--shapes tiny` is for a CPU.
