@@ -1,12 +1,14 @@
 """The kernels for experts beside vLLM's fused Marlin experts and Humming's, one layer at a time.
 
     python benchmarks/kernel_experts.py OUT.json [--shapes qwen3-30b,deepseek-v3-tp8] [--tokens 1,16,64]
+           [--as 8.0]
 
 VLLM_C and VLLM_MOE_C name _C_stable_libtorch.abi3.so and _moe_C_stable_libtorch.abi3.so out of vLLM's wheel;
 Humming's wheel is unpacked on PYTHONPATH.
 Everything that runs after the router is timed, in a CUDA graph that goes over copies of the weights which no
 L2 holds; all tokens go to experts drawn at random. `floor` is the time that the bytes of the experts which
-any token goes to take at the bandwidth that this GPU reads with.
+any token goes to take at the bandwidth that this GPU reads with. `--as` runs the kernels that a GPU of
+another compute capability would be given.
 """
 
 import argparse
@@ -25,6 +27,8 @@ from triton import language as tl
 
 from marlin_convert.formats import marlin, words
 from marlin_convert.formats.scheme import Scheme
+from marlin_convert.kernels import experts as kernels
+from marlin_convert.kernels.configurations import choose_for_experts
 from marlin_convert.kernels.experts import GroupedExperts, Stack
 
 GROUP = 128
@@ -215,7 +219,11 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
+    parser.add_argument("--as", dest="capability", help="as with this compute capability")
     asked = parser.parse_args()
+    if asked.capability:
+        major, minor = map(int, asked.capability.split("."))
+        kernels.choose_for_experts = lambda *given: choose_for_experts(*given[:4], (major, minor), *given[5:])
     layers: dict[str, Callable[[Weights], Layer]] = {"ours": ours}
     if os.environ.get("VLLM_MOE_C"):
         torch.ops.load_library(os.environ["VLLM_C"])

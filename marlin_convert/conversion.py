@@ -9,6 +9,7 @@ import torch
 
 from marlin_convert import recipe as recipes
 from marlin_convert.checkpoint.unfinished import UnfinishedRun
+from marlin_convert.documents import check_source
 from marlin_convert.errors import ConvertError, OptionError
 from marlin_convert.hub import Source, resolve
 from marlin_convert.options import FORMATS, check_place, names, pick_device, shard_size
@@ -93,6 +94,7 @@ def resolve_job(
     """The job of options as they are said, with the model looked at: it is downloaded when its blocks are."""
     if report is not None:
         check_place(Path(report))
+    check_source(recipe.calibration)
     return Job(
         output=Path(output),
         recipe=recipe,

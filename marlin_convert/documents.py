@@ -25,15 +25,32 @@ SPLITS = ("train", "test", "val", "dev", "eval")
 PIECE = 1 << 20
 
 
+def check_source(source: str) -> None:
+    """SourceError for what is no text to calibrate on; a dataset of the Hub is not asked for."""
+    path = Path(source)
+    if source == BUILTIN or source.startswith("hf:"):
+        return
+    if not path.is_file():
+        raise SourceError(
+            f"calibration text '{path}' does not exist.",
+            "pass builtin, a .txt, .jsonl or .parquet file, or hf:DATASET.",
+        )
+    if path.suffix.lower() not in SUFFIXES:
+        raise SourceError(
+            f"calibration text '{path}' is neither .txt, .jsonl nor .parquet.", "rename it to what it is."
+        )
+
+
 def documents(source: str, seed: int, *, held_out: bool = False) -> Iterator[Document]:
     """The documents of a source in an order drawn by the seed; of the Hub and of tables, piece by piece.
 
     source: 'builtin', a .txt, .jsonl or .parquet file, or 'hf:DATASET[:SPLIT]'. `held_out` takes the part of
     the builtin text that calibration never sees. SourceError for what is none.
     """
+    check_source(source)
     if source.startswith("hf:"):
         yield from _from_hub(source, seed)
-    elif source != BUILTIN and Path(source).suffix.lower() == ".parquet" and Path(source).is_file():
+    elif source != BUILTIN and Path(source).suffix.lower() == ".parquet":
         yield from _from_table(Path(source), seed)
     else:
         found: list[Document]
@@ -46,23 +63,13 @@ def documents(source: str, seed: int, *, held_out: bool = False) -> Iterator[Doc
 
 
 def _from_file(path: Path) -> Iterator[Document]:
-    if not path.is_file():
-        raise SourceError(
-            f"calibration text '{path}' does not exist.",
-            "pass builtin, a .txt, .jsonl or .parquet file, or hf:DATASET.",
-        )
-    suffix = path.suffix.lower()
-    if suffix == ".txt":
+    if path.suffix.lower() == ".txt":
         yield plain_text.read(path)
-    elif suffix == ".jsonl":
-        # split("\n"), not splitlines: JSON text may hold other line separators as they are
-        for number, line in enumerate(plain_text.read(path).split("\n"), 1):
-            if line.strip():
-                yield _json_document(line, f"{path.name}, line {number}")
-    else:
-        raise SourceError(
-            f"calibration text '{path}' is neither .txt, .jsonl nor .parquet.", "rename it to what it is."
-        )
+        return
+    # split("\n"), not splitlines: JSON text may hold other line separators as they are
+    for number, line in enumerate(plain_text.read(path).split("\n"), 1):
+        if line.strip():
+            yield _json_document(line, f"{path.name}, line {number}")
 
 
 def _json_document(line: str, where: str) -> Document:

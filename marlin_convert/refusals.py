@@ -101,24 +101,40 @@ def check_sparsity(weights: Weights, recipe: Recipe, claimed: set[str], *, repac
 
 def check_stages(fates: Fates, together: Together, *, repack: bool) -> None:
     """ConvertError where what engines fuse is not all packed or not at all, and in one layout."""
-    for names in dict.fromkeys(tuple(together[name]) for name in fates):
-        stage = [fates[name] for name in names if name in fates]
+    stages = [
+        [fates[name] for name in names if name in fates]
+        for names in dict.fromkeys(tuple(together[name]) for name in fates)
+    ]
+    for stage in stages:
         # one of each kind will do, of as many experts as there may be
         kinds = {(one.packed, one.reason is None, one.layout.format, _codes(one)): one for one in stage}
         for fate in kinds.values():
-            _check_beside(fate, stage, fates, repack=repack)
+            _check_beside(fate, stage, fates, stages, repack=repack)
 
 
-def _check_beside(fate: Fate, stage: Sequence[Fate], fates: Fates, *, repack: bool) -> None:
+def _written_otherwise(fate: Fate, stage: Sequence[Fate]) -> list[str]:
+    return [one.name for one in stage if one.packed and one.layout.format != fate.layout.format]
+
+
+def _check_beside(
+    fate: Fate, stage: Sequence[Fate], fates: Fates, stages: Sequence[Sequence[Fate]], *, repack: bool
+) -> None:
     """ConvertError where what is loaded as one with a matrix is written otherwise."""
     if fate.reason is not None:
-        others = [one.name for one in stage if one.packed and one.layout.format != fate.layout.format]
+        others = _written_otherwise(fate, stage)
         if others:
             kind, option = ("not 2:4", "--unpruned") if fate.packed else ("left dense", "--skip")
+            left = [
+                (one, beside)
+                for beside in stages
+                for one in beside
+                if one.reason is not None and one.packed == fate.packed
+            ]
+            everywhere = [name for one, beside in left for name in _written_otherwise(one, beside)]
             named = " and ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
             raise ConvertError(
                 f"{fate.name} is {kind}, {named} beside it not; engines load them as one.",
-                f"add {option_for(option, others, fates)}",
+                f"add {option_for(option, everywhere, fates)}",
             )
     unlike = [one for one in stage if one.packed and fate.packed and _codes(one) != _codes(fate)]
     if unlike:

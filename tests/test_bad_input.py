@@ -387,6 +387,9 @@ def test_a_skip_that_matches_nothing(cli: Cli, good: Path, tmp_path: Path) -> No
 def test_half_a_fused_group_skipped(cli: Cli, good: Path, tmp_path: Path) -> None:
     sentence = refused(cli, good, tmp_path / "out", "--skip", "*.gate_proj")
     assert "model.layers.0.mlp.gate_proj" in sentence and "up_proj" in sentence
+    assert "--skip '*.up_proj'" in sentence  # of all blocks, not of one after another
+    sentence = refused(cli, good, tmp_path / "out", "--skip", "*.1.mlp.gate_proj")
+    assert "--skip 'model.layers.1.mlp.up_proj'" in sentence
 
 
 def test_everything_skipped(cli: Cli, good: Path, tmp_path: Path) -> None:
@@ -421,6 +424,15 @@ def test_a_calibration_text_that_is_none(
     if data is not None:
         (tmp_path / name).write_bytes(data)
     assert said in refused(cli, good, tmp_path / "out", "--calibration", tmp_path / name)
+
+
+def test_a_missing_calibration_text_is_refused_before_the_model_is_looked_at(
+    cli: Cli, tmp_path: Path
+) -> None:
+    gone = tmp_path / "gone.txt"
+    assert "gone.txt' does not exist" in refused(
+        cli, tmp_path / "no-model", tmp_path / "out", "--calibration", gone
+    )
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ from marlin_convert.recipe import Recipe
 
 # Three micro-batches, and one expert at a time.
 ONE_BY_ONE: dict[str, Any] = {
-    "marlin_convert.chunks:AT_ONCE": {"cpu": 1},
-    "marlin_convert.models.hidden:TOKENS": {"cpu": 192},
+    "marlin_convert.chunks:AT_ONCE": {"cpu": 1, "cuda": 1},
+    "marlin_convert.models.hidden:TOKENS": {"cpu": 192, "cuda": 192},
 }
 ALL_KEPT = ONE_BY_ONE | {"marlin_convert.chunks:KEEP_AFTER": 0.0}
 # Calls of the solver in each of two blocks: for q, k and v, for o, and twice for each of four experts.
@@ -130,6 +130,19 @@ def test_killed_in_both_blocks_it_solves_nothing_again(
     assert len(second) == 2 * MATRICES - 7 - 1 and not set(first) & set(second)
     assert blocks_done(output) == 1 and kept(output) == [f"1/{i}.safetensors" for i in range(CALLS - 1)]
     finish(start, command_line, output, whole(command), 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_killed_inside_of_a_block_on_a_gpu(start: Start, words, tmp_path: Path) -> None:
+    command = [{"cpu": "cuda"}.get(str(word), word) for word in words("beside the original")]
+    status, log = start(*command, "-o", tmp_path / "whole", constants=ONE_BY_ONE)
+    assert status == 0, log
+    output = tmp_path / "killed" / "out"
+    output.parent.mkdir()
+    status, log = start(*command, "-o", output, kill=(KEEP, 4), constants=ALL_KEPT)
+    assert status == -signal.SIGKILL and len(kept(output)) == 4, log
+    finish(start, command, output, contents(tmp_path / "whole"), 2 * MATRICES - 7)
 
 
 KEPT, UNFINISHED = "marlin_convert.checkpoint.kept", "marlin_convert.checkpoint.unfinished"

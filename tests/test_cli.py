@@ -93,8 +93,8 @@ def test_python_m_is_the_same_command():
 def test_a_page_names_no_option_that_is_not_there(page):
     parameters = [option for command in ALL.values() for option in command.params]
     there = {spelling for option in parameters for spelling in option.opts + option.secondary_opts}
-    # the last three of pip, vLLM and lm_eval
-    there |= {"--help", "--version", "--no-deps", "--enable-expert-parallel", "--tasks"}
+    # the last four of pip, vLLM and lm_eval
+    there |= {"--help", "--version", "--no-deps", "--index-url", "--enable-expert-parallel", "--tasks"}
     text = (DOCS.parent / page).read_text("utf-8")
     named = set(re.findall(r"(?<![\w-])--[a-z]+(?:-[a-z]+)*", text))
     assert named <= there, named - there

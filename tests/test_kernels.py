@@ -29,6 +29,7 @@ from marlin_convert.kernels import compile as compiling
 from marlin_convert.kernels import launch
 from marlin_convert.kernels.configurations import (
     SHARED_MEMORY,
+    TILES,
     Beside,
     Configuration,
     choose,
@@ -47,14 +48,14 @@ SPILLS = {"stream": 0, "wgmma": 32, "mma": 900, "multistage": 32}
 
 def configurations(capability: tuple[int, int]) -> list[Configuration]:
     """Everything that can be chosen for an architecture."""
-    found = {
-        choose(m, n, k, group, bfloat16, capability, sparse): None
-        for m in (1, 9, 17, 33, 65, 129, 4096)
-        for n, k in ((4096, 4096), (57344, 8192))
-        for sparse in (False, True)
-        for group in (SPARSE_GROUPS if sparse else GROUPS)
-        for bfloat16 in (False, True)
-    }
+    found: dict[Configuration, None] = {}
+    for sparse in (False, True):
+        for group in SPARSE_GROUPS if sparse else GROUPS:
+            for bfloat16 in (False, True):
+                few = (choose(m, 57344, 8192, group, bfloat16, capability, sparse) for m in (1, 9))
+                many = choose(64, 4096, 4096, group, bfloat16, capability, sparse)
+                tiles = (replace(many, tokens=tokens) for tokens in TILES)
+                found |= dict.fromkeys([*few, *(one for one in tiles if one.fits)])
     return list(found)
 
 
@@ -146,9 +147,12 @@ def test_every_configuration_compiles(capability: tuple[int, int]) -> None:
         return compiling.compile(compiling.source(configuration), arch)
 
     found = configurations(capability)
-    if capability not in ((8, 0), (9, 0)):  # the same sources as the first of these: of each kind one
-        found = [one for one in found if one.group == (128, 0)[one.bfloat16]]
+    if capability not in ((8, 0), (9, 0)):  # the same sources as the first of these: a few of each kind
+        tiles = (8, 32, 128) if sum(capability) % 2 else (16, 48, 96)
+        found = [one for one in found if one.group == (128, 0)[one.bfloat16] and one.tokens in tiles]
     else:
+        # every tile in every group, in one type or the other
+        found = [one for one in found if (one.tokens // 16 + one.group // 32 + one.bfloat16) % 2]
         # of those for experts, which are many, each kernel in one of the groups
         found += [one for one in for_experts(capability) if one.group == (128, 0)[one.bfloat16]]
     with ThreadPoolExecutor(2) as pool:  # half the time on two processors
@@ -167,6 +171,32 @@ def test_every_configuration_compiles(capability: tuple[int, int]) -> None:
             sass = disassembled(code)
             assert sass.count("HGMMA.SP") == 8, "two a step"
             assert not overwritten(sass)
+
+
+@pytest.mark.parametrize(
+    "k, n, m, tokens",
+    [
+        (4096, 4096, 64, 32),  # each with the tile that was fastest when all were tried
+        (4096, 6144, 64, 64),
+        (4096, 6144, 128, 64),
+        (4096, 28672, 192, 96),
+        (8192, 57344, 256, 128),
+        (2048, 2048, 32, 16),
+        (2048, 3072, 64, 32),
+        (896, 1152, 128, 16),
+        (2048, 1024, 256, 32),
+    ],
+)
+def test_the_tile_with_the_least_cost(k: int, n: int, m: int, tokens: int) -> None:
+    assert choose(m, n, k, 128, False, (9, 0)).tokens == tokens
+
+
+def test_a_gpu_with_fewer_processors_gets_larger_tiles() -> None:
+    few, many = (choose(64, 4096, 4096, 128, False, (8, 6), processors=count).tokens for count in (28, 142))
+    assert (few, many) == (64, 32)
+    # and only where two chunks find room
+    assert choose(4096, 4096, 4096, 32, False, (8, 0)).tokens == 128
+    assert choose(4096, 4096, 4096, 32, False, (8, 6)).tokens == 96
 
 
 @pytest.mark.parametrize("sparse", [False, True])

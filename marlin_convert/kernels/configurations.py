@@ -200,55 +200,54 @@ def chunks_of(k: int) -> int:
     return -(-k // ROWS)
 
 
+# Tokens of the tiles that sums in registers are of.
+TILES = (16, 32, 48, 64, 96, 128)
+
+# What a tile's chunk takes whatever tokens it has, in tokens; and in chunks what it takes to sum up a tile
+# that several blocks share, and what more if their shares are no parts of one tile alone.
+OF_A_TILE, TO_SUM_UP, UNEVEN = 65, 10, 4
+
+
 def choose(
-    m: int, n: int, k: int, group: int, bfloat16: bool, capability: tuple[int, int], sparse: bool = False
+    m: int,
+    n: int,
+    k: int,
+    group: int,
+    bfloat16: bool,
+    capability: tuple[int, int],
+    sparse: bool = False,
+    processors: int = 132,
 ) -> Configuration:
-    """The configuration for m tokens of a layer with n outputs and k inputs.
+    """The configuration for m tokens of a layer with n outputs and k inputs, on so many multiprocessors.
 
-    From a sweep on an H200 (benchmarks/RESULTS.md). wgmma has less to do per code than mma.sync, but only two
-    warpgroups that wait for one another: it wins where summing up shared tiles takes as long as reading them,
-    and from 17 tokens on; of Sparse-MARLIN's half as many codes, from 9 on. Narrow tiles are quickly summed
-    up, but need the codes once for every tile. Microseconds, before sums in clusters:
-
-    ======  =================================  ==================================
-    tokens  few chunks                         many
-    ======  =================================  ==================================
-    16      70B qkv: wgmma 18.5, stream 19.3   8B gate_up: wgmma 22.3, stream 20.3
-    64      8B o: 32 a tile 11.0, 64 12.1      8B qkv: 32 15.1, 64 13.3
-    128     8B qkv: 64 18.5, 128 19.2          70B o: 64 35.0, 128 32.5
-    256     8B o: 64 19.8, 128 21.6            8B down: 64 53.2, 128 49.4
-    2:4
-    1       8B qkv: 2 teams 5.9, 3 6.1         70B gate_up: 2 teams 50.9, 3 51.6
-    16      8B o: wgmma 6.6, stream 9.1        70B down: wgmma 29.8, stream 31.1
-    64      8B o: 32 a tile 9.0, 64 10.0       8B qkv: 32 11.7, 64 10.4
-    128     8B qkv: 64 14.5, 128 16.4          70B o: 64 24.0, 128 23.3
-    256     8B o: 64 15.1, 128 16.9            8B down: 64 37.4, 128 33.6
-    ======  =================================  ==================================
-
-    Elsewhere mma.sync's kernels, from a sweep on an H100 that was made to run them, with the same words for
-    few and many chunks; tiles of 128 tokens only where shared memory holds two of their chunks.
+    From sweeps on an H100 (benchmarks/RESULTS.md), which can run all of these kernels. Up to 8 tokens, or 16
+    of a large layer, go to those whose teams of warps take chunks in turn: they wait least for one another.
+    For more the tile is the one with the least `cost`.
     """
-    columns = -(-n // FEATURES)
-    chunks = columns * chunks_of(k)
-    if capability != (9, 0):
-        if m <= 8 or (m <= 16 and chunks > 3000):
-            return Configuration("mma", 8 if m <= 8 else 16, 2, group, bfloat16, sparse)
-        if m <= 64:
-            tokens = 16 if m <= 16 else 32 if m <= 32 or chunks <= 512 else 64
-        else:
-            tokens = 64 if chunks <= (2560 if m <= 128 else 768 if m <= 256 else 0) else 128
-        memory = SHARED_MEMORY[capability] * 1024
-        found = Configuration("multistage", tokens, 2, group, bfloat16, sparse, memory=memory)
-        return found if found.fits else replace(found, tokens=96)
-    if m <= 8 or (m <= 16 and chunks > 3000 and not sparse):
-        return Configuration("stream", 8 if m <= 8 else 16, 2 if sparse else 3, group, bfloat16, sparse)
-    if m <= 32:
-        tokens = 16 if m <= 16 else 32
-    elif m <= 64:
-        tokens = 32 if chunks <= 512 else 64
-    else:
-        tokens = 64 if (columns <= 24 if m <= 128 else m <= 256 and chunks <= 768) else 128
-    return Configuration("wgmma", tokens, 2, group, bfloat16, sparse)
+    columns, chunks = -(-n // FEATURES), chunks_of(k)
+    hopper = capability == (9, 0)
+    if m <= 8 or (m <= 16 and columns * chunks > 3000 and not (hopper and sparse)):
+        tokens = 8 if m <= 8 else 16
+        if hopper:
+            return Configuration("stream", tokens, 2 if sparse else 3, group, bfloat16, sparse)
+        return Configuration("mma", tokens, 2, group, bfloat16, sparse)
+    kernel, memory = "wgmma" if hopper else "multistage", SHARED_MEMORY[capability] * 1024
+    found = [Configuration(kernel, tokens, 2, group, bfloat16, sparse, memory=memory) for tokens in TILES]
+    return min(
+        (one for one in found if one.fits),
+        key=lambda one: cost(one, columns * -(-m // one.tokens), chunks, processors),
+    )
+
+
+def cost(configuration: Configuration, tiles: int, chunks: int, processors: int) -> int:
+    """What the block with most to do takes for its part of so many tiles of so many chunks, in tokens.
+
+    That is the work of one chunk of one token; each chunk of a tile takes that of OF_A_TILE besides.
+    """
+    _, whole, run, share, each, more = schedule(configuration, tiles, chunks, processors)
+    longest, tokens = whole * chunks + each + bool(more), configuration.tokens
+    sums = TO_SUM_UP + (run != chunks) * UNEVEN if run and (run != chunks or share > 1) else 0
+    return longest * (OF_A_TILE + tokens) + sums * tokens
 
 
 # Kernel, tokens and teams of tiles of an expert's tokens: from a sweep on an H100 (benchmarks/RESULTS.md).
@@ -262,10 +261,6 @@ EXPERT_TILES_OF_MMA = [
     *(("mma", tokens, 2) for tokens in (8, 16)),
     *(("multistage", tokens, 2) for tokens in (32, 64, 96, 128)),
 ]
-
-# What a tile takes whatever tokens it has, in tokens: with one an expert Mixtral takes 319 us where tiles are
-# of 32 tokens, 404 of 64, 533 of 96.
-OF_A_TILE = 65
 
 
 def choose_for_experts(

@@ -280,7 +280,8 @@ def _prepare(x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None, B_meta: Tenso
     capability = torch.cuda.get_device_capability(device)
     m = x.numel() // layer.k
     bfloat16, sparse = x.dtype == torch.bfloat16, B_meta is not None
-    configuration = choose(m, layer.n, layer.k, layer.group, bfloat16, capability, sparse)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    configuration = choose(m, layer.n, layer.k, layer.group, bfloat16, capability, sparse, processors)
     call = Call(configuration, x, B, s, bias, B_meta)
     call(x.data_ptr(), y.data_ptr())
     if not torch.cuda.is_current_stream_capturing():
