@@ -95,6 +95,7 @@ def test_a_page_names_no_option_that_is_not_there(page):
     there = {spelling for option in parameters for spelling in option.opts + option.secondary_opts}
     # the last four of pip, vLLM and lm_eval
     there |= {"--help", "--version", "--no-deps", "--index-url", "--enable-expert-parallel", "--tasks"}
+    there |= {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"}  # of torchrun
     text = (DOCS.parent / page).read_text("utf-8")
     named = set(re.findall(r"(?<![\w-])--[a-z]+(?:-[a-z]+)*", text))
     assert named <= there, named - there

@@ -107,7 +107,7 @@ def test_so_are_those_of_a_mixture_and_they_are_the_same_twice(
     check_near(tmp_path / "one", tmp_path / "alone")
 
 
-@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("lost", [pytest.param(0, marks=pytest.mark.faults), 1])
 def test_a_rank_that_is_killed_stops_the_others(
     lost: int, start: StartRanks, words: list[object], whole: Path, tmp_path: Path
 ) -> None:
