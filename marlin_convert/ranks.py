@@ -4,20 +4,17 @@ torch.distributed carries all of it, with gloo between CPUs and NCCL between GPU
 rank is one of these processes, the first is rank 0. All ranks make the same calls in the same order.
 """
 
+import pickle
 import time
 from collections.abc import Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from marlin_convert.errors import ConvertError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 # How long a rank waits for the others: longer than any block takes. A rank that ends is noticed at once.
 PATIENCE = timedelta(days=2)
@@ -89,25 +86,23 @@ class Ranks:
 
     def told(self, said: Any = None) -> Any:
         """What the first rank says, at every rank."""
-        if self.alone:
-            return said
-        from torch import distributed
-
-        words = [said]
-        with _others():
-            distributed.broadcast_object_list(words, 0)
-        return words[0]
+        return said if self.alone else self._word(said, 0)
 
     def all_say(self, said: Any) -> list[Any]:
         """What every rank says, in their order."""
-        if self.alone:
-            return [said]
+        return [said] if self.alone else [self._word(said, rank) for rank in range(self.count)]
+
+    def _word(self, said: Any, speaker: int) -> Any:
+        """What one rank says; torch's own exchange of objects would not heed signals while it waits."""
         from torch import distributed
 
-        words: list[Any] = [None] * self.count
-        with _others():
-            distributed.all_gather_object(words, said)
-        return words
+        speaks = speaker == self.rank
+        word = torch.frombuffer(bytearray(pickle.dumps(said if speaks else None)), dtype=torch.uint8)
+        size = torch.tensor(len(word))
+        _wait(distributed.broadcast(size, speaker, async_op=True))
+        word = word if speaks else torch.empty(int(size), dtype=torch.uint8)
+        _wait(distributed.broadcast(word, speaker, async_op=True))
+        return pickle.loads(word.numpy().tobytes())
 
     def counted(self, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Of integers, of one shape at every rank, the sums over the ranks before this one, and over all."""
@@ -209,20 +204,14 @@ class Ranks:
         return f"{who} ended without a word: killed, or out of memory."
 
 
-@contextmanager
-def _others() -> "Iterator[None]":
-    try:
-        yield
-    except RuntimeError as error:
-        raise RankLost("another rank has ended.") from error
-
-
 def _wait(work: Any) -> None:
     """Wait as Python does, which heeds signals: NCCL never hears that another process is gone."""
-    with _others():
+    try:
         while not work.is_completed():
             time.sleep(0.0001)
         work.wait()
+    except RuntimeError as error:
+        raise RankLost("another rank has ended.") from error
 
 
 ALONE = Ranks()
