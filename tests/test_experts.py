@@ -169,6 +169,22 @@ def test_others_are_evenly_spaced_and_as_many_as_are_missing() -> None:
     assert everyone.tokens.tolist() == list(range(100)) and not everyone.own
 
 
+def test_pieces_of_a_text_calibrate_an_expert_as_all_of_it_does() -> None:
+    x, own = torch.arange(1000.0).reshape(100, 10), torch.tensor([3, 50, 51])
+    whole = routing.Entering(x, [own])
+    pieces = []
+    for start, stop in ((0, 51), (51, 52), (52, 100)):
+        here = own[(own >= start) & (own < stop)] - start
+        pieces.append(routing.Entering(x[start:stop], [here], start, (100, 3)))
+
+    def rows(entering: routing.Entering) -> list[tuple[float, float]]:
+        found = routing.chosen(entering, 0)
+        return [(row, piece.weight) for piece in found for row in entering.x[piece.tokens, 0].tolist()]
+
+    assert len(rows(whole)) == 10
+    assert sorted(rows(whole)) == sorted(row for piece in pieces for row in rows(piece))
+
+
 def test_many_tokens_come_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(routing, "ROWS", 40)
     entering = routing.Entering(torch.zeros(120, 110), [torch.arange(10, 110), torch.arange(0)])
