@@ -28,9 +28,10 @@ from marlin_convert.models.blocks import BlockModel
 from marlin_convert.models.hidden import HiddenStates
 from marlin_convert.models.stages import BlockWalk, Reached
 from marlin_convert.models.structure import Stage
-from marlin_convert.solve import Sums
+from marlin_convert.ranks import Share
 from marlin_convert.solvers import sparsity
 from marlin_convert.solvers.drift import compensated
+from marlin_convert.sums import Sums
 
 CPU = torch.device("cpu")
 GROUP = 128
@@ -141,7 +142,7 @@ def convert(source: Path, ids: Tensor, solver: Solver, *, drift: bool, together:
                     compensated(
                         weight[None],
                         hessian[None],
-                        found.wanted(weight)[None],
+                        found.wanted(weight, Share())[None],
                         damping=DAMPING,
                         tokens=[found.tokens],
                     )[0]
