@@ -151,8 +151,8 @@ def test_every_configuration_compiles(capability: tuple[int, int]) -> None:
         tiles = (8, 32, 128) if sum(capability) % 2 else (16, 48, 96)
         found = [one for one in found if one.group == (128, 0)[one.bfloat16] and one.tokens in tiles]
     else:
-        # every tile in every group, in one type or the other
-        found = [one for one in found if (one.tokens // 16 + one.group // 32 + one.bfloat16) % 2]
+        # of every tile one in three; a GPU compiles what it runs
+        found = [one for one in found if not (one.tokens // 16 + one.group // 32 + one.bfloat16) % 3]
         # of those for experts, which are many, each kernel in one of the groups
         found += [one for one in for_experts(capability) if one.group == (128, 0)[one.bfloat16]]
     with ThreadPoolExecutor(2) as pool:  # half the time on two processors
