@@ -48,6 +48,7 @@ class Stub:
     def __init__(self, port: int, log: Path):
         self.address = f"http://127.0.0.1:{port}"
         self._log = log
+        self._since = 0.0
 
     def url(self, how: str) -> str:
         return f"{self.address}/{how}"
@@ -55,16 +56,19 @@ class Stub:
     def requests(self, number: int = 0) -> list[dict]:
         """What it was asked since the last call, in the order in which it was received.
 
-        So many are waited for: a request is written down after it was answered.
+        So many are waited for: a request is written down after it was answered, so that those of a test
+        before this one may come while it runs.
         """
         late = time.monotonic() + 10
         while True:
-            lines = self._log.read_text().splitlines() if self._log.exists() else []
-            if len(lines) >= number or time.monotonic() > late:
+            lines = self._log.read_text().splitlines(keepends=True) if self._log.exists() else []
+            asked = [json.loads(line) for line in lines if line.endswith("\n")]
+            asked = [one for one in asked if one["received"] > self._since]
+            if len(asked) >= number or time.monotonic() > late:
                 break
             time.sleep(0.01)
-        self._log.unlink(missing_ok=True)
-        return sorted(map(json.loads, lines), key=lambda one: one["received"])
+        self._since = time.perf_counter()  # one clock for all processes
+        return sorted(asked, key=lambda one: one["received"])
 
 
 @pytest.fixture(scope="module")
