@@ -241,9 +241,13 @@ def test_the_cache_keeps_whole_entries_only(tmp_path: Path, monkeypatch: pytest.
     assert compiling.cubin.__wrapped__(configuration, "sm_80") == code
 
 
-def test_an_unknown_gpu_is_refused() -> None:
+def test_an_unknown_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KernelError, match=r"compute capability 7\.5"):
         compiling.architecture((7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(KernelError, match=r"compute capability 7\.5"):
+        launch.capability(0)  # asked before a tile is chosen
+    assert compiling.ARCHITECTURES.keys() == SHARED_MEMORY.keys()
 
 
 MANY = Configuration("wgmma", 64, 2, 128, False)

@@ -24,6 +24,7 @@ from marlin_convert.kernels.launch import (
     NO_SWIZZLE,
     UINT64,
     Launch,
+    capability,
     keep,
     load,
     tensor_map,
@@ -177,7 +178,7 @@ class _Call:
         bfloat16, device = x.dtype == torch.bfloat16, experts.device.index
         first, last = choose_for_experts(
             self.rows, experts.count, (experts.first[0].group, experts.down.group), bfloat16,
-            torch.cuda.get_device_capability(device), experts.activation is None,
+            capability(device), experts.activation is None,
         )  # fmt: skip
         tiles = min(self.rows, experts.count) + self.rows // first.tokens
         tiles += load(first, device).processors  # blocks without work look up one all the same

@@ -75,12 +75,19 @@ def _check(status: int, doing: str) -> None:
         )
 
 
+def capability(device: int | None) -> tuple[int, int]:
+    """The compute capability of a GPU; KernelError for one that there is no code for."""
+    found = torch.cuda.get_device_capability(device)
+    architecture(found)
+    return found
+
+
 @cache
 def load(configuration: Configuration | Beside, device: int) -> Loaded:
     """Compile a configuration for a device, if that was not done yet, and load it."""
     driver = _driver()
     torch.cuda.current_stream(device)  # makes sure that there is a context
-    code = cubin(configuration, architecture(torch.cuda.get_device_capability(device)))
+    code = cubin(configuration, architecture(capability(device)))
     library, kernel = c_void_p(), c_void_p()
     _check(
         driver.cuLibraryLoadData(ctypes.byref(library), code, None, None, 0, None, None, 0),

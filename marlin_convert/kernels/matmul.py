@@ -15,7 +15,7 @@ from marlin_convert.formats.bounds import LARGEST_SCALE
 from marlin_convert.formats.scheme import Scheme
 from marlin_convert.kernels.configurations import choose
 from marlin_convert.kernels.dequantized import dequantize, kept, kept_beside
-from marlin_convert.kernels.launch import Call, keep
+from marlin_convert.kernels.launch import Call, capability, keep
 from marlin_convert.quantized import QuantizedLinear
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -277,11 +277,10 @@ def _prepare(x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None, B_meta: Tenso
     layer = _layers.get(id(B))
     if layer is None or not layer.is_of(B, s, bias, B_meta):
         layer = _Layer(B, s, bias, B_meta)
-    capability = torch.cuda.get_device_capability(device)
     m = x.numel() // layer.k
     bfloat16, sparse = x.dtype == torch.bfloat16, B_meta is not None
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    configuration = choose(m, layer.n, layer.k, layer.group, bfloat16, capability, sparse, processors)
+    configuration = choose(m, layer.n, layer.k, layer.group, bfloat16, capability(device), sparse, processors)
     call = Call(configuration, x, B, s, bias, B_meta)
     call(x.data_ptr(), y.data_ptr())
     if not torch.cuda.is_current_stream_capturing():
