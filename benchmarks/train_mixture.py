@@ -8,11 +8,10 @@ standard library, without its held-out part.
 """
 
 import argparse
-import math
-import time
 from pathlib import Path
 
 import torch
+from training import train
 from transformers import AutoTokenizer, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from marlin_convert.calibration import calibrate
@@ -60,19 +59,7 @@ def main() -> None:
     dense = LlamaForCausalLM.from_pretrained(chosen.model, dtype=torch.float32)
     model = mixture(dense, chosen.experts).to(chosen.device).train()
     ids = calibrate(tokenizer, "builtin", samples=chosen.steps * BATCH, length=LENGTH, seed=0).ids
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.01)
-    started = time.perf_counter()
-    for step in range(chosen.steps):
-        warm, done = min(1.0, (step + 1) / 30), step / chosen.steps
-        optimizer.param_groups[0]["lr"] = RATE * warm * (0.55 + 0.45 * math.cos(math.pi * done))
-        batch = ids[step * BATCH : (step + 1) * BATCH].to(chosen.device)
-        loss = model(input_ids=batch, labels=batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % 20 == 0:
-            print(f"step {step}: loss {loss.item():.3f}, {time.perf_counter() - started:.0f} s", flush=True)
+    train(model, ids, batch=BATCH, rate=RATE, last=0.1, say=20)
     model.config.output_router_logits = False
     model.to(torch.bfloat16).save_pretrained(chosen.directory)
     tokenizer.save_pretrained(chosen.directory)

@@ -8,12 +8,11 @@ Python of the standard library, without its held-out part.
 """
 
 import argparse
-import math
-import time
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from training import train
 from transformers import (
     AutoTokenizer,
     Gemma2Config,
@@ -116,19 +115,7 @@ def main() -> None:
     ids = calibrate(tokenizer, "builtin", samples=chosen.steps * BATCH, length=LENGTH, seed=0).ids
     begun = {"gemma2": gemma2, "olmo2": olmo2}[chosen.kind](dense, sizes(dense, ids[:BATCH]))
     model = begun.to(chosen.device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.01)
-    started = time.perf_counter()
-    for step in range(chosen.steps):
-        warm, done = min(1.0, (step + 1) / 30), step / chosen.steps
-        optimizer.param_groups[0]["lr"] = RATE * warm * (0.52 + 0.48 * math.cos(math.pi * done))
-        batch = ids[step * BATCH : (step + 1) * BATCH].to(chosen.device)
-        loss = model(input_ids=batch, labels=batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % 50 == 0 or step == chosen.steps - 1:
-            print(f"step {step}: loss {loss.item():.3f}, {time.perf_counter() - started:.0f} s", flush=True)
+    train(model, ids, batch=BATCH, rate=RATE, last=0.04, say=50)
     model.to(torch.bfloat16).save_pretrained(chosen.directory)
     tokenizer.save_pretrained(chosen.directory)
 

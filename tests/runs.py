@@ -11,16 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-# Starts a process for every line it is given, without importing torch each time.
-STARTER = """
-import ctypes, importlib, json, os, signal, sys
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
-from marlin_convert import calibration, estimate, report
-from marlin_convert.commands import quantize, verify
-from marlin_convert.cli.main import main
-from marlin_convert.models import hidden
-
-def kill_at(place, call):
+# What a process that is started does to the product before it runs: something before (-n) or after (n) the
+# n-th call of a function, and constants that are others.
+CHANGES = """
+def at_call(place, call, do):
     module, name = place.split(":")
     holder = importlib.import_module(module)
     *path, name = name.split(".")
@@ -30,18 +24,35 @@ def kill_at(place, call):
     def counted(*args, **kwargs):
         nonlocal calls
         calls += 1
-        if calls == abs(call) and call < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if calls == -call:
+            do()
         result = function(*args, **kwargs)
         if calls == call:
-            os.kill(os.getpid(), signal.SIGKILL)
+            do()
         return result
     setattr(holder, name, counted)
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
 
 def set_constant(place, value):
     module, name = place.split(":")
     setattr(importlib.import_module(module), name, value)
+"""
 
+# Starts a process for every line it is given, without importing torch each time.
+STARTER = (
+    """
+import ctypes, importlib, json, os, signal, sys
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+from marlin_convert import calibration, estimate, report
+from marlin_convert.commands import quantize, verify
+from marlin_convert.cli.main import main
+from marlin_convert.models import hidden
+
+"""
+    + CHANGES
+    + """
 print("ready", flush=True)
 for line in sys.stdin:
     order = json.loads(line)
@@ -53,7 +64,7 @@ for line in sys.stdin:
         for place, value in order["constants"].items():
             set_constant(place, value)
         if order["kill"]:
-            kill_at(*order["kill"])
+            at_call(*order["kill"], kill)
         if fault := order["fault"]:
             hidden.free_memory = lambda device: 0  # so that everything that can go to the disk does
             ctypes.CDLL(None).failing_disk(
@@ -72,6 +83,7 @@ for line in sys.stdin:
     _, status = os.waitpid(child, 0)
     print(os.waitstatus_to_exitcode(status), flush=True)
 """
+)
 
 
 @dataclass(frozen=True)

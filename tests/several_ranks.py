@@ -9,9 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from runs import CHANGES
+
 # torchrun's own launcher, in a process that has imported everything and forks: for every line it is given a
 # launcher, which forks the ranks.
-STARTER = """
+STARTER = (
+    """
 import importlib, json, os, signal, sys
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -20,31 +23,18 @@ from marlin_convert import report
 from marlin_convert.commands import quantize
 from marlin_convert.cli.main import main
 
-def at_call(place, call, do):
-    module, name = place.split(":")
-    holder = importlib.import_module(module)
-    *path, name = name.split(".")
-    for part in path:
-        holder = getattr(holder, part)
-    function, calls = getattr(holder, name), 0
-    def counted(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            do()
-        return function(*args, **kwargs)
-    setattr(holder, name, counted)
-
+"""
+    + CHANGES
+    + """
 def fail():
     raise MemoryError("no memory is left")
 
 def rank(order):
     for place, value in order["constants"].items():
-        module, name = place.split(":")
-        setattr(importlib.import_module(module), name, value)
+        set_constant(place, value)
     if order["stop"] and os.environ["RANK"] == str(order["stop"][0]):
         _, place, call, how = order["stop"]
-        at_call(place, call, fail if how == "fail" else lambda: os.kill(os.getpid(), signal.SIGKILL))
+        at_call(place, -call, fail if how == "fail" else kill)
     try:
         main(order["words"])
         status = 0
@@ -75,6 +65,7 @@ for line in sys.stdin:
     _, status = os.waitpid(child, 0)
     print(os.waitstatus_to_exitcode(status), flush=True)
 """
+)
 
 
 class StartRanks(Protocol):
