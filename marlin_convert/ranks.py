@@ -85,24 +85,31 @@ class Ranks:
         return Share(self.rank, self.count)
 
     def told(self, said: Any = None) -> Any:
-        """What the first rank says, at every rank."""
-        return said if self.alone else self._word(said, 0)
+        """What the first rank says, at every rank; torch's own way would not heed signals while it waits."""
+        from torch import distributed
+
+        if self.alone:
+            return said
+        word = _word(said)
+        size = torch.tensor(len(word))
+        _wait(distributed.broadcast(size, 0, async_op=True))
+        word = word if self.first else torch.empty(int(size), dtype=torch.uint8)
+        _wait(distributed.broadcast(word, 0, async_op=True))
+        return _said(word)
 
     def all_say(self, said: Any) -> list[Any]:
         """What every rank says, in their order."""
-        return [said] if self.alone else [self._word(said, rank) for rank in range(self.count)]
-
-    def _word(self, said: Any, speaker: int) -> Any:
-        """What one rank says; torch's own exchange of objects would not heed signals while it waits."""
         from torch import distributed
 
-        speaks = speaker == self.rank
-        word = torch.frombuffer(bytearray(pickle.dumps(said if speaks else None)), dtype=torch.uint8)
-        size = torch.tensor(len(word))
-        _wait(distributed.broadcast(size, speaker, async_op=True))
-        word = word if speaks else torch.empty(int(size), dtype=torch.uint8)
-        _wait(distributed.broadcast(word, speaker, async_op=True))
-        return pickle.loads(word.numpy().tobytes())
+        if self.alone:
+            return [said]
+        word = _word(said)
+        sizes = [torch.empty(1, dtype=torch.int64) for _ in range(self.count)]
+        _wait(distributed.all_gather(sizes, torch.tensor([len(word)]), async_op=True))
+        words = [torch.empty(int(max(sizes)), dtype=torch.uint8) for _ in range(self.count)]
+        padded = torch.nn.functional.pad(word, (0, len(words[0]) - len(word)))
+        _wait(distributed.all_gather(words, padded, async_op=True))
+        return [_said(one) for one in words]
 
     def counted(self, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Of integers, of one shape at every rank, the sums over the ranks before this one, and over all."""
@@ -130,8 +137,8 @@ class Ranks:
 
     def given(self, tensor: Tensor | None, device: torch.device) -> Tensor:
         """The first rank's tensor, at every rank, on its device."""
-        ((_, (found,)), *_) = self._sent(
-            [] if tensor is None else [tensor.to(device)], None, device, senders=[0]
+        ((_, (found,)), *_) = self._broadcast(
+            None, [] if tensor is None else [tensor.to(device)], device, senders=[0]
         )
         return found
 
@@ -139,33 +146,44 @@ class Ranks:
         self, said: Any, tensors: Sequence[Tensor], device: torch.device
     ) -> list[tuple[Any, list[Tensor]]]:
         """What every rank says, with its tensors, in the order of ranks; on this rank's device."""
-        return self._sent(tensors, said, device, senders=range(self.count))
+        return self._broadcast(said, tensors, device, senders=range(self.count))
 
-    def _sent(
-        self, tensors: Sequence[Tensor], said: Any, device: torch.device, senders: Sequence[int]
+    def _broadcast(
+        self, said: Any, tensors: Sequence[Tensor], device: torch.device, senders: Sequence[int]
     ) -> list[tuple[Any, list[Tensor]]]:
-        """All tensors of a rank go as one, of bytes."""
         from torch import distributed
 
         everyone = self.all_say((said, [(tensor.shape, tensor.dtype) for tensor in tensors]))
         found = []
         for sender in senders:
             words, kinds = everyone[sender]
-            sizes = [shape.numel() * dtype.itemsize for shape, dtype in kinds]
-            starts = [0]
-            for size in sizes:
-                starts.append(starts[-1] + -(-size // ALIGNED) * ALIGNED)
-            sent = torch.empty(starts.pop(), dtype=torch.uint8, device=device)
-            places = [
-                sent[start : start + size].view(dtype).view(shape)
-                for start, size, (shape, dtype) in zip(starts, sizes, kinds, strict=True)
-            ]
+            parcel = _Parcel(kinds, device)
             if sender == self.rank:
-                for place, tensor in zip(places, tensors, strict=True):
-                    place.copy_(tensor)
-            _wait(distributed.broadcast(sent, sender, async_op=True))
-            found.append((words, places))
+                parcel.put(tensors)
+            _wait(distributed.broadcast(parcel.data, sender, async_op=True))
+            found.append((words, parcel.tensors))
         return found
+
+    def collect(
+        self, said: Any, tensors: Sequence[Tensor], device: torch.device
+    ) -> list[tuple[Any, list[Tensor]]]:
+        """What `exchange` gives, at the first rank; elsewhere nothing."""
+        from torch import distributed
+
+        everyone = self.all_say((said, [(tensor.shape, tensor.dtype) for tensor in tensors]))
+        # all of one size
+        most = max(_Parcel.size(kinds) for _, kinds in everyone)
+        parcels = [
+            _Parcel(kinds, device, most)
+            for rank, (_, kinds) in enumerate(everyone) if self.first or rank == self.rank
+        ]  # fmt: skip
+        own = parcels[0].data  # at the first rank too
+        parcels[0].put(tensors)
+        all_data = [one.data for one in parcels] if self.first else None
+        _wait(distributed.gather(own, all_data, 0, async_op=True))
+        if not self.first:
+            return []
+        return [(words, parcel.tensors) for (words, _), parcel in zip(everyone, parcels, strict=True)]
 
     def part(self) -> None:
         """Leave the others, when the work is done."""
@@ -202,6 +220,45 @@ class Ranks:
             return why
         who = f"rank {lost[0]} has" if len(lost) == 1 else f"ranks {', '.join(map(str, lost))} have"
         return f"{who} ended without a word: killed, or out of memory."
+
+
+class _Parcel:
+    """Tensors of these shapes and types that go as one, of bytes."""
+
+    def __init__(
+        self, kinds: Sequence[tuple[torch.Size, torch.dtype]], device: torch.device, size: int | None = None
+    ):
+        self.data = torch.empty(self.size(kinds) if size is None else size, dtype=torch.uint8, device=device)
+        self.tensors = []
+        start = 0
+        for shape, dtype in kinds:
+            end = start + shape.numel() * dtype.itemsize
+            self.tensors.append(self.data[start:end].view(dtype).view(shape))
+            start = _aligned(end)
+
+    @staticmethod
+    def size(kinds: Sequence[tuple[torch.Size, torch.dtype]]) -> int:
+        """Bytes that they take."""
+        return sum(_aligned(shape.numel() * dtype.itemsize) for shape, dtype in kinds)
+
+    def put(self, tensors: Sequence[Tensor]) -> None:
+        """Fill it."""
+        for place, tensor in zip(self.tensors, tensors, strict=True):
+            place.copy_(tensor)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNED) * ALIGNED
+
+
+def _word(said: Any) -> Tensor:
+    """Anything as bytes."""
+    return torch.frombuffer(bytearray(pickle.dumps(said)), dtype=torch.uint8)
+
+
+def _said(word: Tensor) -> Any:
+    """What `_word` has made bytes of, with others behind them or not."""
+    return pickle.loads(word.numpy().tobytes())
 
 
 def _wait(work: Any) -> None:

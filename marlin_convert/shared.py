@@ -12,11 +12,9 @@ from marlin_convert.ranks import Ranks
 def check_shared(job: Job, plan: Plan) -> None:
     """ConvertError for a conversion that is not shared by several ranks."""
     ranks, alone = job.ranks.count, "run it without torchrun: it is the work of one process."
-    sparse = any(fate.layout.sparse or fate.pruned for fate in plan.worked_on)
     refused = {
         "a source that is quantized already is repacked": plan.repack,
         "--effort high tunes": plan.tunes,
-        "2:4 sparsity is solved": sparse,
     }
     for what, so in refused.items():
         if so:

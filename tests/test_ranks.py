@@ -60,6 +60,8 @@ def check_near(output: Path, alone: Path, same_codes: float = 0.999) -> None:
     assert ours.pop("ranks") > 1 and "ranks" not in theirs
     assert ours.pop("divergence") == pytest.approx(theirs.pop("divergence"), rel=0.03)
     errors = []
+    for manifest in (ours, theirs):
+        manifest["matrices"].sort(key=lambda row: row["name"])
     for one, other in zip(ours["matrices"], theirs["matrices"], strict=True):
         errors.append((one.pop("error"), other.pop("error")))
         assert errors[-1][0] == pytest.approx(errors[-1][1], rel=0.1), one["name"]
@@ -76,7 +78,10 @@ def check_near(output: Path, alone: Path, same_codes: float = 0.999) -> None:
             shifts = torch.arange(0, 32, 4)
             codes, codes_alone = (x[..., None] >> shifts & 15 for x in (tensor, others[name]))
             same = (codes == codes_alone).float().mean()
-            assert same > (same_codes if ".layers.0.self_attn.q" in name else 0.7), name
+            assert same > (same_codes if ".layers.0.self_attn.q" in name else 0.6), name
+        elif name.endswith("_proj.weight"):  # pruned
+            same = ((tensor == 0) == (others[name] == 0)).float().mean()
+            assert same > (same_codes if ".layers.0.self_attn.q" in name else 0.9), name
 
 
 def test_codes_are_those_of_one_process(
@@ -94,7 +99,10 @@ def test_codes_are_those_of_one_process(
 def test_so_are_those_of_a_mixture_and_they_are_the_same_twice(
     start: StartRanks, start_alone: Start, words: list[object], tmp_path: Path
 ) -> None:
-    """Of the last of its four experts, which is alone in its chunk, every rank solves some outputs."""
+    """Of the last of its four experts, which is alone in its chunk, every rank solves some outputs.
+
+    Four ranks do so with the three of the other chunk as well.
+    """
     model = diverse_models.build("qwen3_moe", vocab_size=4096, num_hidden_layers=2)
     source = tiny_models.save(model, tmp_path / "source")
     command = [words[0], source, *words[2:]]
@@ -105,6 +113,44 @@ def test_so_are_those_of_a_mixture_and_they_are_the_same_twice(
         assert status == 0, log
     assert contents(tmp_path / "one") == contents(tmp_path / "other")
     check_near(tmp_path / "one", tmp_path / "alone", same_codes=0.98)  # 0.9913: products in 16 bits
+    status, log = start(4, *command, "-o", tmp_path / "four", constants=MIXTURE_IN_PIECES)
+    assert status == 0, log
+    check_near(tmp_path / "four", tmp_path / "alone", same_codes=0.98)
+
+
+def test_fewer_outputs_than_ranks(
+    start: StartRanks, start_alone: Start, words: list[object], tmp_path: Path
+) -> None:
+    """Of keys and of values two of four ranks solve nothing; keys, not pruned, are solved for themselves."""
+    model = tiny_models.build(
+        "qwen2", hidden_size=64, intermediate_size=128, head_dim=2, num_attention_heads=32,
+        num_key_value_heads=1,
+    )  # fmt: skip
+    source = tiny_models.save(model, tmp_path / "source")
+    command = [words[0], source, *words[2:], "--format", "compressed-tensors"]
+    command += ["--sparsity", "2:4", "--unpruned", "*k_proj"]
+    narrow = {"marlin_convert.models.discover:NARROW": 1}
+    status, log = start(4, *command, "-o", tmp_path / "four", constants=narrow)
+    assert status == 0, log
+    status, log = start_alone(*command, "-o", tmp_path / "alone", constants=narrow)
+    assert status == 0 and "14 linears" in log, log
+    check_near(tmp_path / "four", tmp_path / "alone")
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_two_of_four_weights(
+    ranks: int, start: StartRanks, start_alone: Start, words: list[object], tmp_path: Path
+) -> None:
+    """Pruned by four; pruned and quantized by two."""
+    source = tiny_models.save(tiny_models.build("llama", torch.bfloat16), tmp_path / "source")
+    command = [words[0], source, *words[2:], "--sparsity", "2:4"]
+    if ranks == 4:
+        command = ["sparsify", source, *(word for word in words[2:] if word not in ("--format", "gptq"))]
+    status, log = start(ranks, *command, "-o", tmp_path / "together")
+    assert status == 0, log
+    status, log = start_alone(*command, "-o", tmp_path / "alone")
+    assert status == 0, log
+    check_near(tmp_path / "together", tmp_path / "alone", same_codes=0.998)
 
 
 @pytest.mark.parametrize("lost", [pytest.param(0, marks=pytest.mark.faults), 1])
@@ -145,7 +191,6 @@ def test_a_rank_that_fails_says_why_and_nobody_else_does(
     ("more", "said"),
     [
         (("--samples", 1), "1 calibration samples cannot be shared by 2 processes."),
-        (("--sparsity", "2:4"), "2:4 sparsity is solved by one process, torchrun started 2."),
         (("--effort", "high"), "--effort high tunes by one process, torchrun started 2."),
         (("--device", "cuda:0"), "is one device, torchrun started 2 processes"),
         (("--nonsense",), "No such option"),
