@@ -8,7 +8,6 @@ gets what is packed, and writes it.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -47,9 +46,13 @@ class Owners:
         """Make the sums of every stage those of all ranks, where they are wanted."""
         owner = {stage: rank for rank in range(self._ranks.count) for stage in self.stages(rank)}
         _, counts = self._ranks.counted(torch.tensor([(one.tokens, one.routed or 0) for one in sums]))
+        terms: list[Tensor] = []
+        owners: list[int] = []
         for stage, (one, (tokens, routed)) in enumerate(zip(sums, counts.tolist(), strict=True)):
-            to = owner[stage] if self._whole else None
-            one.sum_up(partial(self._ranks.sum, to=to), tokens, routed)
+            of_one = one.of_all(tokens, routed)
+            terms += of_one
+            owners += [owner[stage]] * len(of_one)
+        self._ranks.sum(terms, owners if self._whole else None)
 
     def exchange(self, found: Sequence[Found], device: torch.device) -> list[Found]:
         """What all ranks have found, whole, in one order for all."""

@@ -4,6 +4,7 @@ torch.distributed carries all of it, with gloo between CPUs and NCCL between GPU
 rank is one of these processes, the first is rank 0. All ranks make the same calls in the same order.
 """
 
+import os
 import pickle
 import time
 from collections.abc import Sequence
@@ -51,10 +52,11 @@ class Share:
 class Ranks:
     """This process among the `count` that work on one conversion; alone, it has nobody to wait for."""
 
-    def __init__(self, rank: int = 0, count: int = 1, store: Any = None):
+    def __init__(self, rank: int = 0, count: int = 1, store: Any = None, on_this_machine: int = 0):
         self.rank = rank
         self.count = count
         self._store = store
+        self._on_this_machine = on_this_machine
 
     @classmethod
     def join(cls) -> "Ranks":
@@ -67,7 +69,8 @@ class Ranks:
             "cpu:gloo,cuda:nccl" if nccl else "gloo",
             store=distributed.PrefixStore("group", store), rank=rank, world_size=count, timeout=PATIENCE,
         )  # fmt: skip
-        return cls(rank, count, distributed.PrefixStore("marlin_convert", store))
+        own_store = distributed.PrefixStore("marlin_convert", store)
+        return cls(rank, count, own_store, int(os.environ["LOCAL_RANK"]))
 
     @property
     def alone(self) -> bool:
@@ -78,6 +81,11 @@ class Ranks:
     def first(self) -> bool:
         """Whether this is rank 0, which writes and speaks."""
         return self.rank == 0
+
+    @property
+    def first_here(self) -> bool:
+        """Whether this is the first rank of its machine, which does what all there need once."""
+        return self._on_this_machine == 0
 
     @property
     def share(self) -> Share:
@@ -123,17 +131,22 @@ class Ranks:
         said = self.all_say((values.double().sum().item(), len(values)))
         return sum(total for total, _ in said) / sum(count for _, count in said)
 
-    def sum(self, tensor: Tensor, to: int | None = None) -> None:
-        """Sum a tensor up over all ranks, in place, at rank `to` or at all of them.
+    def sum(self, tensors: Sequence[Tensor], owners: Sequence[int] | None = None) -> None:
+        """Sum tensors up over all ranks, in place: each at the rank that owns it, or all of them at all.
 
-        It has one shape everywhere; at ranks other than `to` nothing is left to use. Terms are added in an
-        order that the number of ranks tells: a sum for all is made at one of them.
+        They have the same shapes everywhere; where a tensor is not owned nothing is left to use. Terms are
+        added in an order that the number of ranks tells.
         """
         from torch import distributed
 
-        _wait(distributed.reduce(tensor, to or 0, async_op=True))
-        if to is None:
-            _wait(distributed.broadcast(tensor, 0, async_op=True))
+        # all are begun before the first is waited for: those of experts are many, and small
+        if owners is None:
+            works = [distributed.all_reduce(one, async_op=True) for one in tensors]
+        else:
+            pairs = zip(tensors, owners, strict=True)
+            works = [distributed.reduce(one, owner, async_op=True) for one, owner in pairs]
+        for work in works:
+            _wait(work)
 
     def given(self, tensor: Tensor | None, device: torch.device) -> Tensor:
         """The first rank's tensor, at every rank, on its device."""
@@ -262,10 +275,14 @@ def _said(word: Tensor) -> Any:
 
 
 def _wait(work: Any) -> None:
-    """Wait as Python does, which heeds signals: NCCL never hears that another process is gone."""
+    """Wait as Python does, which heeds signals: NCCL never hears that another process is gone.
+
+    It is looked at less and less often: the processor may be needed for what is waited for.
+    """
+    began = time.monotonic()
     try:
         while not work.is_completed():
-            time.sleep(0.0001)
+            time.sleep(min(0.00005 + (time.monotonic() - began) / 20, 0.05))
         work.wait()
     except RuntimeError as error:
         raise RankLost("another rank has ended.") from error

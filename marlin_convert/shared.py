@@ -19,11 +19,6 @@ def check_shared(job: Job, plan: Plan) -> None:
     for what, so in refused.items():
         if so:
             raise ConvertError(f"{what} by one process, torchrun started {ranks}.", alone)
-    if job.source.remote is not None:
-        raise ConvertError(
-            f"{ranks} processes cannot fetch {job.source.name} while they work.",
-            f"download it first (hf download {job.source.name}), and give its directory.",
-        )
     if plan.recipe.samples < ranks:
         raise ConvertError(
             f"{plan.recipe.samples} calibration samples cannot be shared by {ranks} processes.",

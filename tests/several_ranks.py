@@ -85,12 +85,12 @@ class StartRanks(Protocol):
 
 
 @contextmanager
-def ranks_starter(directory: Path) -> Iterator[StartRanks]:
+def ranks_starter(directory: Path, **environment: str) -> Iterator[StartRanks]:
     """A process that starts ranks for every command line; `directory` is for its log."""
     log = directory / "log.txt"
     with subprocess.Popen(
         [sys.executable, "-c", STARTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"},
+        env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"} | environment,
     ) as server:  # fmt: skip
         assert server.stdin and server.stdout
         server.stdout.readline()

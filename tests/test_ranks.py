@@ -10,6 +10,7 @@ import diverse_models
 import pytest
 import tiny_models
 import torch
+from fake_hub import Fault, fake_hub
 from runs import Start, blocks_done, contents, partial, starter
 from safetensors.torch import load_file
 from several_ranks import StartRanks, ranks_starter, torchrun
@@ -203,6 +204,25 @@ def test_what_is_not_shared_is_refused_once(
     assert status == 1
     assert log.count(said) == 1 and log.count("Error: ") == 1, log
     assert partial(tmp_path / "out").exists() is False
+
+
+def test_a_model_of_the_hub_comes_once(
+    words: list[object], whole: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """All ranks look at it; who reads a file that one of them is fetching waits."""
+    tinypy = words[1]
+    with fake_hub() as hub:
+        hub.add("org/tinypy", Path(str(tinypy)))
+        hub.delay, hub.fault = 0.5, Fault("delay", "resolve", -1)
+        settings = {"HF_HUB_DISABLE_XET": "1", "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+        with ranks_starter(tmp_path_factory.mktemp("log"), **settings) as start:
+            command = [words[0], "org/tinypy", *words[2:]]
+            status, log = start(2, *command, "-o", tmp_path / "out")
+            assert status == 0, log
+        size = (Path(str(tinypy)) / "model.safetensors").stat().st_size
+        assert size <= hub.served["org/tinypy/model.safetensors"] < 1.5 * size
+    ours, theirs = (load_file(path / "model.safetensors") for path in (tmp_path / "out", whole))
+    assert all(torch.equal(ours.pop(name), tensor) for name, tensor in theirs.items()) and not ours
 
 
 def test_torchrun_itself(words: list[object], whole: Path, tmp_path: Path) -> None:
