@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from marlin_convert.errors import ConvertError
+from marlin_convert.pulse import SILENCE, Pulse
 
-# How long a rank waits for the others: longer than any block takes. A rank that ends is noticed at once.
+# How long a rank waits for the others: longer than any block takes. A rank that ends is noticed at once, one
+# that hangs by its pulse.
 PATIENCE = timedelta(days=2)
 
 # Seconds in which the others say why they end, before one that says nothing counts as lost.
@@ -56,6 +58,7 @@ class Ranks:
         self.rank = rank
         self.count = count
         self._store = store
+        self._pulse = None if store is None else Pulse(store.clone(), rank, count)
         self._on_this_machine = on_this_machine
 
     @classmethod
@@ -100,9 +103,9 @@ class Ranks:
             return said
         word = _word(said)
         size = torch.tensor(len(word))
-        _wait(distributed.broadcast(size, 0, async_op=True))
+        self._wait(distributed.broadcast(size, 0, async_op=True))
         word = word if self.first else torch.empty(int(size), dtype=torch.uint8)
-        _wait(distributed.broadcast(word, 0, async_op=True))
+        self._wait(distributed.broadcast(word, 0, async_op=True))
         return _said(word)
 
     def all_say(self, said: Any) -> list[Any]:
@@ -113,10 +116,10 @@ class Ranks:
             return [said]
         word = _word(said)
         sizes = [torch.empty(1, dtype=torch.int64) for _ in range(self.count)]
-        _wait(distributed.all_gather(sizes, torch.tensor([len(word)]), async_op=True))
+        self._wait(distributed.all_gather(sizes, torch.tensor([len(word)]), async_op=True))
         words = [torch.empty(int(max(sizes)), dtype=torch.uint8) for _ in range(self.count)]
         padded = torch.nn.functional.pad(word, (0, len(words[0]) - len(word)))
-        _wait(distributed.all_gather(words, padded, async_op=True))
+        self._wait(distributed.all_gather(words, padded, async_op=True))
         return [_said(one) for one in words]
 
     def counted(self, counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,7 +149,7 @@ class Ranks:
             pairs = zip(tensors, owners, strict=True)
             works = [distributed.reduce(one, owner, async_op=True) for one, owner in pairs]
         for work in works:
-            _wait(work)
+            self._wait(work)
 
     def given(self, tensor: Tensor | None, device: torch.device) -> Tensor:
         """The first rank's tensor, at every rank, on its device."""
@@ -173,7 +176,7 @@ class Ranks:
             parcel = _Parcel(kinds, device)
             if sender == self.rank:
                 parcel.put(tensors)
-            _wait(distributed.broadcast(parcel.data, sender, async_op=True))
+            self._wait(distributed.broadcast(parcel.data, sender, async_op=True))
             found.append((words, parcel.tensors))
         return found
 
@@ -193,16 +196,33 @@ class Ranks:
         own = parcels[0].data  # at the first rank too
         parcels[0].put(tensors)
         all_data = [one.data for one in parcels] if self.first else None
-        _wait(distributed.gather(own, all_data, 0, async_op=True))
+        self._wait(distributed.gather(own, all_data, 0, async_op=True))
         if not self.first:
             return []
         return [(words, parcel.tensors) for (words, _), parcel in zip(everyone, parcels, strict=True)]
+
+    def _wait(self, work: Any) -> None:
+        """Wait as Python does, which heeds signals: NCCL never hears that another process is gone.
+
+        It is looked at less and less often: the processor may be needed for what is waited for.
+        """
+        began = time.monotonic()
+        try:
+            while not work.is_completed():
+                if self._pulse is not None and self._pulse.silent:
+                    raise RankLost("another rank is not heard of any more.")
+                time.sleep(min(0.00005 + (time.monotonic() - began) / 20, 0.05))
+            work.wait()
+        except RuntimeError as error:
+            raise RankLost("another rank has ended.") from error
 
     def part(self) -> None:
         """Leave the others, when the work is done."""
         from torch import distributed
 
         self.all_say(None)
+        if self._pulse is not None:
+            self._pulse.end()
         distributed.destroy_process_group()
 
     def last_words(self, why: str | None) -> str | None:
@@ -211,6 +231,10 @@ class Ranks:
         `why` is its own reason, None if it ends because it was told to or another was lost. The first with a
         reason speaks; of ranks that end without a word, as the killed do, the others tell.
         """
+        assert self._pulse is not None
+        if self._pulse.unanswered:
+            return why or "the machine of rank 0 is not heard of any more."
+        silent = self._pulse.silent
         ended = {self.rank: why}
         began = time.monotonic()
         try:
@@ -232,6 +256,8 @@ class Ranks:
         if why or not lost or self.rank != min(ended):
             return why
         who = f"rank {lost[0]} has" if len(lost) == 1 else f"ranks {', '.join(map(str, lost))} have"
+        if set(lost) <= set(silent):
+            return f"{who} not been heard of for {SILENCE:.0f} seconds: hanging, or its machine is lost."
         return f"{who} ended without a word: killed, or out of memory."
 
 
@@ -272,20 +298,6 @@ def _word(said: Any) -> Tensor:
 def _said(word: Tensor) -> Any:
     """What `_word` has made bytes of, with others behind them or not."""
     return pickle.loads(word.numpy().tobytes())
-
-
-def _wait(work: Any) -> None:
-    """Wait as Python does, which heeds signals: NCCL never hears that another process is gone.
-
-    It is looked at less and less often: the processor may be needed for what is waited for.
-    """
-    began = time.monotonic()
-    try:
-        while not work.is_completed():
-            time.sleep(min(0.00005 + (time.monotonic() - began) / 20, 0.05))
-        work.wait()
-    except RuntimeError as error:
-        raise RankLost("another rank has ended.") from error
 
 
 ALONE = Ranks()

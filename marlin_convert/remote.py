@@ -139,8 +139,9 @@ class _Parts(io.RawIOBase):
 def fetched_ahead(files: Iterable[RemoteFile], *, by_others: bool = False) -> Iterator[None]:
     """Fetch whole files in this order while the context lasts, in a thread that nobody waits for at its end.
 
-    What goes wrong there is said to whoever reads the file: that fetches it again. Where it is done `by_others`
-    on this machine, a file is fetched when it is read: the cache lets one process fetch it, and others wait.
+    What goes wrong there is said to whoever reads the file: that fetches it again. Where others
+    do so on this machine (`by_others`) files are fetched as they are read; of those that want one at once the
+    cache lets one process fetch it.
     """
     todo, ended = list(files), threading.Event()
     for file in todo:

@@ -176,6 +176,19 @@ def test_a_rank_that_is_killed_stops_the_others(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.faults  # torchrun gives it 30 seconds to end
+def test_a_rank_that_hangs_stops_the_others(start: StartRanks, words: list[object], tmp_path: Path) -> None:
+    """As does one whose machine is lost: its connections stay, and nothing comes from it."""
+    output = tmp_path / "out"
+    stop = (1, "marlin_convert.models.hidden:HiddenStates.divergence", 3, "freeze")
+    quick = {"marlin_convert.pulse:BEAT": 0.2, "marlin_convert.pulse:SILENCE": 3.0}
+    status, log = start(2, *words, "-o", output, stop=stop, constants=quick)
+    assert status == 1
+    assert "Error: rank 1 has not been heard of for 40 seconds: hanging, or its machine is lost." in log, log
+    assert log.count("Error:") == 1
+    assert not output.exists() and blocks_done(output) in (1, 2)
+
+
 def test_a_rank_that_fails_says_why_and_nobody_else_does(
     start: StartRanks, words: list[object], tmp_path: Path
 ) -> None:
@@ -186,6 +199,19 @@ def test_a_rank_that_fails_says_why_and_nobody_else_does(
     assert log.count("\nError: ") == 1
     assert "Error: rank 1: no memory is left" in log
     assert not any(tmp_path.iterdir())
+
+
+def test_a_full_disk_stops_all(start: StartRanks, words: list[object], whole: Path, tmp_path: Path) -> None:
+    """Only the first rank writes."""
+    output = tmp_path / "out"
+    stop = (0, "marlin_convert.checkpoint.writer:ShardWriter._put", 40, "full")
+    status, log = start(2, *words, "-o", output, stop=stop)
+    assert status == 1
+    assert log.count("Error: ") == 1 and f"no space left for '{output}'" in log, log
+    assert not output.exists() and blocks_done(output) in (1, 2)
+    status, log = start(2, *words, "-o", output, "--resume")
+    assert status == 0, log
+    assert contents(output) == contents(whole)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +239,7 @@ def test_a_model_of_the_hub_comes_once(
     tinypy = words[1]
     with fake_hub() as hub:
         hub.add("org/tinypy", Path(str(tinypy)))
-        hub.delay, hub.fault = 0.5, Fault("delay", "resolve", -1)
+        hub.delay, hub.fault = 0.2, Fault("delay", "resolve", -1)
         settings = {"HF_HUB_DISABLE_XET": "1", "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
         with ranks_starter(tmp_path_factory.mktemp("log"), **settings) as start:
             command = [words[0], "org/tinypy", *words[2:]]
