@@ -211,7 +211,7 @@ class Ranks:
             while not work.is_completed():
                 if self._pulse is not None and self._pulse.silent:
                     raise RankLost("another rank is not heard of any more.")
-                time.sleep(min(0.00005 + (time.monotonic() - began) / 20, 0.05))
+                time.sleep(min(0.00005 + (time.monotonic() - began) / 20, 0.005))
             work.wait()
         except RuntimeError as error:
             raise RankLost("another rank has ended.") from error
