@@ -26,6 +26,7 @@ import torch
 from marlin_convert import recipe
 from marlin_convert.cli import torchrun
 from marlin_convert.hub import Source
+from marlin_convert.options import pick_device
 
 HERE = Path(__file__).resolve().parent
 
@@ -71,7 +72,7 @@ def one_of_ranks(shape: str, model: Path, output: Path) -> None:
     settings = {"samples": samples, "sequence_length": length, "format": "compressed-tensors"}
     chosen = recipe.load(recipe.DEFAULT).changed(settings)
     with torchrun.ranks() as ranks:
-        device = torch.device(torchrun.device("cuda" if torch.cuda.is_available() else "cpu"))
+        device = pick_device(torchrun.device("auto"))
         job = parts.story.Job(Source(model, model.name, None), output, chosen, device, ranks=ranks)
         found = ranks.all_say(parts.convert(job))
         if ranks.first:
