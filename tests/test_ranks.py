@@ -273,10 +273,10 @@ def test_shares_are_in_order_and_differ_by_one() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("kind", ["dense", "mixture"])
+@pytest.mark.parametrize("kind", ["dense", "mixture", "sparse"])
 def test_two_gpus(kind: str, words: list[object], tmp_path: Path) -> None:
     """As on a CPU: the same bytes twice, near to those of one; each process takes its own."""
-    command = [*words, "--device", "cuda"]
+    command = [*words, "--device", "cuda", *(("--sparsity", "2:4") if kind == "sparse" else ())]
     if kind == "mixture":
         model = diverse_models.build("qwen3_moe", vocab_size=4096, num_hidden_layers=2)
         command[1] = tiny_models.save(model, tmp_path / "source")
