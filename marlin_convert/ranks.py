@@ -27,6 +27,9 @@ LAST_WORDS = 5.0
 # Seconds that a rank leaves those before it to say the same.
 PRECEDENCE = 2.0
 
+# Bytes of what a rank says that go without asking how long it is.
+SHORT = 4096
+
 # Tensors that are sent as one begin at multiples of so many bytes.
 ALIGNED = 16
 
@@ -115,12 +118,15 @@ class Ranks:
         if self.alone:
             return [said]
         word = _word(said)
-        sizes = [torch.empty(1, dtype=torch.int64) for _ in range(self.count)]
-        self._wait(distributed.all_gather(sizes, torch.tensor([len(word)]), async_op=True))
-        words = [torch.empty(int(max(sizes)), dtype=torch.uint8) for _ in range(self.count)]
-        padded = torch.nn.functional.pad(word, (0, len(words[0]) - len(word)))
-        self._wait(distributed.all_gather(words, padded, async_op=True))
-        return [_said(one) for one in words]
+        word = torch.cat([torch.tensor([len(word)]).view(torch.uint8), word])
+        words, size = [word], SHORT
+        while size:  # once, unless one of them is long
+            words = [torch.empty(size, dtype=torch.uint8) for _ in range(self.count)]
+            padded = torch.nn.functional.pad(word, (0, size - len(word)))
+            self._wait(distributed.all_gather(words, padded, async_op=True))
+            longest = max(int(one[:8].view(torch.int64)) for one in words) + 8
+            size = longest if longest > size else 0
+        return [_said(one[8:]) for one in words]
 
     def counted(self, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Of integers, of one shape at every rank, the sums over the ranks before this one, and over all."""
