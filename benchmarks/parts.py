@@ -1,8 +1,12 @@
-"""A conversion with every part of its work timed: the GPU is waited for around each."""
+"""A conversion with every part of its work timed: the GPU is waited for around each.
+
+Of several ranks each has its times. Before they tell each other something they meet, so that waiting for the
+others is one part and what moves another.
+"""
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,6 +19,7 @@ from marlin_convert.models.blocks import BlockModel
 from marlin_convert.models.hidden import HiddenStates
 from marlin_convert.models.stages import BlockWalk
 from marlin_convert.quantized import QuantizedLinear
+from marlin_convert.ranks import Ranks
 from marlin_convert.solvers.hessian import Hessian
 
 PARTS: tuple[tuple[Any, str, str], ...] = (
@@ -44,6 +49,12 @@ PARTS: tuple[tuple[Any, str, str], ...] = (
     (story.ShardWriter, "write", "hand to writer"),
     (story.ShardWriter, "close", "wait for disk"),
 )
+MEETINGS = (
+    (Ranks, "sum", "ranks: sums"),
+    (Ranks, "exchange", "ranks: codes"),
+    (Ranks, "collect", "ranks: packed tensors"),
+    (Ranks, "all_say", "ranks: words"),
+)
 
 
 class Times:
@@ -55,8 +66,16 @@ class Times:
 
     def watch(self) -> None:
         """Time the parts from now on, and what the walk does between them: mostly inputs of experts."""
+        meet = Ranks.all_say
+
+        def met(ranks: Ranks) -> None:
+            if not ranks.alone:
+                self._timed("ranks: wait for the others", lambda: meet(ranks, None))
+
         for owner, name, label in PARTS:
             self._watch(owner, name, label)
+        for owner, name, label in MEETINGS:
+            self._watch(owner, name, label, met)
         reach = BlockWalk.reach
 
         def steps(*args: Any, **kwargs: Any) -> Iterator[Any]:
@@ -66,9 +85,15 @@ class Times:
 
         BlockWalk.reach = steps  # type: ignore[method-assign]
 
-    def _watch(self, owner: Any, name: str, label: str) -> None:
+    def _watch(self, owner: Any, name: str, label: str, before: Callable[[Any], None] | None = None) -> None:
         whole = getattr(owner, name)
-        setattr(owner, name, lambda *args, **kwargs: self._timed(label, lambda: whole(*args, **kwargs)))
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            if before is not None:
+                before(args[0])
+            return self._timed(label, lambda: whole(*args, **kwargs))
+
+        setattr(owner, name, watched)
 
     def _timed(self, label: str, call: Callable[[], Any]) -> Any:
         self._wait()
@@ -93,21 +118,32 @@ def convert(job: story.Job) -> tuple[list[tuple[str, float]], float]:
     times = Times(job.device)
     times.watch()
     marks = []
+    block = solve.Solve.block
 
-    def progress(numbers: range, total: int) -> Iterable[int]:
-        for number in numbers:
-            marks.append((time.perf_counter(), dict(times.spent)))
-            yield number
+    def marked(codes: solve.Solve, number: int) -> Iterator[Any]:
+        marks.append((time.perf_counter(), dict(times.spent)))
+        yield from block(codes, number)
         marks.append((time.perf_counter(), dict(times.spent)))
 
-    story.quantize(job, progress)
-    (started, before), (ended, after) = marks[1], marks[-1]
-    layers = len(marks) - 2
+    solve.Solve.block = marked  # type: ignore[method-assign]
+    story.quantize(job)
+    (started, before), (ended, after) = marks[2], marks[-1]
+    layers = len(marks) // 2 - 1
     each = {label: (after[label] - before.get(label, 0.0)) / layers for label in after}
     return sorted(each.items(), key=lambda one: -one[1]), (ended - started) / layers
 
 
 def table(parts: list[tuple[str, float]], whole: float) -> str:
     """Lines of what `convert` returns; what is in no part is the whole less their sum."""
-    named = [*parts, ("sum", sum(seconds for _, seconds in parts)), ("wall", whole)]
-    return "\n".join(f"  {label:28} {seconds:7.3f}" for label, seconds in named if seconds > 0.0005)
+    return table_of_ranks([(parts, whole)])
+
+
+def table_of_ranks(found: list[tuple[list[tuple[str, float]], float]]) -> str:
+    """The same of several ranks, side by side."""
+    columns = [dict(parts) | {"sum": sum(dict(parts).values()), "wall": wall} for parts, wall in found]
+    labels = dict.fromkeys(label for column in columns for label in column if label not in ("sum", "wall"))
+    return "\n".join(
+        f"  {label:28}" + "".join(f" {column.get(label, 0.0):7.3f}" for column in columns)
+        for label in (*labels, "sum", "wall")
+        if any(column.get(label, 0.0) > 0.0005 for column in columns)
+    )

@@ -1,11 +1,12 @@
 """Seconds per layer of one conversion that torchrun shares among GPUs, beside those of one process.
 
-usage: python benchmarks/quantize_ranks.py [--ranks 1,2] [--shapes 8b,qwen3-30b] [--layers 2,6]
+usage: python benchmarks/quantize_ranks.py [--ranks 1,2] [--shapes 8b,qwen3-30b] [--layers 2,6] [--parts]
 
 Every conversion is a command of its own, 256 x 2048 tokens; the slope of its clock, which starts after the
-imports, over two layer counts is what a layer costs. With `--repeats` the quickest of so many counts. Models
-are made on the first GPU, 0.44 and 1.3 GB a layer, in a directory inside of `--directory` that is removed at
-the end. `--shapes tiny` is for a CPU.
+imports, over two layer counts is what a layer costs. With `--repeats` the quickest of so many counts. With
+`--parts` the larger model is converted once more with every part of the work timed, at every rank. Models are
+made on the first GPU, 0.44 and 1.3 GB a layer, in a directory inside of `--directory` that is removed at the
+end. `--shapes tiny` is for a CPU.
 """
 
 import argparse
@@ -17,9 +18,15 @@ import sys
 import tempfile
 from pathlib import Path
 
+import parts
 import quantize_gpu
 import quantize_mixture
 import torch
+
+from marlin_convert import recipe
+from marlin_convert.cli import torchrun
+from marlin_convert.hub import Source
+from marlin_convert.options import pick_device
 
 HERE = Path(__file__).resolve().parent
 
@@ -31,22 +38,45 @@ def make_model(shape: str, directory: Path, layers: int) -> Path:
     return quantize_mixture.make_model(shape, directory, layers)
 
 
-def seconds(shape: str, model: Path, output: Path, ranks: int) -> float:
-    """What a conversion by so many processes takes, by its own clock."""
-    samples, length = (256, 2048) if shape == "8b" else quantize_mixture.SHAPES[shape][3:]
+def tokens(shape: str) -> tuple[int, int]:
+    """Samples, and tokens of each."""
+    return (256, 2048) if shape == "8b" else quantize_mixture.SHAPES[shape][3:]
+
+
+def run(ranks: int, *words: object) -> str:
+    """What so many processes print that run Python with these words."""
     torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    done = subprocess.run(
-        [
-            sys.executable, *torchrun, "-m", "marlin_convert", "quantize", str(model), "-o", str(output),
-            "--samples", str(samples), "--sequence-length", str(length), "--format", "compressed-tensors",
-            "--device", "cuda" if torch.cuda.is_available() else "cpu", "--json", "-q",
-        ],
+    return subprocess.run(
+        [sys.executable, *torchrun, *map(str, words)],
         stdout=subprocess.PIPE, text=True, check=True, cwd=HERE.parent,
         # torchrun lets every process have one thread where nobody says otherwise
         env={"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))} | os.environ,
+    ).stdout  # fmt: skip
+
+
+def seconds(shape: str, model: Path, output: Path, ranks: int) -> float:
+    """What a conversion by so many processes takes, by its own clock."""
+    samples, length = tokens(shape)
+    printed = run(
+        ranks, "-m", "marlin_convert", "quantize", model, "-o", output, "--samples", samples,
+        "--sequence-length", length, "--format", "compressed-tensors",
+        "--device", "cuda" if torch.cuda.is_available() else "cpu", "--json", "-q",
     )  # fmt: skip
     shutil.rmtree(output)
-    return json.loads(done.stdout)["seconds"]
+    return json.loads(printed)["seconds"]
+
+
+def one_of_ranks(shape: str, model: Path, output: Path) -> None:
+    """Be one of the processes of a conversion whose parts are timed; the first prints those of all."""
+    samples, length = tokens(shape)
+    settings = {"samples": samples, "sequence_length": length, "format": "compressed-tensors"}
+    chosen = recipe.load(recipe.DEFAULT).changed(settings)
+    with torchrun.ranks() as ranks:
+        device = pick_device(torchrun.device("auto"))
+        job = parts.story.Job(Source(model, model.name, None), output, chosen, device, ranks=ranks)
+        found = ranks.all_say(parts.convert(job))
+        if ranks.first:
+            print(parts.table_of_ranks(found))
 
 
 def main() -> None:
@@ -59,7 +89,12 @@ def main() -> None:
     parser.add_argument("--layers", default="2,6")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--directory", type=Path, help="where models and checkpoints are put for the while")
+    parser.add_argument("--parts", action="store_true")
+    parser.add_argument("--one", nargs=2, type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
+    if chosen.one:
+        one_of_ranks(chosen.shapes, *chosen.one)
+        return
     counts, low_high = ([int(n) for n in said.split(",")] for said in (chosen.ranks, chosen.layers))
     low, high = sorted(low_high)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
@@ -79,6 +114,10 @@ def main() -> None:
                 print(f"{shape}, {ranks} ranks: {taken[low]:.2f} s, {taken[high]:.2f} s", flush=True)
                 times = f"{slopes[counts[0]] / slopes[ranks]:.2f}"
                 table.append(f"| {shape} | {ranks} | {slopes[ranks]:.3f} | {times} |")
+                if chosen.parts:
+                    said = run(ranks, __file__, "--shapes", shape, "--one", models[high], here / "out")
+                    shutil.rmtree(here / "out")
+                    print(f"parts, seconds a layer but the first, a column a rank:\n{said}", flush=True)
     print(f"\n| shape | ranks | seconds a layer | times as fast as {counts[0]} |\n|---|---|---|---|")
     print("\n".join(table))
 

@@ -4,6 +4,7 @@ torch.distributed carries all of it, with gloo between CPUs and NCCL between GPU
 rank is one of these processes, the first is rank 0. All ranks make the same calls in the same order.
 """
 
+import os
 import pickle
 import time
 from collections.abc import Sequence
@@ -15,14 +16,19 @@ import torch
 from torch import Tensor
 
 from marlin_convert.errors import ConvertError
+from marlin_convert.pulse import SILENCE, Pulse
 
-# How long a rank waits for the others: longer than any block takes. A rank that ends is noticed at once.
+# How long a rank waits for the others: longer than any block takes. A rank that ends is noticed at once, one
+# that hangs by its pulse.
 PATIENCE = timedelta(days=2)
 
 # Seconds in which the others say why they end, before one that says nothing counts as lost.
 LAST_WORDS = 5.0
 # Seconds that a rank leaves those before it to say the same.
 PRECEDENCE = 2.0
+
+# Bytes of what a rank says that go without asking how long it is.
+SHORT = 4096
 
 # Tensors that are sent as one begin at multiples of so many bytes.
 ALIGNED = 16
@@ -51,10 +57,12 @@ class Share:
 class Ranks:
     """This process among the `count` that work on one conversion; alone, it has nobody to wait for."""
 
-    def __init__(self, rank: int = 0, count: int = 1, store: Any = None):
+    def __init__(self, rank: int = 0, count: int = 1, store: Any = None, on_this_machine: int = 0):
         self.rank = rank
         self.count = count
         self._store = store
+        self._pulse = None if store is None else Pulse(store.clone(), rank, count)
+        self._on_this_machine = on_this_machine
 
     @classmethod
     def join(cls) -> "Ranks":
@@ -67,7 +75,8 @@ class Ranks:
             "cpu:gloo,cuda:nccl" if nccl else "gloo",
             store=distributed.PrefixStore("group", store), rank=rank, world_size=count, timeout=PATIENCE,
         )  # fmt: skip
-        return cls(rank, count, distributed.PrefixStore("marlin_convert", store))
+        own_store = distributed.PrefixStore("marlin_convert", store)
+        return cls(rank, count, own_store, int(os.environ["LOCAL_RANK"]))
 
     @property
     def alone(self) -> bool:
@@ -80,29 +89,44 @@ class Ranks:
         return self.rank == 0
 
     @property
+    def first_here(self) -> bool:
+        """Whether this is the first rank of its machine, which does what all there need once."""
+        return self._on_this_machine == 0
+
+    @property
     def share(self) -> Share:
         """What of anything that is split is this rank's."""
         return Share(self.rank, self.count)
 
     def told(self, said: Any = None) -> Any:
-        """What the first rank says, at every rank."""
-        return said if self.alone else self._word(said, 0)
+        """What the first rank says, at every rank; torch's own way would not heed signals while it waits."""
+        from torch import distributed
+
+        if self.alone:
+            return said
+        word = _word(said)
+        size = torch.tensor(len(word))
+        self._wait(distributed.broadcast(size, 0, async_op=True))
+        word = word if self.first else torch.empty(int(size), dtype=torch.uint8)
+        self._wait(distributed.broadcast(word, 0, async_op=True))
+        return _said(word)
 
     def all_say(self, said: Any) -> list[Any]:
         """What every rank says, in their order."""
-        return [said] if self.alone else [self._word(said, rank) for rank in range(self.count)]
-
-    def _word(self, said: Any, speaker: int) -> Any:
-        """What one rank says; torch's own exchange of objects would not heed signals while it waits."""
         from torch import distributed
 
-        speaks = speaker == self.rank
-        word = torch.frombuffer(bytearray(pickle.dumps(said if speaks else None)), dtype=torch.uint8)
-        size = torch.tensor(len(word))
-        _wait(distributed.broadcast(size, speaker, async_op=True))
-        word = word if speaks else torch.empty(int(size), dtype=torch.uint8)
-        _wait(distributed.broadcast(word, speaker, async_op=True))
-        return pickle.loads(word.numpy().tobytes())
+        if self.alone:
+            return [said]
+        word = _word(said)
+        word = torch.cat([torch.tensor([len(word)]).view(torch.uint8), word])
+        words, size = [word], SHORT
+        while size:  # once, unless one of them is long
+            words = [torch.empty(size, dtype=torch.uint8) for _ in range(self.count)]
+            padded = torch.nn.functional.pad(word, (0, size - len(word)))
+            self._wait(distributed.all_gather(words, padded, async_op=True))
+            longest = max(int(one[:8].view(torch.int64)) for one in words) + 8
+            size = longest if longest > size else 0
+        return [_said(one[8:]) for one in words]
 
     def counted(self, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Of integers, of one shape at every rank, the sums over the ranks before this one, and over all."""
@@ -116,22 +140,27 @@ class Ranks:
         said = self.all_say((values.double().sum().item(), len(values)))
         return sum(total for total, _ in said) / sum(count for _, count in said)
 
-    def sum(self, tensor: Tensor, to: int | None = None) -> None:
-        """Sum a tensor up over all ranks, in place, at rank `to` or at all of them.
+    def sum(self, tensors: Sequence[Tensor], owners: Sequence[int] | None = None) -> None:
+        """Sum tensors up over all ranks, in place: each at the rank that owns it, or all of them at all.
 
-        It has one shape everywhere; at ranks other than `to` nothing is left to use. Terms are added in an
-        order that the number of ranks tells: a sum for all is made at one of them.
+        They have the same shapes everywhere; where a tensor is not owned nothing is left to use. Terms are
+        added in an order that the number of ranks tells.
         """
         from torch import distributed
 
-        _wait(distributed.reduce(tensor, to or 0, async_op=True))
-        if to is None:
-            _wait(distributed.broadcast(tensor, 0, async_op=True))
+        # all are begun before the first is waited for: those of experts are many, and small
+        if owners is None:
+            works = [distributed.all_reduce(one, async_op=True) for one in tensors]
+        else:
+            pairs = zip(tensors, owners, strict=True)
+            works = [distributed.reduce(one, owner, async_op=True) for one, owner in pairs]
+        for work in works:
+            self._wait(work)
 
     def given(self, tensor: Tensor | None, device: torch.device) -> Tensor:
         """The first rank's tensor, at every rank, on its device."""
-        ((_, (found,)), *_) = self._sent(
-            [] if tensor is None else [tensor.to(device)], None, device, senders=[0]
+        ((_, (found,)), *_) = self._broadcast(
+            None, [] if tensor is None else [tensor.to(device)], device, senders=[0]
         )
         return found
 
@@ -139,39 +168,67 @@ class Ranks:
         self, said: Any, tensors: Sequence[Tensor], device: torch.device
     ) -> list[tuple[Any, list[Tensor]]]:
         """What every rank says, with its tensors, in the order of ranks; on this rank's device."""
-        return self._sent(tensors, said, device, senders=range(self.count))
+        return self._broadcast(said, tensors, device, senders=range(self.count))
 
-    def _sent(
-        self, tensors: Sequence[Tensor], said: Any, device: torch.device, senders: Sequence[int]
+    def _broadcast(
+        self, said: Any, tensors: Sequence[Tensor], device: torch.device, senders: Sequence[int]
     ) -> list[tuple[Any, list[Tensor]]]:
-        """All tensors of a rank go as one, of bytes."""
         from torch import distributed
 
         everyone = self.all_say((said, [(tensor.shape, tensor.dtype) for tensor in tensors]))
         found = []
         for sender in senders:
             words, kinds = everyone[sender]
-            sizes = [shape.numel() * dtype.itemsize for shape, dtype in kinds]
-            starts = [0]
-            for size in sizes:
-                starts.append(starts[-1] + -(-size // ALIGNED) * ALIGNED)
-            sent = torch.empty(starts.pop(), dtype=torch.uint8, device=device)
-            places = [
-                sent[start : start + size].view(dtype).view(shape)
-                for start, size, (shape, dtype) in zip(starts, sizes, kinds, strict=True)
-            ]
+            parcel = _Parcel(kinds, device)
             if sender == self.rank:
-                for place, tensor in zip(places, tensors, strict=True):
-                    place.copy_(tensor)
-            _wait(distributed.broadcast(sent, sender, async_op=True))
-            found.append((words, places))
+                parcel.put(tensors)
+            self._wait(distributed.broadcast(parcel.data, sender, async_op=True))
+            found.append((words, parcel.tensors))
         return found
+
+    def collect(
+        self, said: Any, tensors: Sequence[Tensor], device: torch.device
+    ) -> list[tuple[Any, list[Tensor]]]:
+        """What `exchange` gives, at the first rank; elsewhere nothing."""
+        from torch import distributed
+
+        everyone = self.all_say((said, [(tensor.shape, tensor.dtype) for tensor in tensors]))
+        # all of one size
+        most = max(_Parcel.size(kinds) for _, kinds in everyone)
+        parcels = [
+            _Parcel(kinds, device, most)
+            for rank, (_, kinds) in enumerate(everyone) if self.first or rank == self.rank
+        ]  # fmt: skip
+        own = parcels[0].data  # at the first rank too
+        parcels[0].put(tensors)
+        all_data = [one.data for one in parcels] if self.first else None
+        self._wait(distributed.gather(own, all_data, 0, async_op=True))
+        if not self.first:
+            return []
+        return [(words, parcel.tensors) for (words, _), parcel in zip(everyone, parcels, strict=True)]
+
+    def _wait(self, work: Any) -> None:
+        """Wait as Python does, which heeds signals: NCCL never hears that another process is gone.
+
+        It is looked at less and less often: the processor may be needed for what is waited for.
+        """
+        began = time.monotonic()
+        try:
+            while not work.is_completed():
+                if self._pulse is not None and self._pulse.silent:
+                    raise RankLost("another rank is not heard of any more.")
+                time.sleep(min(0.00005 + (time.monotonic() - began) / 20, 0.005))
+            work.wait()
+        except RuntimeError as error:
+            raise RankLost("another rank has ended.") from error
 
     def part(self) -> None:
         """Leave the others, when the work is done."""
         from torch import distributed
 
         self.all_say(None)
+        if self._pulse is not None:
+            self._pulse.end()
         distributed.destroy_process_group()
 
     def last_words(self, why: str | None) -> str | None:
@@ -180,6 +237,10 @@ class Ranks:
         `why` is its own reason, None if it ends because it was told to or another was lost. The first with a
         reason speaks; of ranks that end without a word, as the killed do, the others tell.
         """
+        assert self._pulse is not None
+        if self._pulse.unanswered:
+            return why or "the machine of rank 0 is not heard of any more."
+        silent = self._pulse.silent
         ended = {self.rank: why}
         began = time.monotonic()
         try:
@@ -201,17 +262,48 @@ class Ranks:
         if why or not lost or self.rank != min(ended):
             return why
         who = f"rank {lost[0]} has" if len(lost) == 1 else f"ranks {', '.join(map(str, lost))} have"
+        if set(lost) <= set(silent):
+            return f"{who} not been heard of for {SILENCE:.0f} seconds: hanging, or its machine is lost."
         return f"{who} ended without a word: killed, or out of memory."
 
 
-def _wait(work: Any) -> None:
-    """Wait as Python does, which heeds signals: NCCL never hears that another process is gone."""
-    try:
-        while not work.is_completed():
-            time.sleep(0.0001)
-        work.wait()
-    except RuntimeError as error:
-        raise RankLost("another rank has ended.") from error
+class _Parcel:
+    """Tensors of these shapes and types that go as one, of bytes."""
+
+    def __init__(
+        self, kinds: Sequence[tuple[torch.Size, torch.dtype]], device: torch.device, size: int | None = None
+    ):
+        self.data = torch.empty(self.size(kinds) if size is None else size, dtype=torch.uint8, device=device)
+        self.tensors = []
+        start = 0
+        for shape, dtype in kinds:
+            end = start + shape.numel() * dtype.itemsize
+            self.tensors.append(self.data[start:end].view(dtype).view(shape))
+            start = _aligned(end)
+
+    @staticmethod
+    def size(kinds: Sequence[tuple[torch.Size, torch.dtype]]) -> int:
+        """Bytes that they take."""
+        return sum(_aligned(shape.numel() * dtype.itemsize) for shape, dtype in kinds)
+
+    def put(self, tensors: Sequence[Tensor]) -> None:
+        """Fill it."""
+        for place, tensor in zip(self.tensors, tensors, strict=True):
+            place.copy_(tensor)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNED) * ALIGNED
+
+
+def _word(said: Any) -> Tensor:
+    """Anything as bytes."""
+    return torch.frombuffer(bytearray(pickle.dumps(said)), dtype=torch.uint8)
+
+
+def _said(word: Tensor) -> Any:
+    """What `_word` has made bytes of, with others behind them or not."""
+    return pickle.loads(word.numpy().tobytes())
 
 
 ALONE = Ranks()

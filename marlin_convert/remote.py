@@ -136,10 +136,12 @@ class _Parts(io.RawIOBase):
 
 
 @contextmanager
-def fetched_ahead(files: Iterable[RemoteFile]) -> Iterator[None]:
+def fetched_ahead(files: Iterable[RemoteFile], *, by_others: bool = False) -> Iterator[None]:
     """Fetch whole files in this order while the context lasts, in a thread that nobody waits for at its end.
 
-    What goes wrong there is said to whoever reads the file: that fetches it again.
+    What goes wrong there is said to whoever reads the file: that fetches it again. Where others
+    do so on this machine (`by_others`) files are fetched as they are read; of those that want one at once the
+    cache lets one process fetch it.
     """
     todo, ended = list(files), threading.Event()
     for file in todo:
@@ -156,7 +158,8 @@ def fetched_ahead(files: Iterable[RemoteFile]) -> Iterator[None]:
             else:
                 log.info("fetched %s, %d of %d weight files", file.name, count, len(todo))
 
-    threading.Thread(target=run, daemon=True, name="fetch").start()
+    if not by_others:
+        threading.Thread(target=run, daemon=True, name="fetch").start()
     try:
         yield
     finally:

@@ -12,20 +12,13 @@ from marlin_convert.ranks import Ranks
 def check_shared(job: Job, plan: Plan) -> None:
     """ConvertError for a conversion that is not shared by several ranks."""
     ranks, alone = job.ranks.count, "run it without torchrun: it is the work of one process."
-    sparse = any(fate.layout.sparse or fate.pruned for fate in plan.worked_on)
     refused = {
         "a source that is quantized already is repacked": plan.repack,
         "--effort high tunes": plan.tunes,
-        "2:4 sparsity is solved": sparse,
     }
     for what, so in refused.items():
         if so:
             raise ConvertError(f"{what} by one process, torchrun started {ranks}.", alone)
-    if job.source.remote is not None:
-        raise ConvertError(
-            f"{ranks} processes cannot fetch {job.source.name} while they work.",
-            f"download it first (hf download {job.source.name}), and give its directory.",
-        )
     if plan.recipe.samples < ranks:
         raise ConvertError(
             f"{plan.recipe.samples} calibration samples cannot be shared by {ranks} processes.",

@@ -22,7 +22,7 @@ from marlin_convert.models.hidden import HiddenStates
 from marlin_convert.models.memory import memory_for_activations
 from marlin_convert.models.stages import BlockWalk, Reached
 from marlin_convert.models.structure import Stage
-from marlin_convert.owners import Found, Owners
+from marlin_convert.owners import Found, Owners, packed_by_all
 from marlin_convert.plan import Plan
 from marlin_convert.quantized import QuantizedLinear, first_crowded, quad_nonzeros
 from marlin_convert.ranks import Ranks, Share
@@ -33,6 +33,9 @@ from marlin_convert.solvers.straight_through import residual_latents
 from marlin_convert.sums import Sums
 
 log = logging.getLogger("marlin_convert")
+
+# Weights whose codes wait for all ranks to pack them: those of a block, if it is no larger.
+WAITING = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -110,14 +113,13 @@ class Solve:
     def block(self, number: int) -> Iterator[Packed]:
         """Every matrix of a block that is worked on, solved and packed, or as an earlier run has kept it.
 
-        Of several ranks the first one packs. They keep nothing of a block that is not finished.
+        Of several ranks the first one gets them. They keep nothing of a block that is not finished.
         """
-        if not self._ranks.first:
-            for _ in self.solved(number):
-                pass
+        if not self._ranks.alone:
+            yield from self._block_of_all(number)
             return
         chunks = Chunks(self._kept / str(number))
-        kept = self._ranks.alone and in_several(self._plan, number, self._model.device)
+        kept = in_several(self._plan, number, self._model.device)
         yield from chunks.earlier()
         for alike in self.solved(number, chunks.earlier()):
             packed = []
@@ -126,6 +128,22 @@ class Solve:
                 yield packed[-1]
             if kept:
                 chunks.add(packed)
+
+    def _block_of_all(self, number: int) -> Iterator[Packed]:
+        """The same of several ranks, which pack as much as they can at once: so each has the same to do."""
+        waiting: list[Solved] = []
+        for alike in self.solved(number):
+            waiting += alike
+            if sum(one.fate.k * one.fate.n for one in waiting) > WAITING:
+                yield from self._packed_by_all(waiting)
+        yield from self._packed_by_all(waiting)
+
+    def _packed_by_all(self, waiting: list[Solved]) -> list[Packed]:
+        """Pack what waits to be; nothing of it waits any more."""
+        sizes = [one.fate.k * one.fate.n for one in waiting]
+        packed = packed_by_all(self._ranks, waiting, sizes, self._packed, self._model.device)
+        waiting.clear()
+        return packed
 
     def _packed(self, one: Solved) -> Packed:
         if isinstance(one.found, Tensor):
@@ -234,14 +252,13 @@ class Solve:
         sums[:] = [sums[number] for number in mine]
         found: list[Found] = []
         for some in self._find([stages[number] for number in mine], sums, owners.outputs):
-            for one in some:
-                assert isinstance(one.found, QuantizedLinear)  # pruning is not shared
-                found.append((one.found, one.row, one.energies))
+            found += [(one.found, one.row, one.energies) for one in some]
         every = []
-        for layer, row, energies in owners.exchange(found, self._model.device):
+        for whole, row, energies in owners.exchange(found, self._model.device):
             fate = self._plan.fates[row["name"]]
-            self._model.replace(fate.name, layer.dequantize().to(self._model.dtype))
-            every.append(Solved(fate, layer, row, energies))
+            written = whole if isinstance(whole, Tensor) else whole.dequantize()
+            self._model.replace(fate.name, written.to(self._model.dtype))
+            every.append(Solved(fate, whole, row, energies))
         yield from _with_errors(every, self._recipe.damping)
 
     def _find(self, stages: list[list[Fate]], sums: list[Sums], share: Share) -> Iterator[list[Solved]]:
@@ -257,11 +274,16 @@ class Solve:
             read = hessians if len(these) == len(stages) else hessians[these]
             for kind in sorted(set(same)):
                 chosen = [
-                    [fate for fate, one in zip(stages[number], same, strict=True) if one == kind]
+                    [
+                        fate
+                        for fate, one in zip(stages[number], same, strict=True)
+                        if one == kind and share.range(fate.n)  # some have fewer outputs than there are ranks
+                    ]
                     for number in these
                 ]
                 solve = self._prune if kind == (True, True) else self._quantize
-                yield solve(chosen, [sums[number] for number in these], read, share)
+                if chosen[0]:
+                    yield solve(chosen, [sums[number] for number in these], read, share)
 
     def _weights(self, fates: list[Fate], share: Share) -> list[Tensor]:
         weights = [self._model.model.get_parameter(f"{fate.name}.weight") for fate in fates]
@@ -312,7 +334,7 @@ class Solve:
             "positive": recipe.scales == "positive",
         }
         if layout.sparse:
-            masks = [self._mask(fates, own) for fates, own in zip(stages, weights, strict=True)]
+            masks = [self._mask(fates, share) for fates in stages]
             found = [
                 sparsity.solve(target, hessian, mask=mask, **settings)
                 for target, hessian, mask in zip(targets, hessians, masks, strict=True)
@@ -345,12 +367,15 @@ class Solve:
                 solved.append(Solved(fate, layer, row, energies, latents))
         return solved
 
-    def _mask(self, fates: list[Fate], weights: list[Tensor]) -> Tensor | None:
-        """What weights that are 2:4 keep, None if they are not; SourceError if they are said to be."""
-        quads = [quad_nonzeros(weight) for weight in weights]
+    def _mask(self, fates: list[Fate], share: Share) -> Tensor | None:
+        """What weights that are 2:4 keep, None if they are not; SourceError if they are said to be.
+
+        It is given for a share of their outputs.
+        """
+        quads = [quad_nonzeros(weight) for weight in self._weights(fates, Share())]
         crowded = [int((held > 2).sum()) for held in quads]
         if not any(crowded):
-            return sparsity.complete_mask(torch.cat(weights))
+            return sparsity.complete_mask(torch.cat(self._weights(fates, share)))
         for fate, held, count in zip(fates, quads, crowded, strict=True):
             if count and fate.name in self._claimed:
                 raise SourceError(

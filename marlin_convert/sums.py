@@ -1,6 +1,5 @@
 """What the solver needs of a calibration text: what the inputs of a stage sum up to, over all of it."""
 
-from collections.abc import Callable
 from functools import cached_property
 
 import torch
@@ -55,14 +54,14 @@ class Sums:
         self._products = Products(k, k, device) if beside else None
         self.routed = 0
 
-    def sum_up(self, add: Callable[[Tensor], None], tokens: int, routed: int) -> None:
-        """Let `add` make the sums, in place, those of all ranks, which had so many tokens."""
-        for one in (self._hessian, self._products):
-            if one is not None:
-                add(one.sum)
-                one.tokens = tokens
+    def of_all(self, tokens: int, routed: int) -> list[Tensor]:
+        """The sums, to be made those of all ranks in place: these had so many tokens."""
         self.tokens = tokens
         self.routed = None if self.routed is None else routed
+        summed = [one for one in (self._hessian, self._products) if one is not None]
+        for one in summed:
+            one.tokens = tokens
+        return [one.sum for one in summed]
 
     def hessian(self) -> Tensor:
         """The mean of x^T x, (k, k) float32; the sum is given up."""

@@ -15,7 +15,7 @@ from runs import CHANGES
 # launcher, which forks the ranks.
 STARTER = (
     """
-import importlib, json, os, signal, sys
+import errno, importlib, json, os, signal, sys
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -29,12 +29,20 @@ from marlin_convert.cli.main import main
 def fail():
     raise MemoryError("no memory is left")
 
+def freeze():
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+def full():
+    raise OSError(errno.ENOSPC, "No space left on device")
+
 def rank(order):
+    for one in (signal.SIGTERM, signal.SIGHUP):  # the launcher's own, inherited
+        signal.signal(one, signal.SIG_DFL)
     for place, value in order["constants"].items():
         set_constant(place, value)
     if order["stop"] and os.environ["RANK"] == str(order["stop"][0]):
         _, place, call, how = order["stop"]
-        at_call(place, -call, fail if how == "fail" else kill)
+        at_call(place, -call, {"kill": kill, "freeze": freeze, "fail": fail, "full": full}[how])
     try:
         main(order["words"])
         status = 0
@@ -71,7 +79,8 @@ for line in sys.stdin:
 class StartRanks(Protocol):
     """Runs a command line in several ranks; torchrun's exit status, and all that was printed.
 
-    `stop` is a rank that stops in the n-th call of a function: (rank, function, n, "kill" or "fail").
+    `stop` is a rank that stops in the n-th call of a function: (rank, function, n, how), how being "kill",
+    "freeze", "fail" (for want of memory) or "full" (a disk).
     `constants` are of our modules, to be other than they are.
     """
 
@@ -85,12 +94,12 @@ class StartRanks(Protocol):
 
 
 @contextmanager
-def ranks_starter(directory: Path) -> Iterator[StartRanks]:
+def ranks_starter(directory: Path, **environment: str) -> Iterator[StartRanks]:
     """A process that starts ranks for every command line; `directory` is for its log."""
     log = directory / "log.txt"
     with subprocess.Popen(
         [sys.executable, "-c", STARTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"},
+        env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"} | environment,
     ) as server:  # fmt: skip
         assert server.stdin and server.stdout
         server.stdout.readline()

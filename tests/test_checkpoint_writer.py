@@ -239,7 +239,9 @@ def test_a_full_disk_is_an_oserror_and_can_be_resumed(tmp_path):
     code = """
 import resource, sys, torch
 from pathlib import Path
+from marlin_convert.checkpoint import writer as module
 from marlin_convert.checkpoint.writer import ShardWriter, TensorSpec
+module.WAITING = 10_000
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
 specs = [TensorSpec(str(i), torch.uint8, (10_000,)) for i in range(60)]
 with ShardWriter(Path(sys.argv[1]), specs, 10**9) as writer:
@@ -271,6 +273,37 @@ with ShardWriter(Path(sys.argv[1]), specs, 10**9) as writer:
     save(tmp_path / "whole", tensors)
     whole = (tmp_path / "whole" / "model.safetensors").read_bytes()
     assert (tmp_path / "model.safetensors").read_bytes() == whole
+
+
+def test_few_bytes_wait_for_the_disk(tmp_path, monkeypatch):
+    """As many as one block has, and not as many tensors: those of experts are small."""
+    monkeypatch.setattr(writer_module, "WAITING", 99 * 1000)
+    disk, append = threading.Event(), ShardWriter._append
+
+    def slow(*arguments):
+        disk.wait()
+        append(*arguments)
+
+    monkeypatch.setattr(ShardWriter, "_append", slow)
+    tensors = {f"{i:03}": torch.full((1000,), i % 100, dtype=torch.uint8) for i in range(150)}
+    taken = []
+    (tmp_path / "slow").mkdir()
+    with ShardWriter(tmp_path / "slow", specs_of(tensors), 10**9) as writer:
+
+        def write():
+            for name in writer.order:
+                writer.write(name, tensors[name])
+                taken.append(name)
+
+        writing = threading.Thread(target=write)
+        writing.start()
+        writing.join(0.5)
+        assert len(taken) == 100
+        disk.set()
+        writing.join()
+        writer.close()
+    save(tmp_path / "whole", tensors)
+    assert contents(tmp_path / "slow") == contents(tmp_path / "whole")
 
 
 def test_a_failed_file_surfaces_and_leaves_no_thread(tmp_path):

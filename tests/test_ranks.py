@@ -10,6 +10,7 @@ import diverse_models
 import pytest
 import tiny_models
 import torch
+from fake_hub import Fault, Hub, fake_hub
 from runs import Start, blocks_done, contents, partial, starter
 from safetensors.torch import load_file
 from several_ranks import StartRanks, ranks_starter, torchrun
@@ -23,8 +24,16 @@ MIXTURE_IN_PIECES: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartRanks]:
-    with ranks_starter(tmp_path_factory.mktemp("log")) as start:
+def hub() -> Iterator[Hub]:
+    with fake_hub() as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory, hub: Hub) -> Iterator[StartRanks]:
+    home = str(tmp_path_factory.mktemp("home"))
+    settings = {"HF_HUB_DISABLE_XET": "1", "HF_ENDPOINT": hub.url, "HF_HOME": home}
+    with ranks_starter(tmp_path_factory.mktemp("log"), **settings) as start:
         yield start
 
 
@@ -60,6 +69,8 @@ def check_near(output: Path, alone: Path, same_codes: float = 0.999) -> None:
     assert ours.pop("ranks") > 1 and "ranks" not in theirs
     assert ours.pop("divergence") == pytest.approx(theirs.pop("divergence"), rel=0.03)
     errors = []
+    for manifest in (ours, theirs):
+        manifest["matrices"].sort(key=lambda row: row["name"])
     for one, other in zip(ours["matrices"], theirs["matrices"], strict=True):
         errors.append((one.pop("error"), other.pop("error")))
         assert errors[-1][0] == pytest.approx(errors[-1][1], rel=0.1), one["name"]
@@ -76,7 +87,10 @@ def check_near(output: Path, alone: Path, same_codes: float = 0.999) -> None:
             shifts = torch.arange(0, 32, 4)
             codes, codes_alone = (x[..., None] >> shifts & 15 for x in (tensor, others[name]))
             same = (codes == codes_alone).float().mean()
-            assert same > (same_codes if ".layers.0.self_attn.q" in name else 0.7), name
+            assert same > (same_codes if ".layers.0.self_attn.q" in name else 0.6), name
+        elif name.endswith("_proj.weight"):  # pruned
+            same = ((tensor == 0) == (others[name] == 0)).float().mean()
+            assert same > (same_codes if ".layers.0.self_attn.q" in name else 0.9), name
 
 
 def test_codes_are_those_of_one_process(
@@ -94,7 +108,10 @@ def test_codes_are_those_of_one_process(
 def test_so_are_those_of_a_mixture_and_they_are_the_same_twice(
     start: StartRanks, start_alone: Start, words: list[object], tmp_path: Path
 ) -> None:
-    """Of the last of its four experts, which is alone in its chunk, every rank solves some outputs."""
+    """Of the last of its four experts, which is alone in its chunk, every rank solves some outputs.
+
+    Four ranks do so with the three of the other chunk as well.
+    """
     model = diverse_models.build("qwen3_moe", vocab_size=4096, num_hidden_layers=2)
     source = tiny_models.save(model, tmp_path / "source")
     command = [words[0], source, *words[2:]]
@@ -105,6 +122,44 @@ def test_so_are_those_of_a_mixture_and_they_are_the_same_twice(
         assert status == 0, log
     assert contents(tmp_path / "one") == contents(tmp_path / "other")
     check_near(tmp_path / "one", tmp_path / "alone", same_codes=0.98)  # 0.9913: products in 16 bits
+    status, log = start(4, *command, "-o", tmp_path / "four", constants=MIXTURE_IN_PIECES)
+    assert status == 0, log
+    check_near(tmp_path / "four", tmp_path / "alone", same_codes=0.98)
+
+
+def test_fewer_outputs_than_ranks(
+    start: StartRanks, start_alone: Start, words: list[object], tmp_path: Path
+) -> None:
+    """Of keys and of values two of four ranks solve nothing; keys, not pruned, are solved for themselves."""
+    model = tiny_models.build(
+        "qwen2", hidden_size=64, intermediate_size=128, head_dim=2, num_attention_heads=32,
+        num_key_value_heads=1,
+    )  # fmt: skip
+    source = tiny_models.save(model, tmp_path / "source")
+    command = [words[0], source, *words[2:], "--format", "compressed-tensors"]
+    command += ["--sparsity", "2:4", "--unpruned", "*k_proj"]
+    narrow = {"marlin_convert.models.discover:NARROW": 1}
+    status, log = start(4, *command, "-o", tmp_path / "four", constants=narrow)
+    assert status == 0, log
+    status, log = start_alone(*command, "-o", tmp_path / "alone", constants=narrow)
+    assert status == 0 and "14 linears" in log, log
+    check_near(tmp_path / "four", tmp_path / "alone")
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_two_of_four_weights(
+    ranks: int, start: StartRanks, start_alone: Start, words: list[object], tmp_path: Path
+) -> None:
+    """Pruned by four; pruned and quantized by two."""
+    source = tiny_models.save(tiny_models.build("llama", torch.bfloat16), tmp_path / "source")
+    command = [words[0], source, *words[2:], "--sparsity", "2:4"]
+    if ranks == 4:
+        command = ["sparsify", source, *(word for word in words[2:] if word not in ("--format", "gptq"))]
+    status, log = start(ranks, *command, "-o", tmp_path / "together")
+    assert status == 0, log
+    status, log = start_alone(*command, "-o", tmp_path / "alone")
+    assert status == 0, log
+    check_near(tmp_path / "together", tmp_path / "alone", same_codes=0.998)
 
 
 @pytest.mark.parametrize("lost", [pytest.param(0, marks=pytest.mark.faults), 1])
@@ -129,6 +184,19 @@ def test_a_rank_that_is_killed_stops_the_others(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.faults  # torchrun gives it 30 seconds to end
+def test_a_rank_that_hangs_stops_the_others(start: StartRanks, words: list[object], tmp_path: Path) -> None:
+    """As does one whose machine is lost: its connections stay, and nothing comes from it."""
+    output = tmp_path / "out"
+    stop = (1, "marlin_convert.models.hidden:HiddenStates.divergence", 3, "freeze")
+    quick = {"marlin_convert.pulse:BEAT": 0.2, "marlin_convert.pulse:SILENCE": 3.0}
+    status, log = start(2, *words, "-o", output, stop=stop, constants=quick)
+    assert status == 1
+    assert "Error: rank 1 has not been heard of for 40 seconds: hanging, or its machine is lost." in log, log
+    assert log.count("Error:") == 1
+    assert not output.exists() and blocks_done(output) in (1, 2)
+
+
 def test_a_rank_that_fails_says_why_and_nobody_else_does(
     start: StartRanks, words: list[object], tmp_path: Path
 ) -> None:
@@ -141,11 +209,20 @@ def test_a_rank_that_fails_says_why_and_nobody_else_does(
     assert not any(tmp_path.iterdir())
 
 
+def test_a_full_disk_stops_all(start: StartRanks, words: list[object], tmp_path: Path) -> None:
+    """Only the first rank writes."""
+    output = tmp_path / "out"
+    stop = (0, "marlin_convert.checkpoint.writer:ShardWriter._put", 40, "full")
+    status, log = start(2, *words, "-o", output, stop=stop)
+    assert status == 1
+    assert log.count("Error: ") == 1 and f"no space left for '{output}'" in log, log
+    assert not output.exists() and blocks_done(output) in (1, 2)
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
         (("--samples", 1), "1 calibration samples cannot be shared by 2 processes."),
-        (("--sparsity", "2:4"), "2:4 sparsity is solved by one process, torchrun started 2."),
         (("--effort", "high"), "--effort high tunes by one process, torchrun started 2."),
         (("--device", "cuda:0"), "is one device, torchrun started 2 processes"),
         (("--nonsense",), "No such option"),
@@ -158,6 +235,21 @@ def test_what_is_not_shared_is_refused_once(
     assert status == 1
     assert log.count(said) == 1 and log.count("Error: ") == 1, log
     assert partial(tmp_path / "out").exists() is False
+
+
+def test_a_model_of_the_hub_comes_once(
+    hub: Hub, start: StartRanks, words: list[object], whole: Path, tmp_path: Path
+) -> None:
+    """All ranks look at it; of those that want a file one fetches it."""
+    tinypy = Path(str(words[1]))
+    hub.add("org/tinypy", tinypy)
+    hub.delay, hub.fault = 0.2, Fault("delay", "resolve", -1)
+    status, log = start(2, words[0], "org/tinypy", *words[2:], "-o", tmp_path / "out")
+    assert status == 0, log
+    size = (tinypy / "model.safetensors").stat().st_size
+    assert size <= hub.served["org/tinypy/model.safetensors"] < 1.5 * size
+    ours, theirs = (load_file(path / "model.safetensors") for path in (tmp_path / "out", whole))
+    assert all(torch.equal(ours.pop(name), tensor) for name, tensor in theirs.items()) and not ours
 
 
 def test_torchrun_itself(words: list[object], whole: Path, tmp_path: Path) -> None:
@@ -181,10 +273,10 @@ def test_shares_are_in_order_and_differ_by_one() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("kind", ["dense", "mixture"])
+@pytest.mark.parametrize("kind", ["dense", "mixture", "sparse"])
 def test_two_gpus(kind: str, words: list[object], tmp_path: Path) -> None:
     """As on a CPU: the same bytes twice, near to those of one; each process takes its own."""
-    command = [*words, "--device", "cuda"]
+    command = [*words, "--device", "cuda", *(("--sparsity", "2:4") if kind == "sparse" else ())]
     if kind == "mixture":
         model = diverse_models.build("qwen3_moe", vocab_size=4096, num_hidden_layers=2)
         command[1] = tiny_models.save(model, tmp_path / "source")

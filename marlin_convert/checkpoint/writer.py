@@ -26,8 +26,9 @@ from marlin_convert.errors import ConvertError, SourceError, reading
 
 DTYPE_CODES = {getattr(torch, name): code for code, (name, _) in DTYPES.items()}
 
-# Tensors waiting for the disk: those of one block, so that solving the next one need not wait for it.
-QUEUE = 16
+# Bytes that may wait for the disk when one more tensor comes: a block of a 70B model, or of many experts, so
+# that solving the next one need not wait for it.
+WAITING = 1 << 29
 
 # Bytes of one write: they are still in the processor's cache after hashing, and the page cache need not find
 # long runs of free pages for them, which was seen to cost five times the copy itself.
@@ -90,7 +91,9 @@ class ShardWriter:
         self._shards = _layout(self._specs, max_shard_size, on_disk)
         self._next = 0  # tensors handed in
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="shard-writer")
-        self._pending: deque[Future[None]] = deque()
+        self._pending: deque[tuple[int, Future[None]]] = deque()  # bytes, and who writes them
+        self._waiting = 0  # bytes of them
+        self._stream: torch.cuda.Stream | None = None
         # From here on: the writing thread's, or ours while nothing is pending.
         self._failure: Exception | None = None
         self._at = 0  # shard being written
@@ -120,8 +123,12 @@ class ShardWriter:
         spec = self._specs[self._next] if self._next < len(self._specs) else None
         if spec != TensorSpec(name, tensor.dtype, tuple(tensor.shape)):
             raise RuntimeError(f"expected {spec}, got {name} {tensor.dtype} {tuple(tensor.shape)}")
-        self._settle(QUEUE - 1)
-        self._submit(partial(self._append, self._next, tensor.detach()))
+        self._settle(WAITING)
+        ready = None
+        if tensor.is_cuda:
+            ready = torch.cuda.current_stream(tensor.device).record_event()
+            self._stream = self._stream or torch.cuda.Stream(tensor.device)
+        self._submit(partial(self._append, self._next, tensor.detach(), ready), spec.nbytes)
         self._next += 1
 
     def read(self, name: str) -> torch.Tensor:
@@ -154,7 +161,7 @@ class ShardWriter:
         """Wait until everything taken is safely on disk; how many tensors that is, to give to `resume`."""
         done: list[int] = []
         self.checkpoint(done.append)
-        self._settle(0)
+        self._settle()
         return done[0]
 
     def resume(self, count: int) -> None:
@@ -183,7 +190,7 @@ class ShardWriter:
         """Write the index, make all of it durable; the sha256 of every file written."""
         if self._next != len(self._specs):
             raise RuntimeError(f"{len(self._specs) - self._next} tensors were never written")
-        self._settle(0)
+        self._settle()
         self._pool.shutdown()
         files = dict(self._digests)
         if len(self._shards) > 1:
@@ -202,14 +209,20 @@ class ShardWriter:
         _fsync(self.directory)
         return files
 
-    def _settle(self, depth: int) -> None:
-        while len(self._pending) > depth:
-            self._pending.popleft().result()
+    def _settle(self, most: int = -1) -> None:
+        """Wait until at most so many bytes wait for the disk; until nothing does."""
+        while self._pending and (self._waiting > most or self._pending[0][1].done()):
+            nbytes, done = self._pending.popleft()
+            self._waiting -= nbytes
+            done.result()
         if self._failure is not None:
             raise self._failure
 
-    def _submit(self, work: Callable[[], None]) -> None:
-        """Let the writing thread do `work` after all it was given before, unless something of that failed."""
+    def _submit(self, work: Callable[[], None], nbytes: int = 0) -> None:
+        """Let the writing thread do `work` after all it was given before, unless something of that failed.
+
+        So many bytes wait for the disk until then.
+        """
 
         def unless_failed() -> None:
             if self._failure is None:
@@ -219,11 +232,19 @@ class ShardWriter:
                     self._failure = error
                     raise
 
-        self._pending.append(self._pool.submit(unless_failed))
+        self._pending.append((nbytes, self._pool.submit(unless_failed)))
+        self._waiting += nbytes
 
-    def _append(self, place: int, tensor: torch.Tensor) -> None:
-        """On the writing thread: one tensor; before a shard's first its header, after the last its end."""
-        data = tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data
+    def _append(self, place: int, tensor: torch.Tensor, ready: torch.cuda.Event | None) -> None:
+        """On the writing thread: one tensor; before a shard's first its header, after the last its end.
+
+        It comes from a GPU once it is `ready` there, whatever else that has been given to do since.
+        """
+        if self._stream is not None and ready is not None:
+            self._stream.wait_event(ready)
+            with torch.cuda.stream(self._stream):
+                tensor = tensor.cpu()
+        data = tensor.contiguous().flatten().view(torch.uint8).numpy().data
         shard = self._shards[self._at]
         if place == shard.first:
             self._file = (self.directory / shard.file).open("wb", buffering=0)

@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from marlin_convert.cli import torchrun
 from marlin_convert.cli.arguments import NameOrPlace
 from marlin_convert.cli.conversion import conversion_options, convert
 from marlin_convert.cli.imports import imports
@@ -45,10 +46,12 @@ def sparsify(
     with imports():
         from marlin_convert.commands import sparsify as story
 
-    job = story.make_job(
-        model, output, recipe, settings,
-        device=device, revision=revision, max_shard_size=max_shard_size, resume=resume, overwrite=overwrite,
-        trust_remote_code=trust_remote_code, report=report,
-    )  # fmt: skip
-    said = {"dry_run": dry_run, "as_json": as_json, "quiet": quiet, "verbose": bool(verbose)}
-    convert(job, story.plan_job, story.sparsify, **said)
+    with torchrun.ranks() as ranks:
+        job = story.make_job(
+            model, output, recipe, settings,
+            device=torchrun.device(device), revision=revision, max_shard_size=max_shard_size, resume=resume,
+            overwrite=overwrite, trust_remote_code=trust_remote_code, report=report, ranks=ranks,
+        )  # fmt: skip
+        torchrun.advise(job.device)
+        said = {"dry_run": dry_run, "as_json": as_json, "quiet": quiet, "verbose": bool(verbose)}
+        convert(job, story.plan_job, story.sparsify, **said)

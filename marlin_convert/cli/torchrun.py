@@ -33,7 +33,7 @@ def begin(command: str) -> None:
     """Let one process log what all have to say; ConvertError where several have the work of one."""
     if not is_first():
         logging.disable()
-    if count() > 1 and command != "quantize":
+    if count() > 1 and command not in ("quantize", "sparsify"):
         if not is_first():
             terminal.leave(1)
         raise ConvertError(

@@ -123,7 +123,7 @@ def _on_its_way(job: Job) -> Iterator[tuple[Weights, Plan]]:
         yield weights, plan
         return
     complete(job.source, code=job.trust_remote_code)
-    with fetched_ahead(_in_order(weights, plan)):
+    with fetched_ahead(_in_order(weights, plan), by_others=not job.ranks.first_here):
         # again, where it is not all in the headers
         yield _planned(job, checkpoint) if weights.supposed else (weights, plan)
 
