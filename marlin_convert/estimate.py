@@ -137,8 +137,6 @@ def _memory(plan: Plan, number: int, work: _Work, width: int, device: torch.devi
     solved = max(
         (at_once if one.count > 1 else 1) * gptq.bytes_taken(one.k, one.n // one.count) for one in work.stages
     )
-    # one matrix after another is factorised, in two copies
-    solved += 8 * max(one.k for one in work.stages) ** 2
     weights = 2.0 * sum(one.k * one.n for one in work.stages)
     packed = sum(one.k * one.n for one in work.stages if one.count > 1) * 0.6
     memory = hidden + solved + weights + packed + 12.0 * BATCH[device.type] * width

@@ -282,17 +282,18 @@ class Solve:
         sparse: bool,
     ) -> Tensor:
         """What is solved for, (batch, n, k): weights as one, or what makes up for the drift of the inputs."""
-        whole = [torch.cat(one) for one in weights]
+        whole = _batch([one[0] if len(one) == 1 else torch.cat(one) for one in weights])
         wanted = [one.wanted(weight, share) for one, weight in zip(sums, whole, strict=True)]
         known = [one for one in wanted if one is not None]
         if not known:
-            return _batch(whole)
+            return whole
         batch = _batch(known)
+        del wanted, known  # those of experts are copied
         if not batch.isfinite().all():
             raise self._overflow("the original's outputs are")
         # with half of the weights gone, the others have further to go
         return compensated(
-            _batch(whole), hessians, batch, damping=self._recipe.damping,
+            whole, hessians, batch, damping=self._recipe.damping,
             tokens=[one.tokens for one in sums], most=None if sparse else MOST,
         )  # fmt: skip
 
@@ -406,8 +407,8 @@ def _divided(found: Solution, weights: list[Tensor], group_size: int, bits: int)
 def _energies(hessian: Tensor, weight: Tensor, written: Tensor) -> Tensor:
     """||x (W - W_q)||^2 and ||x W||^2 on the calibration text, (2,), for weights (n, k)."""
     with gptq.feedback_precision(hessian.device):
-        pair = (weight.float() - written.float(), weight.float())
-        return torch.stack([gptq.output_energy(hessian, one.T).sum() for one in pair])
+        error = gptq.output_energy(hessian, (weight - written.float()).T).sum()
+        return torch.stack([error, gptq.output_energy(hessian, weight.float().T).sum()])
 
 
 def _with_errors(solved: list[Solved], asked: float) -> Iterator[Solved]:
