@@ -1,6 +1,6 @@
 """The hinge between solvers and formats: integer codes and scales of one linear layer, in natural order."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -70,6 +70,11 @@ class QuantizedLinear:
             if torch.equal(group_of_row, contiguous_groups(codes.shape[0], group_size, codes.device)):
                 group_of_row = None
         return cls(codes, scales, group_size, bits, zeros, group_of_row)
+
+    def to(self, device: torch.device) -> "QuantizedLinear":
+        """The same layer on a device."""
+        held = {one.name: getattr(self, one.name) for one in fields(self)}
+        return replace(self, **{name: x.to(device) for name, x in held.items() if isinstance(x, Tensor)})
 
     @property
     def k(self) -> int:

@@ -83,6 +83,7 @@ class Solve:
         room = directory if ranks.first else None
         self._hidden = HiddenStates(self._model, ids, room)
         self._original = HiddenStates(self._model, ids, room) if plan.compensates else None
+        self._model.unload_outside()
         self.replayed = 0
         self.divergence: float | None = None
         self.tuned: Tuned | None = None
