@@ -58,9 +58,8 @@ def main() -> None:
     chosen = parser.parse_args()
     if torch.cuda.is_available():
         print(torch.cuda.get_device_name())
-    print(
-        "| model | blocks | device | memory GB | source GB | output GB | minutes |\n|---|---|---|---|---|---|---|"
-    )
+    columns = ("model", "blocks", "device", "memory GB", "source GB", "output GB", "minutes")
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for name in chosen.models or CONFIGS:
         found = planned(CONFIGS[name], chosen.device)
         print(

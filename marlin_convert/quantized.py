@@ -1,6 +1,6 @@
 """The hinge between solvers and formats: integer codes and scales of one linear layer, in natural order."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -73,8 +73,8 @@ class QuantizedLinear:
 
     def to(self, device: torch.device) -> "QuantizedLinear":
         """The same layer on a device."""
-        held = {one.name: getattr(self, one.name) for one in fields(self)}
-        return replace(self, **{name: x.to(device) for name, x in held.items() if isinstance(x, Tensor)})
+        held = [getattr(self, one.name) for one in fields(self)]
+        return QuantizedLinear(*[x.to(device) if isinstance(x, Tensor) else x for x in held])
 
     @property
     def k(self) -> int:

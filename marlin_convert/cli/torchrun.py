@@ -114,7 +114,7 @@ def device(said: str) -> str:
 
 
 def advise(said: str, device: Any) -> None:
-    """Say how to use all GPUs of this machine, where one is used of several and --device chose none of them."""
+    """Say how to use all GPUs of this machine, where one of several is used and --device chose none."""
     import torch
 
     one_of_several = device.type == "cuda" and said in ("auto", "cuda") and count() == 1

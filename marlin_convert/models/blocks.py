@@ -41,9 +41,9 @@ def bf16_units() -> bool:
 class BlockModel:
     """A causal language model run one decoder block at a time.
 
-    `weights` gives the parameters as floats whatever they are stored as. On `device` there is the block that is
-    loaded and, from when they are first used until `unload_outside`, what is outside of the blocks: embedding
-    and norms, and the output projection for logits.
+    `weights` gives the parameters as floats whatever they are stored as. On `device` there is the block
+    that is loaded and, from its first use until `unload_outside`, what is outside of the blocks: embedding and
+    norms, and the output projection for logits.
 
     `dtype` is the model's own type unless another is given, and that of the hidden states between blocks. A
     GPU computes in it, a CPU in float32 (which is faster there, and rounds less). With `fast`, linears on a
@@ -133,7 +133,7 @@ class BlockModel:
 
     def unload_outside(self) -> None:
         """Free what is outside of the blocks, none of which is loaded, until it is used again."""
-        self.model.to("meta")
+        nn.Module.to(self.model, "meta")
         self._has_outside = self._has_head = False
 
     def _fetch(self, full_name: str, module: nn.Module, name: str) -> Tensor:
