@@ -1,6 +1,7 @@
 """The hinge between solvers and formats: integer codes and scales of one linear layer, in natural order."""
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ class QuantizedLinear:
 
     def to(self, device: torch.device) -> "QuantizedLinear":
         """The same layer on a device."""
-        held = [getattr(self, one.name) for one in fields(self)]
+        held: list[Any] = [getattr(self, one.name) for one in fields(self)]
         return QuantizedLinear(*[x.to(device) if isinstance(x, Tensor) else x for x in held])
 
     @property
