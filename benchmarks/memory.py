@@ -4,8 +4,8 @@ usage: python benchmarks/memory.py [--shape small] [--layers 2,4] [--device cpu|
 
 Random Llamas, written layer by layer: `small` (hidden 1024, MLP 4096, 33 MB a layer, 16 x 512 tokens), and
 with 2 x 512 tokens Llama-3's `8b` and `70b` (0.4 and 1.7 GB a layer, 2.1 and 4.2 GB beside). A process of its
-own converts each; it reads its peaks from the operating system, and that of the GPU from torch. Models are put
-in a directory inside of `--directory` that is removed at the end.
+own converts each; it reads its peaks from the operating system, and that of the GPU from torch. Models are
+put in a directory inside of `--directory` that is removed at the end.
 """
 
 import argparse

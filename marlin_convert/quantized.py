@@ -74,8 +74,9 @@ class QuantizedLinear:
 
     def to(self, device: torch.device) -> "QuantizedLinear":
         """The same layer on a device."""
-        held: list[Any] = [getattr(self, one.name) for one in fields(self)]
-        return QuantizedLinear(*[x.to(device) if isinstance(x, Tensor) else x for x in held])
+        held = [getattr(self, one.name) for one in fields(self)]
+        moved: list[Any] = [x.to(device) if isinstance(x, Tensor) else x for x in held]
+        return QuantizedLinear(*moved)
 
     @property
     def k(self) -> int:

@@ -42,8 +42,8 @@ class BlockModel:
     """A causal language model run one decoder block at a time.
 
     `weights` gives the parameters as floats whatever they are stored as. On `device` there is the block
-    that is loaded and, from its first use to `unload_outside`, what is outside of the blocks: embedding, norms
-    and, for logits, the output projection.
+    that is loaded and, from its first use to `unload_outside`, what is outside of the blocks: embedding,
+    norms and, for logits, the output projection.
 
     `dtype` is the model's own type unless another is given, and that of the hidden states between blocks. A
     GPU computes in it, a CPU in float32 (which is faster there, and rounds less). With `fast`, linears on a
