@@ -137,6 +137,8 @@ def _memory(plan: Plan, number: int, work: _Work, width: int, device: torch.devi
     solved = max(
         (at_once if one.count > 1 else 1) * gptq.bytes_taken(one.k, one.n // one.count) for one in work.stages
     )
+    if plan.sparsity:  # one matrix after another, with four more that are as wide (solvers/sparsity.py)
+        solved += 16 * max(one.k for one in work.stages) ** 2
     weights = 2.0 * sum(one.k * one.n for one in work.stages)
     packed = sum(one.k * one.n for one in work.stages if one.count > 1) * 0.6
     memory = hidden + solved + weights + packed + 12.0 * BATCH[device.type] * width

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from marlin_convert import formats, recipe
 from marlin_convert.checkpoint import manifest as manifests
+from marlin_convert.checkpoint.linears import Weights
 
 Cli = Callable[..., Result]
 SMALL = ["--samples", 8, "--sequence-length", 256, "--device", "cpu"]
@@ -67,6 +68,21 @@ def stored_codes(output: Path) -> dict[str, tuple[Tensor, Tensor]]:
         layer = layout.unpack(own, scheme)
         found[name] = layer.codes, layer.scales.float()
     return found
+
+
+def test_the_output_projection_is_read_once_to_be_written(
+    quantize: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names, read = [], Weights.read
+    source = tiny_models.save(tiny_models.build("llama"), tmp_path / "source")
+
+    def noting(self: Weights, name: str, *device: torch.device) -> Tensor:
+        names.append(name)
+        return read(self, name, *device)
+
+    monkeypatch.setattr(Weights, "read", noting)
+    assert quantize(source=source).exit_code == 0
+    assert (names.count("lm_head.weight"), names.count("model.embed_tokens.weight")) == (1, 2)
 
 
 def test_all_formats_hold_the_same_codes_and_scales(quantize: Callable[..., Result], tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from marlin_convert.solvers.scales import search_scales
 BLOCK = 128
 
 # Rows that are put in another order at once, and elements that are turned: large enough to be quick.
-REORDERED, TURNED = 256, 1 << 22
+REORDERED, TURNED = 256, 1 << 20
 
 
 @dataclass(frozen=True)
