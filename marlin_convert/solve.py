@@ -173,7 +173,7 @@ class Solve:
             sums[one.stage].add(one, before, bf16_units=model.bf16_products)
         self.replayed += walk.replayed
         if original is not None:
-            original.to("meta")  # its forwards refer to its modules: it would stay until Python looks for such
+            original.to("meta")  # its forwards refer to its modules: it would stay until Python finds that
         model.unload(number)
         if number == self._plan.blocks - 1 and not self._hidden.finite():
             raise self._overflow(f"what {model.name(number)} gives is")
