@@ -34,10 +34,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.utils.logging import disable_progress_bar
 
-from marlin_convert import formats
 from marlin_convert.bench.timing import capture
 from marlin_convert.checkpoint.writer import write_json
-from marlin_convert.kernels.matmul import PackedLinear
+from marlin_convert.formats import FORMATS
+from marlin_convert.formats.scheme import Scheme
+from marlin_convert.kernels.matmul import LINEARS, PackedLinear
 
 HERE = Path(__file__).resolve().parent
 CUDA = torch.cuda.is_available()
@@ -99,20 +100,23 @@ def join(*linears: nn.Module) -> nn.Module:
         joined = nn.Linear(1, 1, bias=False)
         joined.weight = nn.Parameter(torch.cat([one.weight for one in linears]), requires_grad=False)
         return joined
-    buffers = [[one.get_buffer(suffix) for one in linears] for suffix in formats.suffixes(first.scheme)]
+    buffers = [[one.get_buffer(suffix) for one in linears] for suffix, _ in first.named_buffers()]
     return type(first)(*(torch.cat(parts, 1) for parts in buffers))
 
 
 def check_join(*linears: nn.Module) -> None:
     """AssertionError when what join() makes holds other weights than the linears it is made of."""
     if isinstance(linears[0], PackedLinear):
-        weights = [
-            formats.FORMATS[one.scheme.format]
-            .unpack({suffix: tensor.cpu() for suffix, tensor in one.named_buffers()}, one.scheme)
-            .dequantize(torch.float16)
-            for one in (join(*linears), *linears)
-        ]
-        assert torch.equal(weights[0], torch.cat(weights[1:]))
+        joined, *weights = [weight(one) for one in (join(*linears), *linears)]
+        assert torch.equal(joined, torch.cat(weights))
+
+
+def weight(linear: nn.Module) -> Tensor:
+    """The weight (n, k) that a packed linear holds, on the CPU."""
+    packed = {suffix: tensor.cpu() for suffix, tensor in linear.named_buffers()}
+    [format] = [name for name, kind in LINEARS.items() if isinstance(linear, kind)]
+    scheme = Scheme(format, 4, linear.in_features // len(packed["s"]))
+    return FORMATS[format].unpack(packed, scheme).dequantize(torch.float16)
 
 
 class Attention(nn.Module):

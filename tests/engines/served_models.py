@@ -25,6 +25,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "deepseek_v3": {
         "vocab_size": 4224,
         "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",  # without the word vLLM takes softmax
         "q_lora_rank": 128,
         "kv_lora_rank": 512,
         "qk_rope_head_dim": 64,
