@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -78,9 +79,10 @@ def make_model(shape: str, layers: int, directory: Path, device: torch.device) -
 
 
 def peak() -> int:
-    """Bytes that this process had at the most since it was asked last."""
+    """Bytes that this process had at the most since it was asked last; where that is forbidden, ever."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    Path("/proc/self/clear_refs").write_text("5")
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
