@@ -21,7 +21,7 @@ from marlin_convert.solvers.scales import search_scales
 BLOCK = 128
 
 # Rows that are put in another order at once, and elements that are turned: large enough to be quick.
-REORDERED, TURNED = 256, 1 << 20
+REORDERED, TURNED = 256, 1 << 22
 
 
 @dataclass(frozen=True)
@@ -158,9 +158,9 @@ def factorise(hessians: Tensor, damping: float) -> tuple[list[float | None], Ten
 
 def _reorder(matrices: Tensor, order: Tensor) -> None:
     """Put rows and columns of each of `matrices` (batch, k, k) in its order (batch, k), in place."""
-    for matrix, one in zip(matrices, order, strict=True):
-        for lines in (*matrix.split(REORDERED), *matrix.mT.split(REORDERED)):
-            lines.copy_(lines[:, one])
+    for view in (matrices, matrices.mT):
+        for lines in view.split(REORDERED, 1):
+            lines.copy_(lines.gather(2, order[:, None].expand(lines.shape)))
 
 
 def _turn(matrix: Tensor) -> None:
