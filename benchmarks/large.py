@@ -1,6 +1,6 @@
 """What large models take by `--dry-run`, on this machine's device: the table of docs/large.md.
 
-usage: python benchmarks/large.py [--device auto] [MODEL ...]
+usage: python benchmarks/large.py [--device auto] [--samples 256] [MODEL ...]
 
 Only headers are written, in the shapes that the models have on the Hub; nothing is converted.
 """
@@ -34,14 +34,14 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 }  # fmt: skip
 
 
-def planned(config: PreTrainedConfig, device: str) -> dict:
+def planned(config: PreTrainedConfig, device: str, samples: int) -> dict:
     """What `--dry-run` says of a model."""
     with tempfile.TemporaryDirectory() as place:
         plan.write(config, Path(place))
         done = subprocess.run(
             [
                 sys.executable, "-m", "marlin_convert", "quantize", place, "-o", f"{place}-4bit", "--dry-run",
-                "--json", "--format", "compressed-tensors", "--device", device,
+                "--json", "--format", "compressed-tensors", "--device", device, "--samples", str(samples),
             ],
             stdout=subprocess.PIPE, text=True, check=True,
         )  # fmt: skip
@@ -55,13 +55,14 @@ def main() -> None:
     )
     parser.add_argument("models", nargs="*", metavar="MODEL")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--samples", type=int, default=256)
     chosen = parser.parse_args()
     if torch.cuda.is_available():
         print(torch.cuda.get_device_name())
     columns = ("model", "blocks", "device", "memory GB", "source GB", "output GB", "minutes")
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for name in chosen.models or CONFIGS:
-        found = planned(CONFIGS[name], chosen.device)
+        found = planned(CONFIGS[name], chosen.device, chosen.samples)
         print(
             f"| {name} | {found['blocks']} | {found['device']} | {found['memory_bytes'] / 1e9:.1f} | "
             f"{found['source_bytes'] / 1e9:.0f} | {found['output_bytes'] / 1e9:.0f} | "

@@ -275,6 +275,20 @@ with ShardWriter(Path(sys.argv[1]), specs, 10**9) as writer:
     assert (tmp_path / "model.safetensors").read_bytes() == whole
 
 
+@pytest.mark.gpu
+def test_what_a_gpu_has_is_written_as_it_was_when_it_was_given(tmp_path):
+    """Not before it is there, and whoever gets its memory next."""
+    tensors = {f"{i:02}": torch.full((1 << 20,), i, dtype=torch.uint8) for i in range(40)}
+    with ShardWriter(tmp_path, specs_of(tensors), 10**9) as writer:
+        for name in writer.order:
+            torch.cuda._sleep(10_000_000)
+            writer.write(name, tensors[name].cuda(non_blocking=True) + 0)
+            torch.full((1 << 20,), 255, dtype=torch.uint8, device="cuda")
+        writer.close()
+    written = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(written[name], tensor) for name, tensor in tensors.items())
+
+
 def test_few_bytes_wait_for_the_disk(tmp_path, monkeypatch):
     """As many as one block has, and not as many tensors: those of experts are small."""
     monkeypatch.setattr(writer_module, "WAITING_BYTES", 99 * 1000)

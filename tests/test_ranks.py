@@ -70,8 +70,6 @@ def check_near(output: Path, alone: Path, same_codes: float = 0.999) -> None:
     assert ours.pop("ranks") > 1 and "ranks" not in theirs
     assert ours.pop("divergence") == pytest.approx(theirs.pop("divergence"), rel=0.03)
     errors = []
-    for manifest in (ours, theirs):
-        manifest["matrices"].sort(key=lambda row: row["name"])
     for one, other in zip(ours["matrices"], theirs["matrices"], strict=True):
         errors.append((one.pop("error"), other.pop("error")))
         assert errors[-1][0] == pytest.approx(errors[-1][1], rel=0.1), one["name"]
@@ -137,7 +135,7 @@ def test_a_rank_without_tokens_for_an_expert_packs_when_the_others_do(
     )
     source = tiny_models.save(model, tmp_path / "source")
     text = Path(str(words[words.index("--calibration") + 1])).read_text()
-    (tmp_path / "text.txt").write_text(text[:1800] + "\n" * 20 + " x" * 700)
+    (tmp_path / "text.txt").write_text(text[:1700] + " x" * 700)
     command = ["quantize", source, "--calibration", tmp_path / "text.txt", "--samples", 2]
     command += ["--sequence-length", 512, "--device", "cpu"]
     pieces = {"marlin_convert.chunks:AT_ONCE": {"cpu": 1}, "marlin_convert.solve:PACKED_AT_ONCE": 1}
