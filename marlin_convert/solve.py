@@ -275,7 +275,8 @@ class Solve:
             for whole, row, energies in owners.exchange(found, self._model.device)
         }
         every = []
-        for fate in (fate for fates in stages for fate in fates):
+        # one kind after another, as one process solves them
+        for fate in sorted((fate for fates in stages for fate in fates), key=_kind):
             whole, row, energies = of_all[fate.name]
             written = whole if isinstance(whole, Tensor) else whole.dequantize()
             self._model.replace(fate.name, written.to(self._model.dtype))
@@ -289,7 +290,7 @@ class Solve:
         if not all(finite):
             raise self._overflow(f"the inputs of {stages[finite.index(False)][0].name} are")
         # those of a kind as one matrix, and side by side the stages that have the same kinds
-        kinds = [tuple((fate.layout.sparse, fate.pruned) for fate in fates) for fates in stages]
+        kinds = [tuple(map(_kind, fates)) for fates in stages]
         for same in dict.fromkeys(kinds):
             these = [number for number, found in enumerate(kinds) if found == same]
             read = hessians if len(these) == len(stages) else hessians[these]
@@ -428,6 +429,11 @@ class Solve:
                 self._put(fate, written)
                 solved.append(Solved(fate, written, fate.row(), _energies(hessian, old, written)))
         return solved
+
+
+def _kind(fate: Fate) -> tuple[bool, bool]:
+    """What linears that are solved as one have in common."""
+    return fate.layout.sparse, fate.pruned
 
 
 def _batch(tensors: list[Tensor]) -> Tensor:
