@@ -350,7 +350,7 @@ def test_what_ranks_do_not_verify_together(start: StartRanks, verification: list
     with (copy / "marlin_convert.json").open("a") as manifest:
         manifest.write(" ")
     shutil.copytree(copy, of_rank.format(rank=1))
-    refused("Error: rank 1: rank 1 has manifest", "verify", of_rank)
+    refused("Error: rank 1 has manifest", "verify", of_rank)
     assert not list(copy.parent.rglob(VERIFIED))
 
 
