@@ -43,7 +43,7 @@ PARTS: tuple[tuple[Any, str, str], ...] = (
     (solve, "pack", "pack and compare"),
     (story, "_dense", "dense tensors"),
     (BlockModel, "load", "wait for the next block"),
-    (BlockModel, "__init__", "model outside blocks"),
+    (BlockModel, "load_outside", "model outside blocks"),
     (BlockModel, "replace", "dequantized weights in"),
     (HiddenStates, "__init__", "embed"),
     (story.ShardWriter, "write", "hand to writer"),

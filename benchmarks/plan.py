@@ -27,9 +27,9 @@ T = TypeVar("T")
 
 
 def tensors(config: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The tensors of its files, an expert's one by one."""
+    """The tensors of a model's files, an expert's one by one."""
     with torch.device("meta"):
-        model = transformers.DeepseekV3ForCausalLM(config)
+        model = transformers.AutoModelForCausalLM.from_config(config)
     for name, tensor in model.state_dict().items():
         around, stack, role = name.partition(".experts.")
         if not stack:
@@ -42,9 +42,9 @@ def tensors(config: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
                 yield f"{around}.experts.{number}.{one}.weight", (rows, k)
 
 
-def write(directory: Path) -> None:
-    """The model: its config, its index, and files with headers and holes."""
-    config = transformers.DeepseekV3Config(dtype="bfloat16", architectures=["DeepseekV3ForCausalLM"])
+def write(config: Any, directory: Path) -> None:
+    """A model in bfloat16: its config, its index, and files with headers and holes."""
+    config.dtype = "bfloat16"
     config.save_pretrained(directory)
     files: list[dict[str, Any]] = [{}]
     end = 0
@@ -76,7 +76,7 @@ def timed(what: str, call: Callable[[], T]) -> T:
 def main() -> None:
     """Time every step."""
     with tempfile.TemporaryDirectory() as place:
-        write(Path(place))
+        write(transformers.DeepseekV3Config(), Path(place))
         checkpoint = timed("headers", lambda: Checkpoint.open(Path(place)))
         chosen = recipe.Recipe(
             format="compressed-tensors", overrides={"model.layers.0.*": {"bits": 8, "group_size": 64}}
@@ -95,4 +95,5 @@ def main() -> None:
         assert (one.bits, one.group_size) == (fate.layout.bits, fate.layout.group_size), fate.name
 
 
-main()
+if __name__ == "__main__":
+    main()

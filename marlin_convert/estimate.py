@@ -137,9 +137,10 @@ def _memory(plan: Plan, number: int, work: _Work, width: int, device: torch.devi
     solved = max(
         (at_once if one.count > 1 else 1) * gptq.bytes_taken(one.k, one.n // one.count) for one in work.stages
     )
-    # one matrix after another is factorised, in two copies
-    solved += 8 * max(one.k for one in work.stages) ** 2
-    weights = 2.0 * sum(one.k * one.n for one in work.stages)
+    if plan.sparsity:  # one matrix after another, with four more that are as wide (solvers/sparsity.py)
+        solved += 16 * max(one.k for one in work.stages) ** 2
+    in_16_bits = device.type == "cuda" or (plan.dtype == torch.bfloat16 and bf16_units())
+    weights = (2.0 if in_16_bits else 4.0) * sum(one.k * one.n for one in work.stages)
     packed = sum(one.k * one.n for one in work.stages if one.count > 1) * 0.6
     memory = hidden + solved + weights + packed + 12.0 * BATCH[device.type] * width
     # the next block is read meanwhile, where there is room

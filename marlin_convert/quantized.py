@@ -1,6 +1,7 @@
 """The hinge between solvers and formats: integer codes and scales of one linear layer, in natural order."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,6 +71,12 @@ class QuantizedLinear:
             if torch.equal(group_of_row, contiguous_groups(codes.shape[0], group_size, codes.device)):
                 group_of_row = None
         return cls(codes, scales, group_size, bits, zeros, group_of_row)
+
+    def to(self, device: torch.device) -> "QuantizedLinear":
+        """The same layer on a device."""
+        held = [getattr(self, one.name) for one in fields(self)]
+        moved: list[Any] = [x.to(device) if isinstance(x, Tensor) else x for x in held]
+        return QuantizedLinear(*moved)
 
     @property
     def k(self) -> int:

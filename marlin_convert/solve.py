@@ -86,6 +86,7 @@ class Solve:
         room = directory if ranks.first else None
         self._hidden = HiddenStates(self._model, ids, room)
         self._original = HiddenStates(self._model, ids, room) if plan.compensates else None
+        self._model.unload_outside()
         self.replayed = 0
         self.divergence: float | None = None
         self.tuned: Tuned | None = None
@@ -189,6 +190,8 @@ class Solve:
                 sums[one.stage] = Sums(linear.bias)
             sums[one.stage].add(one, before, bf16_units=model.bf16_products)
         self.replayed += walk.replayed
+        if original is not None:
+            original.to("meta")  # its forwards refer to its modules: it would stay until Python finds that
         model.unload(number)
         if number == self._plan.blocks - 1 and not self._hidden.finite():
             raise self._overflow(f"what {model.name(number)} gives is")
@@ -304,17 +307,18 @@ class Solve:
         sparse: bool,
     ) -> Tensor:
         """What is solved for, (batch, n, k): weights as one, or what makes up for the drift of the inputs."""
-        whole = [torch.cat(one) for one in weights]
+        whole = _batch([one[0] if len(one) == 1 else torch.cat(one) for one in weights])
         wanted = [one.wanted(weight, share) for one, weight in zip(sums, whole, strict=True)]
         known = [one for one in wanted if one is not None]
         if not known:
-            return _batch(whole)
+            return whole
         batch = _batch(known)
+        del wanted, known  # those of experts are copied
         if not batch.isfinite().all():
             raise self._overflow("the original's outputs are")
         # with half of the weights gone, the others have further to go
         return compensated(
-            _batch(whole), hessians, batch, damping=self._recipe.damping,
+            whole, hessians, batch, damping=self._recipe.damping,
             tokens=[one.tokens for one in sums], most=None if sparse else MOST,
         )  # fmt: skip
 
@@ -431,8 +435,8 @@ def _divided(found: Solution, weights: list[Tensor], group_size: int, bits: int)
 def _energies(hessian: Tensor, weight: Tensor, written: Tensor) -> Tensor:
     """||x (W - W_q)||^2 and ||x W||^2 on the calibration text, (2,), for weights (n, k)."""
     with gptq.feedback_precision(hessian.device):
-        pair = (weight.float() - written.float(), weight.float())
-        return torch.stack([gptq.output_energy(hessian, one.T).sum() for one in pair])
+        error = gptq.output_energy(hessian, (weight - written.float()).T).sum()
+        return torch.stack([error, gptq.output_energy(hessian, weight.float().T).sum()])
 
 
 def _with_errors(solved: list[Solved], asked: float) -> Iterator[Solved]:

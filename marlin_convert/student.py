@@ -37,6 +37,7 @@ class Student:
         self.model = BlockModel(
             weights, device, dtype=torch.float32, fast=False, trust_remote_code=trust_remote_code
         )
+        self.model.load_outside(head=True)
         self._dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         head = self.model.model.get_output_embeddings()
         tied = head is not None and head.weight is self.model.model.get_input_embeddings().weight

@@ -71,15 +71,17 @@ class Sums:
 
     @cached_property
     def _mean(self) -> Tensor | None:
-        return None if self._products is None else self._products.mean()
+        products, self._products = self._products, None
+        return None if products is None else products.mean()
 
     def wanted(self, weight: Tensor, share: Share) -> Tensor | None:
         """The mean of x^T y0, (k, n) float32, for a share of the outputs; None if it is not known.
 
-        `weight` (n, k) is the original's of these outputs.
+        `weight` (n, k) is the original's of these outputs. Where outputs are added to a residual they are of
+        one linear, which asks once: what they sum up to is given up.
         """
-        if self._mean is None:
-            return None
         if self._of_outputs:
-            return self._mean[:, share.slice(self._mean.shape[1])]
-        return self._mean @ weight.T.float()
+            assert self._products is not None
+            products, self._products = self._products, None
+            return products.mean()[:, share.slice(products.sum.shape[1])]
+        return None if self._mean is None else self._mean @ weight.T.float()

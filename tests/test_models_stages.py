@@ -223,16 +223,36 @@ def test_the_next_block_is_read_meanwhile_where_there_is_room(
     monkeypatch.setattr(blocks_module, "free_memory", lambda device: 5 * size if room else 3 * size)
     read, begun = model.weights.read, threading.Event()
 
-    def noting(name: str) -> Tensor:
+    def noting(name: str, device: torch.device) -> Tensor:
         if ".layers.1." in name:
             begun.set()
-        return read(name)
+        return read(name, device)
 
     monkeypatch.setattr(model.weights, "read", noting)
     model.load(0)
     assert begun.wait(20 if room else 1) == room
     model.load(1)
     assert begun.is_set()
+
+
+def test_what_is_outside_of_the_blocks_is_there_while_it_is_used(tmp_path: Path) -> None:
+    model, hidden = open_model("llama", torch.float32, tmp_path)
+    blocks = f"{model.structure.blocks}."
+
+    def there() -> set[str]:
+        return {
+            name for name, one in model.model.named_parameters() if not one.is_meta and blocks not in name
+        }
+
+    ids = hidden.batches[0]
+    assert there() == {"model.embed_tokens.weight", "model.norm.weight"}
+    before = model.logits(ids, hidden.state(0))
+    assert there() == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    model.unload_outside()
+    assert not there()
+    assert torch.equal(model.logits(ids, hidden.state(0)), before)
+    model.unload_outside()
+    assert torch.equal(model.embed(ids)[0], hidden.state(0))
 
 
 def test_the_modules_of_a_block_are_left_as_they_were(tmp_path: Path) -> None:

@@ -1,11 +1,12 @@
 """The command from end to end on the trained model of the examples: what it writes, says and leaves alone."""
 
+import gc
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,9 +19,14 @@ from runs import earlier_output
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn import Parameter
 
 from marlin_convert import formats, recipe
 from marlin_convert.checkpoint import manifest as manifests
+from marlin_convert.checkpoint.linears import Weights
+from marlin_convert.commands import quantize as commands
+from marlin_convert.conversion import Job
+from marlin_convert.hub import Source
 
 Cli = Callable[..., Result]
 SMALL = ["--samples", 8, "--sequence-length", 256, "--device", "cpu"]
@@ -67,6 +73,41 @@ def stored_codes(output: Path) -> dict[str, tuple[Tensor, Tensor]]:
         layer = layout.unpack(own, scheme)
         found[name] = layer.codes, layer.scales.float()
     return found
+
+
+def test_the_output_projection_is_read_once_to_be_written(
+    quantize: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names, read = [], Weights.read
+    source = tiny_models.save(tiny_models.build("llama"), tmp_path / "source")
+
+    def noting(self: Weights, name: str, *device: torch.device) -> Tensor:
+        names.append(name)
+        return read(self, name, *device)
+
+    monkeypatch.setattr(Weights, "read", noting)
+    assert quantize(source=source).exit_code == 0
+    assert (names.count("lm_head.weight"), names.count("model.embed_tokens.weight")) == (1, 2)
+
+
+def test_nothing_stays_of_a_block_that_is_done(tinypy: Path, text: Path, tmp_path: Path) -> None:
+    """Nor of the original's copy of it, until Python happens to look for cycles."""
+    settings = {"samples": 2, "sequence_length": 64, "calibration": str(text)}
+    changed = recipe.load(recipe.DEFAULT).changed(settings)
+    job = Job(Source(tinypy, "tinypy", None), tmp_path / "out", changed, torch.device("cpu"))
+    held = []
+
+    def progress(numbers: range, total: int) -> Iterator[int]:
+        for number in numbers:
+            yield number
+            held.append(sum(type(one) is Parameter and not one.is_meta for one in gc.get_objects()))
+
+    gc.disable()
+    try:
+        commands.quantize(job, progress)
+    finally:
+        gc.enable()
+    assert held == [0] * 4
 
 
 def test_all_formats_hold_the_same_codes_and_scales(quantize: Callable[..., Result], tmp_path: Path) -> None:

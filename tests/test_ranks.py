@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from several_ranks import StartRanks, ranks_starter, torchrun
 
 from marlin_convert.checkpoint.manifest import VERIFIED
+from marlin_convert.cli.torchrun import advise
 from marlin_convert.ranks import Share
 
 MIXTURE_IN_PIECES: dict[str, Any] = {
@@ -367,6 +368,25 @@ def test_shares_are_in_order_and_differ_by_one() -> None:
     assert sorted(map(len, shares)) == [2, 3, 3]
 
 
+@pytest.mark.parametrize(
+    ("device", "gpus", "ranks", "told"),
+    [("auto", 4, 1, True), ("cuda", 4, 1, True), ("cuda:1", 4, 1, False), ("auto", 1, 1, False),
+     ("cpu", 4, 1, False), ("auto", 4, 4, False)],
+)  # fmt: skip
+def test_one_gpu_of_several_says_how_to_use_all(
+    device: str, gpus: int, ranks: int, told: bool, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr("sys.argv", ["marlin-convert", "quantize", "MODEL", "-o", "my model"])
+    if ranks > 1:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+        monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    with caplog.at_level("INFO", "marlin_convert"):
+        advise(device, torch.device("cpu" if device == "cpu" else "cuda:0"))
+    command = "torchrun --nproc-per-node 4 -m marlin_convert quantize MODEL -o 'my model'"
+    assert caplog.messages == [f"one of 4 GPUs is used; all of them: {command}"] * told
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("kind", ["dense", "mixture", "sparse"])
@@ -379,5 +399,6 @@ def test_two_gpus(kind: str, words: list[object], tmp_path: Path) -> None:
     for ranks, output in ((1, "alone"), (2, "one"), (2, "other")):
         done = torchrun(ranks, *command, "-o", tmp_path / output)
         assert done.returncode == 0, done.stderr
+        assert ("torchrun --nproc-per-node" in done.stderr) == (ranks == 1)
     assert contents(tmp_path / "one") == contents(tmp_path / "other")
     check_near(tmp_path / "one", tmp_path / "alone", same_codes=0.98)  # 0.9913: products in 16 bits

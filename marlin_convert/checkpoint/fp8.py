@@ -179,20 +179,20 @@ def read_scales(scales: Scales) -> Tensor:
     return found.reshape(1, 1) if found.dim() < 2 else found
 
 
-def read(stored: TensorInfo, scales: Scales, dtype: torch.dtype) -> Tensor:
-    """A weight (n, k) in `dtype`, multiplied in float32 and rounded once, some rows at a time.
+def read(stored: TensorInfo, scales: Scales, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A weight (n, k) in `dtype`, multiplied on the device in float32, some rows at a time, and rounded once.
 
     SourceError where it is not finite, or its scales are none.
     """
-    grid, values = read_scales(scales), stored.read()
+    grid, values = read_scales(scales).to(device), stored.read().to(device)
     block = scales.block
     if scales.transposed:
         grid, block = grid.T, block[::-1]
     n, k = values.shape
     lie = scales.rows or range(n)  # where its rows are in what the scales are of
     rows, columns = block[0] or lie.stop, block[1] or k
-    place = torch.arange(lie.start, lie.stop, lie.step) // rows
-    weight = torch.empty(n, k, dtype=dtype)
+    place = torch.arange(lie.start, lie.stop, lie.step, device=device) // rows
+    weight = torch.empty(n, k, dtype=dtype, device=device)
     step = max(1, SLICE // k)
     for start in range(0, n, step):
         part = values[start : start + step].float()

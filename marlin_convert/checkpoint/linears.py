@@ -42,6 +42,8 @@ FLOATS = ("F16", "BF16", "F32")
 INTEGERS = ("I32", "I64")
 # Values of a tensor that are read where it is only looked at.
 LOOKED_AT = 1 << 16
+CPU = torch.device("cpu")
+
 # What is floats in every module.
 OF_LINEARS = (".weight", ".bias")
 
@@ -429,20 +431,28 @@ class Weights:
             return self.dtype(max(weights)[1]) if weights else torch.float16
         return getattr(torch, name)
 
-    def read(self, name: str) -> Tensor:
-        """A parameter as floats: as stored, dequantized to float32, or scaled in the model's own type."""
+    def read(self, name: str, device: torch.device = CPU) -> Tensor:
+        """A parameter as floats: as stored, dequantized to float32, or scaled in the model's own type.
+
+        It goes to the device as it is stored, and becomes floats there; but for mxfp4.
+        """
         if name in self.joined:
             parts, dim = self.joined[name]
-            return torch.cat([self.read(part) for part in parts], dim)
+            return torch.cat([self.read(part, device) for part in parts], dim)
         if name in self.scaled:
-            return fp8.read(self.checkpoint.tensors[name], self.scaled[name], self.own_dtype)
+            return fp8.read(self.checkpoint.tensors[name], self.scaled[name], self.own_dtype, device)
         if name in self.checkpoint.tensors:
             self.dtype(name)  # it must be one that is read
-            return self.checkpoint.read(name)
+            return self.checkpoint.read(name).to(device)
         linear = name.removesuffix(".weight")
         if not self.is_packed(linear):
             raise SourceError(f"{name} is not in {self.checkpoint.directory.name}.")
-        return self.quantized(linear).dequantize(torch.float32)
+        return self.quantized(linear).to(device).dequantize(torch.float32)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds no NaN and no infinity, found without temporaries of its size."""
+    return not tensor.numel() or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
 
 
 def _slices(

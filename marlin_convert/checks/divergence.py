@@ -43,7 +43,10 @@ def compare(
     progress: Progress = lambda blocks, total: blocks,
 ) -> Comparison:
     """Run ids (samples, length) through two models of one architecture, block after block."""
-    pair = [(one, HiddenStates(one, ids)) for one in (source, model)]
+    pair = []
+    for one in (source, model):
+        pair.append((one, HiddenStates(one, ids)))
+        one.unload_outside()
     hidden = []
     for number in progress(range(len(model)), len(model)):
         for one, states in pair:
@@ -91,6 +94,7 @@ def joined(parts: Sequence[Comparison]) -> Comparison:
 def log_probabilities(model: BlockModel, ids: Tensor) -> Tensor:
     """Of every next token after ids (samples, length): (samples, length, vocabulary) float32 on the CPU."""
     hidden = HiddenStates(model, ids)
+    model.unload_outside()
     for number in range(len(model)):
         hidden.advance(model.load(number), number)
         model.unload(number)

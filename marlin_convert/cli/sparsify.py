@@ -52,6 +52,6 @@ def sparsify(
             device=torchrun.device(device), revision=revision, max_shard_size=max_shard_size, resume=resume,
             overwrite=overwrite, trust_remote_code=trust_remote_code, report=report, ranks=ranks,
         )  # fmt: skip
-        torchrun.advise(job.device)
+        torchrun.advise(device, job.device)
         said = {"dry_run": dry_run, "as_json": as_json, "quiet": quiet, "verbose": bool(verbose)}
         convert(job, story.plan_job, story.sparsify, **said)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -116,13 +117,14 @@ def device(said: str) -> str:
     return f"cuda:{number}"
 
 
-def advise(device: Any) -> None:
-    """Say how to use all GPUs of this machine, where one is used of several."""
+def advise(said: str, device: Any) -> None:
+    """Say how to use all GPUs of this machine, where one of several is used and --device chose none."""
     import torch
 
-    gpus = torch.cuda.device_count() if device.type == "cuda" and count() == 1 else 1
+    one_of_several = device.type == "cuda" and said in ("auto", "cuda") and count() == 1
+    gpus = torch.cuda.device_count() if one_of_several else 1
     if gpus > 1:
         logging.getLogger("marlin_convert").info(
             "one of %d GPUs is used; all of them: torchrun --nproc-per-node %d -m marlin_convert %s",
-            gpus, gpus, " ".join(sys.argv[1:]),
+            gpus, gpus, shlex.join(sys.argv[1:]),
         )  # fmt: skip

@@ -13,12 +13,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from marlin_convert.assemble import assemble, settings_of
 from marlin_convert.calibration import Calibration, calibrate, load_tokenizer, tuning_text
-from marlin_convert.checkpoint.linears import Weights
+from marlin_convert.checkpoint.linears import Weights, is_finite
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.checkpoint.writer import (
     ShardWriter,
@@ -322,20 +321,15 @@ def _dense(weights: Weights, plan: Plan, codes: Codes, name: str) -> Tensor:
     if codes.tuned and name in codes.tuned.norms:
         return codes.tuned.norms[name]
     tensor = weights.read(name)
-    if not _finite(tensor):
+    if not is_finite(tensor):
         raise SourceError(f"{name} holds NaN or Inf.", "the source is damaged; fetch it again.")
     written = tensor.to(plan.dtypes[name])
-    if not _finite(written):
+    if not is_finite(written):
         raise FormatError(
             f"{name} does not fit {plan.recipe.dtype}: its largest value is {tensor.abs().max()}.",
             "keep the model's own type with --dtype auto.",
         )
     return written
-
-
-def _finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds no NaN and no infinity, found without temporaries of its size."""
-    return not tensor.numel() or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
 
 
 def _calibration(job: Job, plan: Plan) -> Calibration:

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from marlin_convert.checkpoint.linears import Weights
+from marlin_convert.checkpoint.linears import Weights, is_finite
 from marlin_convert.errors import SourceError
 from marlin_convert.models.discover import discover
-from marlin_convert.models.memory import free_memory
+from marlin_convert.models.memory import free_memory, give_back
 from marlin_convert.models.tree import config_errors, module_tree
 
 
@@ -41,8 +41,9 @@ def bf16_units() -> bool:
 class BlockModel:
     """A causal language model run one decoder block at a time.
 
-    `weights` gives the parameters as floats whatever they are stored as. Outside the blocks (embedding, last
-    norm, output projection) they stay on `device`; of the blocks, only the one loaded is there.
+    `weights` gives the parameters as floats whatever they are stored as. On `device` there is the block
+    that is loaded and, from its first use to `unload_outside`, what is outside of the blocks: embedding,
+    norms and, for logits, the output projection.
 
     `dtype` is the model's own type unless another is given, and that of the hidden states between blocks. A
     GPU computes in it, a CPU in float32 (which is faster there, and rounds less). With `fast`, linears on a
@@ -81,7 +82,7 @@ class BlockModel:
             for path, module in self.model.named_modules():
                 if isinstance(module, nn.Linear):
                     module.register_forward_hook(partial(self._watch, path))
-        self._load_outside()
+        self._has_outside = self._has_head = False
 
     def _watch(self, path: str, _: nn.Module, taken: tuple[Tensor, ...], given: Tensor) -> None:
         """Note what a linear takes or gives that float16 cannot hold."""
@@ -96,16 +97,26 @@ class BlockModel:
         """The module path of block i."""
         return f"{self.structure.blocks}.{i}"
 
-    def _load_outside(self) -> None:
+    def load_outside(self, *, head: bool) -> None:
+        """Have what is outside of the blocks on the device; the output projection if `head` is wanted.
+
+        One that is tied to the embedding is there with it.
+        """
+        if self._has_outside and (self._has_head or not head):
+            return
+        self._has_outside, self._has_head = True, head
         inside = self.structure.blocks + "."
         tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
+        output = None if head else self.model.get_output_embeddings()
         for path, module in self.model.named_modules():
             if path == self.structure.blocks or path.startswith(inside):
                 continue
             prefix = f"{path}." if path else ""
             for name, parameter in list(module._parameters.items()):
                 full_name = prefix + name
-                if parameter is None:
+                if parameter is None or not parameter.is_meta:
+                    continue
+                if module is output and full_name not in tied:
                     continue
                 if full_name in self.structure.idle:
                     # of no size in memory, but there: a model asks its first parameter for the device
@@ -120,20 +131,24 @@ class BlockModel:
             if not path.startswith(inside):
                 self._compute_buffers(path, module)
 
+    def unload_outside(self) -> None:
+        """Free what is outside of the blocks, none of which is loaded, until it is used again."""
+        nn.Module.to(self.model, "meta")
+        self._has_outside = self._has_head = False
+
     def _fetch(self, full_name: str, module: nn.Module, name: str) -> Tensor:
         """A parameter on the device, checked, in the type it is computed with."""
         expected = module._parameters[name]
         assert expected is not None
-        value = self.weights.read(full_name)
+        value = self.weights.read(full_name, self.device)
         if value.shape != expected.shape:
             raise SourceError(
                 f"{full_name} has shape {tuple(value.shape)}, its config.json means {tuple(expected.shape)}.",
                 "the config.json may be of another model.",
             )
-        value = value.to(self.device)
-        if not value.isfinite().all():
+        if not is_finite(value):
             raise SourceError(f"{full_name} holds NaN or Inf.", "the source is damaged; fetch it again.")
-        if self.dtype == torch.float16 != value.dtype and not value.half().isfinite().all():
+        if self.dtype == torch.float16 != value.dtype and not is_finite(value.half()):
             raise SourceError(
                 f"{full_name} does not fit float16: its largest value is {value.abs().max()}.",
                 "compute and write it in bfloat16, which reaches further, with --dtype bfloat16.",
@@ -158,7 +173,7 @@ class BlockModel:
             if buffer is None or not buffer.is_meta or prefix + name in self.structure.idle:
                 continue
             if prefix + name in self.weights:
-                value = self.weights.read(prefix + name).to(self.device)
+                value = self.weights.read(prefix + name, self.device)
                 module._buffers[name] = value.to(self.compute_dtype) if value.is_floating_point() else value
             else:
                 nothing = math.nan if buffer.is_floating_point() else 0
@@ -230,6 +245,7 @@ class BlockModel:
     def unload(self, i: int) -> None:
         """Free the weights of block i."""
         self.blocks[i].to("meta")
+        give_back()
 
     @torch.no_grad()
     def embed(self, ids: Tensor) -> tuple[Tensor, list[Arguments]]:
@@ -237,6 +253,7 @@ class BlockModel:
 
         What blocks hand on to later ones they write into a dictionary that all of them are handed.
         """
+        self.load_outside(head=False)
         calls: list[Arguments] = []
         entering: list[Tensor] = []
 
@@ -257,6 +274,7 @@ class BlockModel:
 
         `other` has tensors, by name, that are taken in place of the model's own.
         """
+        self.load_outside(head=True)
         text = {"input_ids": ids.to(self.device), "use_cache": False}
         with self._blocks_replaced(lambda *_: hidden):
             return functional_call(self.model, dict(other or {}), kwargs=text).logits

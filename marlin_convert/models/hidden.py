@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from marlin_convert.checkpoint.linears import is_finite
 from marlin_convert.models.blocks import Arguments, BlockModel
 from marlin_convert.models.memory import free_memory
 
@@ -136,7 +137,7 @@ class HiddenStates:
 
     def finite(self) -> bool:
         """Whether no micro-batch holds NaN or infinity."""
-        return all(bool(torch.stack(torch.aminmax(state)).isfinite().all()) for state in self._states)
+        return all(is_finite(state) for state in self._states)
 
     def divergence(
         self, original: "HiddenStates", mean: Callable[[Tensor], float] = lambda x: x.mean().item()

@@ -70,11 +70,12 @@ def compensated(
     shares = [SHARE / (1 + OVERFIT * weights.shape[2] / count) for count in tokens]
     ridges = [share or 0.0 for share in used]
     share, ridge = torch.tensor([shares, ridges], device=weights.device)[..., None, None]
-    right = torch.addcmul(wanted, weights.mT, ridge * diagonals(hessians).mean(-1)[:, None, None])
-    fits = [_solution(upper, one).T for upper, one in zip(uppers, right, strict=True)]
-    del uppers, right
-    moved = torch.stack(fits).sub_(weights).mul_(share)
-    del fits
+    ridge = ridge * diagonals(hessians).mean(-1)[:, None, None]
+    moved = torch.addcmul(wanted.mT, weights, ridge, out=torch.empty_like(weights))
+    for upper, right in zip(uppers, moved, strict=True):
+        _solve(upper, right.T)
+    del uppers
+    moved.sub_(weights).mul_(share)
     if most is not None:
         far = moved.norm(dim=2, keepdim=True) / weights.norm(dim=2, keepdim=True).mul_(most)
         moved.div_(far.nan_to_num_(1.0).clamp_(min=1.0))
@@ -96,8 +97,8 @@ def before_norm(norm: nn.Module, y: Tensor, change: Tensor) -> Tensor:
     return torch.where(weight == 0, 0.0, change * length / weight)
 
 
-def _solution(upper: Tensor, right: Tensor) -> Tensor:
-    """X (k, n) with U U^T X = right, U (k, k) upper triangular."""
+def _solve(upper: Tensor, right: Tensor) -> None:
+    """Let `right` (k, n), columns first, be X with U U^T X = right, U (k, k) upper triangular."""
     # one matrix after another: batched solvers are for small ones
-    half = torch.linalg.solve_triangular(upper, right, upper=True)
-    return torch.linalg.solve_triangular(upper.T, half, upper=False)
+    torch.linalg.solve_triangular(upper, right, upper=True, out=right)
+    torch.linalg.solve_triangular(upper.T, right, upper=False, out=right)

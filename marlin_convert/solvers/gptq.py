@@ -20,6 +20,9 @@ from marlin_convert.solvers.scales import search_scales
 
 BLOCK = 128
 
+# Rows that are put in another order at once, and elements that are turned: large enough to be quick.
+REORDERED, TURNED = 256, 1 << 22
+
 
 @dataclass(frozen=True)
 class Solution:
@@ -69,7 +72,10 @@ def solve_batch(
     sweeps: int,
     positive: bool = False,
 ) -> list[Solution]:
-    """What `solve` finds for each of `weights` (batch, n, k), given its Hessian of (batch, k, k)."""
+    """What `solve` finds for each of `weights` (batch, n, k), given its Hessian of (batch, k, k).
+
+    The Hessians are put in another order meanwhile, and are as they were when it returns.
+    """
     wt = weights.mT.to(torch.float32).contiguous()
     diagonal = diagonals(hessians)
     mean = diagonal.mean(-1, keepdim=True)
@@ -79,9 +85,9 @@ def solve_batch(
     group_of_row = order // group_size
 
     each = torch.arange(len(wt), device=wt.device)[:, None]
-    w, ordered = wt[each, order], torch.empty_like(hessians)
-    for number, one in enumerate(order):  # all at once, a GPU would make indices six times as large
-        ordered[number] = hessians[number][one][:, one]
+    w = wt[each, order]
+    del wt
+    _reorder(hessians, order)
     codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)
     errors = torch.zeros_like(w)
     round_block = _round_block
@@ -93,19 +99,20 @@ def solve_batch(
         scale = scales[each, group_of_row[:, rows]]
         codes[:, rows] = round_block(target, w[:, rows], scale, feedback, errors[:, rows], bits)
 
-    with feedback_precision(wt.device):
-        used, feedback = factorise(ordered, damping)
+    with feedback_precision(w.device):
+        used, feedback = factorise(hessians, damping)
         feedback.div_(diagonals(feedback).clone()[:, None])
         sweep(w, feedback, errors, choose, triangular=True)
         del feedback
         if sweeps:
-            descent = _descent(ordered, used)
+            descent = _descent(hessians, used)
             for _ in range(sweeps):
                 sweep(w, descent, errors, choose, triangular=False)
             del descent
-        error = output_energy(ordered, errors)
-        energy = output_energy(ordered, w)
-    stored = torch.empty(wt.shape, dtype=torch.uint8, device=wt.device)
+        error = output_energy(hessians, errors)
+        energy = output_energy(hessians, w)
+    _reorder(hessians, order.argsort())
+    stored = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
     stored[each, order] = (codes + 2 ** (bits - 1)).to(torch.uint8)
     return [Solution(*one) for one in zip(stored, scales.half(), error, energy, used, strict=True)]
 
@@ -113,10 +120,10 @@ def solve_batch(
 def bytes_taken(k: int, n: int) -> int:
     """Bytes that a weight (n, k) takes while it is solved for, with what its inputs sum up to.
 
-    Of (k, k) float32 the Hessian, the products with the original's inputs, the Hessian in order and what is
-    made of it; of (k, n) weights, targets and errors.
+    Of (k, k) float32 the Hessian, the products with the original's inputs and what is made of the Hessian; of
+    (k, n) targets, those in order, errors and what a Hessian makes of them, in float32, and codes.
     """
-    return 16 * k * k + 24 * k * n
+    return 12 * k * k + 17 * k * n
 
 
 def factorise(hessians: Tensor, damping: float) -> tuple[list[float | None], Tensor]:
@@ -132,13 +139,13 @@ def factorise(hessians: Tensor, damping: float) -> tuple[list[float | None], Ten
     while left and damping <= 1:
         succeeded = []
         for number in left:  # the batched factorisation is one for small matrices
-            # U U^T is the ordinary L L^T of the matrix with rows and columns reversed
-            reversed_ = hessians[number].flip(0, 1)
-            reversed_.diagonal().add_(damping * mean[number])
-            lower, info = torch.linalg.cholesky_ex(reversed_)
-            del reversed_
-            uppers[number] = lower.flip(0, 1)
-            succeeded.append((info == 0) & lower.diagonal().isfinite().all())
+            # U U^T is the ordinary L L^T of the matrix with rows and columns turned round
+            upper, info = uppers[number].copy_(hessians[number]), mean.new_empty((), dtype=torch.int32)
+            _turn(upper)
+            upper.diagonal().add_(damping * mean[number])
+            torch.linalg.cholesky_ex(upper, out=(upper, info))
+            _turn(upper)
+            succeeded.append((info == 0) & upper.diagonal().isfinite().all())
         known = dict(zip(left, torch.stack(succeeded).tolist(), strict=True))
         used = [damping if known.get(number) else before for number, before in enumerate(used)]
         left = [number for number in left if not known[number]]
@@ -147,6 +154,25 @@ def factorise(hessians: Tensor, damping: float) -> tuple[list[float | None], Ten
         if found is None:
             diagonals(uppers[number].zero_()).fill_(1)
     return used, uppers
+
+
+def _reorder(matrices: Tensor, order: Tensor) -> None:
+    """Put rows and columns of each of `matrices` (batch, k, k) in its order (batch, k), in place."""
+    for view in (matrices, matrices.mT):
+        for lines in view.split(REORDERED, 1):
+            lines.copy_(lines.gather(2, order[:, None].expand(lines.shape)))
+
+
+def _turn(matrix: Tensor) -> None:
+    """Let the last row of a matrix (k, k), columns first, be the first and the last column too, in place."""
+    elements = matrix.mT.view(-1)
+    half = len(elements) // 2
+    for start in range(0, half, TURNED):
+        end = min(start + TURNED, half)
+        front, back = elements[start:end], elements[len(elements) - end : len(elements) - start]
+        kept = front.flip(0)
+        front.copy_(back.flip(0))
+        back.copy_(kept)
 
 
 def diagonals(matrices: Tensor) -> Tensor:

@@ -36,8 +36,12 @@ class Hessian:
 
     def mean(self) -> Tensor:
         """The mean over all tokens, (k, k) float32; the sum is given up."""
-        upper = self.sum.triu_().div_(max(self.tokens, 1))
-        return upper.add_(upper.triu(1).T)
+        mean = self.sum.triu_().div_(max(self.tokens, 1))
+        for start in range(0, len(mean), self._width):
+            rows = slice(start, start + self._width)
+            mean[rows.stop :, rows].copy_(mean[rows, rows.stop :].T)
+            mean[rows, rows] += mean[rows, rows].triu(1).T
+        return mean
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
