@@ -96,7 +96,6 @@ def verify(
             checkpoint, revision=revision, device=torchrun.device(device), ranks=ranks,
             report=report if ranks.first else None, **settings,
         )  # fmt: skip
-        torchrun.advise(job.device)
         done = story.verify(job, block_progress(quiet or not ranks.first))
         if ranks.first:
             if as_json:
