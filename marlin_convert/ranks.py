@@ -6,6 +6,7 @@ rank is one of these processes, the first is rank 0. All ranks make the same cal
 
 import os
 import pickle
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -248,11 +249,11 @@ class Ranks:
         try:
             while not work.is_completed():
                 if self._pulse is not None and self._pulse.silent:
-                    raise RankLost("another rank is not heard of any more.")
+                    raise _lost("another rank is not heard of any more.")
                 time.sleep(min(0.00005 + (time.monotonic() - began) / 20, 0.005))
             work.wait()
         except RuntimeError as error:
-            raise RankLost("another rank has ended.") from error
+            raise _lost("another rank has ended.") from error
 
     def part(self) -> None:
         """Leave the others, when the work is done."""
@@ -322,6 +323,12 @@ class _Parcel:
         """Fill it."""
         for place, tensor in zip(self.tensors, tensors, strict=True):
             place.copy_(tensor)
+
+
+def _lost(why: str) -> RankLost:
+    """What this rank ends with too; torchrun tells it to, which is not to cut its cleaning up short."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    return RankLost(why)
 
 
 def _aligned(size: int) -> int:
