@@ -51,8 +51,7 @@ PARTS: tuple[tuple[Any, str, str], ...] = (
 )
 MEETINGS = (
     (Ranks, "sum", "ranks: sums"),
-    (Ranks, "exchange", "ranks: codes"),
-    (Ranks, "collect", "ranks: packed tensors"),
+    (Ranks, "exchange", "ranks: codes, packed tensors"),
     (Ranks, "all_say", "ranks: words"),
 )
 

@@ -49,9 +49,9 @@ class SolvedWeights(Weights):
         super().__init__(checkpoint)
         self.solved: dict[str, Tensor] = {}
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, device: torch.device = CPU) -> Tensor:
         """The solved weight, or the checkpoint's."""
-        return self.solved[name] if name in self.solved else super().read(name)
+        return self.solved[name].to(device) if name in self.solved else super().read(name, device)
 
 
 def ours(weight: Tensor, hessian: Tensor, *, rule: str | None = None, sweeps: int = SWEEPS) -> Tensor:

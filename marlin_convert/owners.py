@@ -106,18 +106,22 @@ def packed_by_all(
 ) -> list[Packed]:
     """Matrices of these sizes, packed; all ranks have all of them, and pack some.
 
-    The first rank is given the tensors of all, in their order, the others nothing.
+    The first rank is given the tensors of all, in their order, the others nothing. All of them hear all: what
+    one link carries into the first rank takes as long, and gloo tells only of such calls when they are done.
     """
     packer = _evenly(sizes, ranks.count)
     mine = [pack(one) for one, rank in zip(matrices, packer, strict=True) if rank == ranks.rank]
     said = [(list(tensors), row) for tensors, row in mine]
-    sent = ranks.collect(said, [tensor for tensors, _ in mine for tensor in tensors.values()], device)
+    sent = ranks.exchange(said, [tensor for tensors, _ in mine for tensor in tensors.values()], device)
+    if not ranks.first:
+        return []
     of_ranks = [(iter(words), iter(tensors)) for words, tensors in sent]
     packed = []
-    for rank in packer if of_ranks else ():
+    for rank in packer:
         words, tensors = of_ranks[rank]
         names, row = next(words)
-        packed.append(({name: next(tensors) for name in names}, row))
+        # copies: they came as one with all that the rank has packed, which would stay as long as any of it
+        packed.append(({name: next(tensors).clone() for name in names}, row))
     return packed
 
 

@@ -16,14 +16,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from marlin_convert import pulse
 from marlin_convert.errors import ConvertError
-from marlin_convert.pulse import SILENCE, Pulse
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 # How long a rank waits for the others: longer than any block takes. A rank that ends is noticed at once, one
-# that hangs by its pulse.
+# that is stopped, or whose machine is lost, by its pulse.
 PATIENCE = timedelta(days=2)
 
 # Seconds in which the others say why they end, before one that says nothing counts as lost.
@@ -68,7 +68,7 @@ class Ranks:
         self.rank = rank
         self.count = count
         self._store = store
-        self._pulse = None if store is None else Pulse(store.clone(), rank, count)
+        self._pulse = None if store is None else pulse.Pulse(store.clone(), rank, count)
         self._on_this_machine = on_this_machine
 
     @classmethod
@@ -176,8 +176,8 @@ class Ranks:
     def sum(self, tensors: Sequence[Tensor], owners: Sequence[int] | None = None) -> None:
         """Sum tensors up over all ranks, in place: each at the rank that owns it, or all of them at all.
 
-        They have the same shapes everywhere; where a tensor is not owned nothing is left to use. Terms are
-        added in an order that the number of ranks tells.
+        They have the same shapes everywhere; where a tensor is not owned its contents are undefined after.
+        Terms are added in an order that the number of ranks tells.
         """
         from torch import distributed
 
@@ -219,27 +219,6 @@ class Ranks:
             found.append((words, parcel.tensors))
         return found
 
-    def collect(
-        self, said: Any, tensors: Sequence[Tensor], device: torch.device
-    ) -> list[tuple[Any, list[Tensor]]]:
-        """What `exchange` gives, at the first rank; elsewhere nothing."""
-        from torch import distributed
-
-        everyone = self.all_say((said, [(tensor.shape, tensor.dtype) for tensor in tensors]))
-        # all of one size
-        most = max(_Parcel.size(kinds) for _, kinds in everyone)
-        parcels = [
-            _Parcel(kinds, device, most)
-            for rank, (_, kinds) in enumerate(everyone) if self.first or rank == self.rank
-        ]  # fmt: skip
-        own = parcels[0].data  # at the first rank too
-        parcels[0].put(tensors)
-        all_data = [one.data for one in parcels] if self.first else None
-        self._wait(distributed.gather(own, all_data, 0, async_op=True))
-        if not self.first:
-            return []
-        return [(words, parcel.tensors) for (words, _), parcel in zip(everyone, parcels, strict=True)]
-
     def _wait(self, work: Any) -> None:
         """Wait as Python does, which heeds signals: NCCL never hears that another process is gone.
 
@@ -248,7 +227,7 @@ class Ranks:
         began = time.monotonic()
         try:
             while not work.is_completed():
-                if self._pulse is not None and self._pulse.silent:
+                if self._pulse is not None and (self._pulse.silent or self._pulse.unanswered):
                     raise _lost("another rank is not heard of any more.")
                 time.sleep(min(0.00005 + (time.monotonic() - began) / 20, 0.005))
             work.wait()
@@ -259,9 +238,9 @@ class Ranks:
         """Leave the others, when the work is done."""
         from torch import distributed
 
+        assert self._pulse is not None
         self.all_say(None)
-        if self._pulse is not None:
-            self._pulse.end()
+        self._pulse.end()
         distributed.destroy_process_group()
 
     def last_words(self, why: str | None) -> str | None:
@@ -296,28 +275,23 @@ class Ranks:
             return why
         who = f"rank {lost[0]} has" if len(lost) == 1 else f"ranks {', '.join(map(str, lost))} have"
         if set(lost) <= set(silent):
-            return f"{who} not been heard of for {SILENCE:.0f} seconds: hanging, or its machine is lost."
+            seconds = f"{pulse.SILENCE:.0f} seconds"
+            return f"{who} not been heard of for {seconds}: stopped, or its machine is lost."
         return f"{who} ended without a word: killed, or out of memory."
 
 
 class _Parcel:
     """Tensors of these shapes and types that go as one, of bytes."""
 
-    def __init__(
-        self, kinds: Sequence[tuple[torch.Size, torch.dtype]], device: torch.device, size: int | None = None
-    ):
-        self.data = torch.empty(self.size(kinds) if size is None else size, dtype=torch.uint8, device=device)
+    def __init__(self, kinds: Sequence[tuple[torch.Size, torch.dtype]], device: torch.device):
+        size = sum(_aligned(shape.numel() * dtype.itemsize) for shape, dtype in kinds)
+        self.data = torch.empty(size, dtype=torch.uint8, device=device)
         self.tensors = []
         start = 0
         for shape, dtype in kinds:
             end = start + shape.numel() * dtype.itemsize
             self.tensors.append(self.data[start:end].view(dtype).view(shape))
             start = _aligned(end)
-
-    @staticmethod
-    def size(kinds: Sequence[tuple[torch.Size, torch.dtype]]) -> int:
-        """Bytes that they take."""
-        return sum(_aligned(shape.numel() * dtype.itemsize) for shape, dtype in kinds)
 
     def put(self, tensors: Sequence[Tensor]) -> None:
         """Fill it."""

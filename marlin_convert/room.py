@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,13 +34,18 @@ class Room:
 
 
 def rooms(job: "Job", plan: "Plan") -> list[Room]:
-    """What a conversion takes on every disk: the download, what is kept meanwhile, and the output."""
-    written = plan.output_bytes + sum(other.output_bytes for other in plan.also)
-    taken = {(job.output, "the output takes"): written}
-    if plan.tunes:
-        taken[job.output, "what is solved to be tuned"] = kept_bytes(plan)
-    if chunks := chunk_bytes(plan, job.device):
-        taken[job.output, "what is solved of a block"] = chunks
+    """What a conversion takes on every disk: the download, what is kept meanwhile, and the output.
+
+    Of several ranks the first one writes.
+    """
+    taken: dict[tuple[Path, str], int] = {}
+    if job.ranks.first:
+        written = plan.output_bytes + sum(other.output_bytes for other in plan.also)
+        taken[job.output, "the output takes"] = written
+        if plan.tunes:
+            taken[job.output, "what is solved to be tuned"] = kept_bytes(plan)
+        if chunks := chunk_bytes(plan, job.device):
+            taken[job.output, "what is solved of a block"] = chunks
     if job.source.remote is not None and job.source.remote.missing:
         from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -49,9 +54,10 @@ def rooms(job: "Job", plan: "Plan") -> list[Room]:
     for (path, what), nbytes in taken.items():
         place = next(parent for parent in path.resolve().parents if parent.exists())
         disks.setdefault(place.stat().st_dev, (place, {}))[1][what] = nbytes
-    first, *others = [Room(place, what, shutil.disk_usage(place).free) for place, what in disks.values()]
-    # what an earlier run has written is taken already
-    return [Room(first.place, first.taken, first.free + job.run.staged_bytes), *others]
+    found = [Room(place, what, shutil.disk_usage(place).free) for place, what in disks.values()]
+    if job.ranks.first:  # what an earlier run has written is taken already
+        found[0] = replace(found[0], free=found[0].free + job.run.staged_bytes)
+    return found
 
 
 def check_room(job: "Job", plan: "Plan") -> None:

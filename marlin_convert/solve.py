@@ -34,8 +34,8 @@ from marlin_convert.sums import Sums
 
 log = logging.getLogger("marlin_convert")
 
-# Weights whose codes wait for all ranks to pack them: those of a block, if it is no larger.
-WAITING = 1 << 28
+# Weights whose codes are packed by all ranks at once: those of a block, if it is no larger.
+PACKED_AT_ONCE = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -131,13 +131,20 @@ class Solve:
                 chunks.add(packed)
 
     def _block_of_all(self, number: int) -> Iterator[Packed]:
-        """The same of several ranks, which pack as much as they can at once: so each has the same to do."""
+        """The same of several ranks: what is packed together is so much that it divides evenly among them."""
         waiting: list[Solved] = []
-        for alike in self.solved(number):
-            waiting += alike
-            if sum(one.fate.k * one.fate.n for one in waiting) > WAITING:
-                yield from self._packed_by_all(waiting)
-        yield from self._packed_by_all(waiting)
+        packed: list[Packed] = []
+
+        def gather(alike: list[Solved]) -> None:
+            waiting.extend(alike)
+            if sum(one.fate.k * one.fate.n for one in waiting) > PACKED_AT_ONCE:
+                packed.extend(self._packed_by_all(waiting))
+
+        for _ in self.solved(number, then=gather):
+            yield from packed
+            packed.clear()
+        packed.extend(self._packed_by_all(waiting))
+        yield from packed
 
     def _packed_by_all(self, waiting: list[Solved]) -> list[Packed]:
         """Pack what waits to be; nothing of it waits any more."""
@@ -151,11 +158,17 @@ class Solve:
             return {f"{one.fate.name}.weight": one.found.cpu()}, one.row
         return pack(one.fate, one.found, self._plan, one.row)
 
-    def solved(self, number: int, earlier: Iterable[Packed] = ()) -> Iterator[list[Solved]]:
+    def solved(
+        self,
+        number: int,
+        earlier: Iterable[Packed] = (),
+        then: Callable[[list[Solved]], None] = lambda alike: None,
+    ) -> Iterator[list[Solved]]:
         """Solve the block stage by stage, with the inputs that the stages before leave it.
 
         Those that are solved at once come together. The matrices that an `earlier` run has solved are taken
-        as they are: they must be those that are solved first.
+        as they are: they must be those that are solved first. `then` is given what comes as soon as it is
+        solved, which is at the same place among the calls of all ranks; it comes when the text goes on.
         """
         model = self._model
         block = model.load(number)
@@ -171,6 +184,7 @@ class Solve:
                     sums[stage] = Sums(None)
                     sums[stage].begin(fate.k, model.device, beside=self._original is not None)
             solved.append(list(self._solve(fates, [sums.pop(stage) for stage in alike])))
+            then(solved[-1])
 
         walk = self._walk(self._hidden, block, number, solve)
         both: Iterable[tuple[Reached, Reached | None]]
@@ -256,9 +270,13 @@ class Solve:
         found: list[Found] = []
         for some in self._find([stages[number] for number in mine], sums, owners.outputs):
             found += [(one.found, one.row, one.energies) for one in some]
+        of_all = {
+            row["name"]: (whole, row, energies)
+            for whole, row, energies in owners.exchange(found, self._model.device)
+        }
         every = []
-        for whole, row, energies in owners.exchange(found, self._model.device):
-            fate = self._plan.fates[row["name"]]
+        for fate in (fate for fates in stages for fate in fates):
+            whole, row, energies = of_all[fate.name]
             written = whole if isinstance(whole, Tensor) else whole.dequantize()
             self._model.replace(fate.name, written.to(self._model.dtype))
             every.append(Solved(fate, whole, row, energies))

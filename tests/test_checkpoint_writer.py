@@ -241,7 +241,7 @@ import resource, sys, torch
 from pathlib import Path
 from marlin_convert.checkpoint import writer as module
 from marlin_convert.checkpoint.writer import ShardWriter, TensorSpec
-module.WAITING = 10_000
+module.WAITING_BYTES = 10_000
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
 specs = [TensorSpec(str(i), torch.uint8, (10_000,)) for i in range(60)]
 with ShardWriter(Path(sys.argv[1]), specs, 10**9) as writer:
@@ -277,7 +277,7 @@ with ShardWriter(Path(sys.argv[1]), specs, 10**9) as writer:
 
 def test_few_bytes_wait_for_the_disk(tmp_path, monkeypatch):
     """As many as one block has, and not as many tensors: those of experts are small."""
-    monkeypatch.setattr(writer_module, "WAITING", 99 * 1000)
+    monkeypatch.setattr(writer_module, "WAITING_BYTES", 99 * 1000)
     disk, append = threading.Event(), ShardWriter._append
 
     def slow(*arguments):
@@ -298,9 +298,10 @@ def test_few_bytes_wait_for_the_disk(tmp_path, monkeypatch):
         writing = threading.Thread(target=write)
         writing.start()
         writing.join(0.5)
-        assert len(taken) == 100
+        by_then = len(taken)
         disk.set()
         writing.join()
+        assert by_then == 100
         writer.close()
     save(tmp_path / "whole", tensors)
     assert contents(tmp_path / "slow") == contents(tmp_path / "whole")

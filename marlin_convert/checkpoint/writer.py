@@ -28,7 +28,7 @@ DTYPE_CODES = {getattr(torch, name): code for code, (name, _) in DTYPES.items()}
 
 # Bytes that may wait for the disk when one more tensor comes: a block of a 70B model, or of many experts, so
 # that solving the next one need not wait for it.
-WAITING = 1 << 29
+WAITING_BYTES = 1 << 29
 
 # Bytes of one write: they are still in the processor's cache after hashing, and the page cache need not find
 # long runs of free pages for them, which was seen to cost five times the copy itself.
@@ -123,7 +123,7 @@ class ShardWriter:
         spec = self._specs[self._next] if self._next < len(self._specs) else None
         if spec != TensorSpec(name, tensor.dtype, tuple(tensor.shape)):
             raise RuntimeError(f"expected {spec}, got {name} {tensor.dtype} {tuple(tensor.shape)}")
-        self._settle(WAITING)
+        self._settle(WAITING_BYTES)
         ready = None
         if tensor.is_cuda:
             ready = torch.cuda.current_stream(tensor.device).record_event()
@@ -210,7 +210,7 @@ class ShardWriter:
         return files
 
     def _settle(self, most: int = -1) -> None:
-        """Wait until at most so many bytes wait for the disk; until nothing does."""
+        """Wait until at most so many bytes wait for the disk; without `most`, until all is written."""
         while self._pending and (self._waiting > most or self._pending[0][1].done()):
             nbytes, done = self._pending.popleft()
             self._waiting -= nbytes

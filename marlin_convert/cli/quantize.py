@@ -90,6 +90,7 @@ def quantize(
             requantize=requantize, resume=resume, overwrite=overwrite, trust_remote_code=trust_remote_code,
             report=report, ranks=ranks,
         )  # fmt: skip
-        torchrun.advise(device, job.device)
+        if job.recipe.effort != "high":  # which is not shared
+            torchrun.advise(device, job.device)
         said = {"dry_run": dry_run, "as_json": as_json, "quiet": quiet, "verbose": bool(verbose)}
         convert(job, story.plan_job, story.quantize, **said)

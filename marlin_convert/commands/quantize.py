@@ -116,7 +116,7 @@ def _on_its_way(job: Job) -> Iterator[tuple[Weights, Plan]]:
     """The source and the plan; files of the Hub come while the context lasts, as blocks want them."""
     checkpoint = _opened(job)
     weights, plan = _planned(job, checkpoint)
-    if job.ranks.first and not (job.resume and job.run.published()):
+    if job.ranks.first_here and not (job.resume and job.run.published()):
         check_room(job, plan)
     if job.source.remote is None:
         yield weights, plan
@@ -202,7 +202,7 @@ def _solve_along(
             codes.skip(done)
             for number in range(done, plan.blocks):
                 for _ in codes.block(number):
-                    raise AssertionError("only the first rank packs")
+                    raise AssertionError("only the first rank is given what is packed")
             replayed = codes.replayed
         done = job.ranks.told()
     return Report(done, plan, time.monotonic() - started, replayed)

@@ -56,8 +56,8 @@ class Reached:
 
     Where the stage is the last of a part that is added to a `residual`, also that, over its multiplier; in a
     block in which nothing is solved the stage's `output` (..., n) too, and the `norm` that it goes through
-    before XX
-    it is of no expert.
+    before it is added. `routed` of the rows go to the expert that the stage is of; None where it is of no
+    expert.
     """
 
     stage: Stage

@@ -164,7 +164,7 @@ def _reorder(matrices: Tensor, order: Tensor) -> None:
 
 
 def _turn(matrix: Tensor) -> None:
-    """Let the last row of a matrix (k, k), columns first, be the first and the last column too, in place."""
+    """Reverse the rows and the columns of a matrix (k, k), columns first in memory, in place."""
     elements = matrix.mT.view(-1)
     half = len(elements) // 2
     for start in range(0, half, TURNED):
