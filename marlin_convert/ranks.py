@@ -1,4 +1,4 @@
-"""The processes that torchrun starts for one conversion: which of them this is, what they tell each other.
+"""The processes that torchrun starts for one command: which of them this is, what they tell each other.
 
 torch.distributed carries all of it, with gloo between CPUs and NCCL between GPUs; no other module knows it. A
 rank is one of these processes, the first is rank 0. All ranks make the same calls in the same order.
@@ -6,17 +6,21 @@ rank is one of these processes, the first is rank 0. All ranks make the same cal
 
 import os
 import pickle
+import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from marlin_convert import pulse
 from marlin_convert.errors import ConvertError
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 # How long a rank waits for the others: longer than any block takes. A rank that ends is noticed at once, one
 # that is stopped, or whose machine is lost, by its pulse.
@@ -34,8 +38,11 @@ SHORT = 4096
 ALIGNED = 16
 
 
-class RankLost(ConvertError):
-    """Another rank has ended; which one, and why, comes out when all end."""
+class RankLost(BaseException):
+    """Another rank has ended; which one, and why, comes out when all end.
+
+    No Exception, which those that judge a checkpoint would take for a fault of it.
+    """
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,7 @@ class Share:
 
 
 class Ranks:
-    """This process among the `count` that work on one conversion; alone, it has nobody to wait for."""
+    """This process among the `count` that share one command; alone, it has nobody to wait for."""
 
     def __init__(self, rank: int = 0, count: int = 1, store: Any = None, on_this_machine: int = 0):
         self.rank = rank
@@ -98,6 +105,11 @@ class Ranks:
         """What of anything that is split is this rank's."""
         return Share(self.rank, self.count)
 
+    @property
+    def shares(self) -> list[Share]:
+        """The shares of all ranks, in their order."""
+        return [Share(rank, self.count) for rank in range(self.count)]
+
     def told(self, said: Any = None) -> Any:
         """What the first rank says, at every rank; torch's own way would not heed signals while it waits."""
         from torch import distributed
@@ -127,6 +139,27 @@ class Ranks:
             longest = max(int(one[:8].view(torch.int64)) for one in words) + 8
             size = longest if longest > size else 0
         return [_said(one[8:]) for one in words]
+
+    def each(self, items: Sequence[T], work: Callable[[T], R]) -> Iterator[R]:
+        """What `work` gives for every item, in their order, at every rank: of the items each does its share.
+
+        A ConvertError for an item comes after what is before it; any other error is this rank's own.
+        """
+        if self.alone:
+            yield from map(work, items)
+            return
+        given: list[R] = []
+        wrong = None
+        try:
+            for item in items[self.share.slice(len(items))]:
+                given.append(work(item))
+        except ConvertError as error:
+            wrong = str(error), error.hint
+        for rank, (found, stopped_by) in enumerate(self.all_say((given, wrong))):
+            yield from found
+            if stopped_by is not None:
+                said, hint = stopped_by
+                raise ConvertError(f"rank {rank}: {said}" if rank else said, hint)
 
     def counted(self, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Of integers, of one shape at every rank, the sums over the ranks before this one, and over all."""
@@ -195,11 +228,11 @@ class Ranks:
         try:
             while not work.is_completed():
                 if self._pulse is not None and (self._pulse.silent or self._pulse.unanswered):
-                    raise RankLost("another rank is not heard of any more.")
+                    raise _lost("another rank is not heard of any more.")
                 time.sleep(min(0.00005 + (time.monotonic() - began) / 20, 0.005))
             work.wait()
         except RuntimeError as error:
-            raise RankLost("another rank has ended.") from error
+            raise _lost("another rank has ended.") from error
 
     def part(self) -> None:
         """Leave the others, when the work is done."""
@@ -264,6 +297,12 @@ class _Parcel:
         """Fill it."""
         for place, tensor in zip(self.tensors, tensors, strict=True):
             place.copy_(tensor)
+
+
+def _lost(why: str) -> RankLost:
+    """What this rank ends with too; torchrun tells it to, which is not to cut its cleaning up short."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    return RankLost(why)
 
 
 def _aligned(size: int) -> int:

@@ -19,10 +19,15 @@ def check_shared(job: Job, plan: Plan) -> None:
     for what, so in refused.items():
         if so:
             raise ConvertError(f"{what} by one process, torchrun started {ranks}.", alone)
-    if plan.recipe.samples < ranks:
+    check_samples(job.ranks, plan.recipe.samples)
+
+
+def check_samples(ranks: Ranks, samples: int) -> None:
+    """ConvertError for a text of fewer samples than there are ranks."""
+    if samples < ranks.count:
         raise ConvertError(
-            f"{plan.recipe.samples} calibration samples cannot be shared by {ranks} processes.",
-            f"--samples {ranks} or more, or fewer processes.",
+            f"{samples} samples of text cannot be shared by {ranks.count} processes.",
+            f"--samples {ranks.count} or more, or fewer processes.",
         )
 
 

@@ -20,7 +20,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 from marlin_convert import report
-from marlin_convert.commands import quantize
+from marlin_convert.commands import quantize, verify
 from marlin_convert.cli.main import main
 
 """
@@ -44,7 +44,7 @@ def rank(order):
         _, place, call, how = order["stop"]
         at_call(place, -call, {"kill": kill, "freeze": freeze, "fail": fail, "full": full}[how])
     try:
-        main(order["words"])
+        main([word.replace("{rank}", os.environ["RANK"]) for word in order["words"]])
         status = 0
     except SystemExit as end:
         status = end.code or 0
@@ -79,8 +79,8 @@ for line in sys.stdin:
 class StartRanks(Protocol):
     """Runs a command line in several ranks; torchrun's exit status, and all that was printed.
 
-    `stop` is a rank that stops in the n-th call of a function: (rank, function, n, how), how being "kill",
-    "freeze", "fail" (for want of memory) or "full" (a disk).
+    A "{rank}" in a word is the number of the rank. `stop` is one that stops in the n-th call of a function:
+    (rank, function, n, how), how being "kill", "freeze", "fail" (for want of memory) or "full" (a disk).
     `constants` are of our modules, to be other than they are.
     """
 

@@ -1,6 +1,7 @@
 """Conversions that torchrun shares among processes: the same codes as one makes, and none goes on alone."""
 
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +13,10 @@ import tiny_models
 import torch
 from fake_hub import Fault, Hub, fake_hub
 from runs import Start, blocks_done, contents, partial, starter
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from several_ranks import StartRanks, ranks_starter, torchrun
 
+from marlin_convert.checkpoint.manifest import VERIFIED
 from marlin_convert.cli.torchrun import advise
 from marlin_convert.ranks import Share
 
@@ -238,7 +240,7 @@ def test_a_full_disk_stops_all(start: StartRanks, words: list[object], tmp_path:
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (("--samples", 1), "1 calibration samples cannot be shared by 2 processes."),
+        (("--samples", 1), "1 samples of text cannot be shared by 2 processes."),
         (("--effort", "high"), "--effort high tunes by one process, torchrun started 2."),
         (("--device", "cuda:0"), "is one device, torchrun started 2 processes"),
         (("--nonsense",), "No such option"),
@@ -254,16 +256,20 @@ def test_what_is_not_shared_is_refused_once(
 
 
 def test_a_model_of_the_hub_comes_once(
-    hub: Hub, start: StartRanks, words: list[object], whole: Path, tmp_path: Path
+    hub: Hub, start: StartRanks, words: list[object], verification: list[object], whole: Path, tmp_path: Path
 ) -> None:
-    """All ranks look at it; of those that want a file one fetches it."""
+    """All ranks look at it; of those that want a file one fetches it. The same for a verification."""
     tinypy = Path(str(words[1]))
     hub.add("org/tinypy", tinypy)
+    hub.add("org/source", tinypy)
     hub.delay, hub.fault = 0.2, Fault("delay", "resolve", -1)
     status, log = start(2, words[0], "org/tinypy", *words[2:], "-o", tmp_path / "out")
     assert status == 0, log
     size = (tinypy / "model.safetensors").stat().st_size
-    assert size <= hub.served["org/tinypy/model.safetensors"] < 1.5 * size
+    status, log = start(2, *verification, "--source", "org/source")
+    assert status == 0, log
+    for name in ("tinypy", "source"):
+        assert size <= hub.served[f"org/{name}/model.safetensors"] < 1.5 * size
     ours, theirs = (load_file(path / "model.safetensors") for path in (tmp_path / "out", whole))
     assert all(torch.equal(ours.pop(name), tensor) for name, tensor in theirs.items()) and not ours
 
@@ -275,10 +281,100 @@ def test_torchrun_itself(words: list[object], whole: Path, tmp_path: Path) -> No
     assert contents(tmp_path / "out") == contents(whole)
 
 
-def test_other_commands_are_of_one_process(start: StartRanks, tinypy: Path) -> None:
-    status, log = start(2, "inspect", tinypy)
+@pytest.fixture
+def verification(words: list[object], whole: Path, tmp_path: Path) -> list[object]:
+    """The verification of a copy of that output, beside its source on a text of five samples."""
+    copy = shutil.copytree(whole, tmp_path / "copy")
+    return ["verify", copy, "--source", words[1], "--text", *words[3:10], "-v"]
+
+
+def report_of(directory: Path) -> dict[str, Any]:
+    """The report of verify; sums over the tokens of a text apart from all else, which is exact."""
+    report = json.loads((directory / VERIFIED).read_text())
+    text = report["checks"]["numbers"]["details"].pop("text", {})
+    sums = ("source_perplexity", "perplexity", "divergence", "hidden") if text else ()
+    summed = {name: text.pop(name) for name in sums}
+    return {"rest": [report, text], "summed": summed}
+
+
+def test_verify_reports_what_one_process_does(
+    start: StartRanks, start_alone: Start, verification: list[object]
+) -> None:
+    copy = Path(str(verification[1]))
+    reports = []
+    for status, log in (start_alone(*verification), start(2, *verification)):
+        assert status == 0, log
+        reports.append(report_of(copy))
+    assert log.count("Next:") == log.count("checking numbers") == log.count("block 4 of 4 done") == 1
+    alone, shared = reports
+    assert shared["rest"] == alone["rest"] and shared["rest"][1]["tokens"] == 5 * 127
+    for name, value in alone["summed"].items():
+        assert shared["summed"][name] == pytest.approx(value, rel=1e-4), name
+
+
+def test_verify_finds_what_one_process_does(
+    start: StartRanks, start_alone: Start, verification: list[object]
+) -> None:
+    """In linears of the first block and of the last, which ranks share, and in files, which they do not."""
+    copy = Path(str(verification[1]))
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.qweight"].fill_(0)
+    tensors["model.layers.3.mlp.up_proj.qzeros"].fill_(-0x77777778)
+    save_file(tensors, copy / "model.safetensors")
+    status, log = start_alone(*verification)
+    assert status == 3, log
+    alone = report_of(copy)
+    (copy / VERIFIED).unlink()
+    status, log = start(2, *verification)
+    assert status and log.count("exitcode: 3") >= 1, log  # torchrun's own is another
+    assert log.count("layout   fail") == 1
+    assert report_of(copy)["rest"] == alone["rest"]
+    checks = alone["rest"][0]["checks"]
+    assert [checks[name]["status"] for name in ("files", "layout", "numbers")] == ["fail"] * 3
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        pytest.param("kill", "rank 1 has ended without a word: killed, or ", marks=pytest.mark.faults),
+        ("fail", "rank 1: no memory is left"),
+    ],
+)
+def test_a_rank_that_is_lost_ends_the_verification(
+    how: str, said: str, start: StartRanks, verification: list[object]
+) -> None:
+    stop = (1, "marlin_convert.models.hidden:HiddenStates.divergence", 2, how)
+    status, log = start(2, *verification, stop=stop)
     assert status == 1
-    assert log.count("inspect is the work of one process, torchrun started 2.") == 1
+    assert f"\nError: {said}" in log and log.count("\nError: ") == 1, log
+    assert "--resume" not in log and not (Path(str(verification[1])) / VERIFIED).exists()
+
+
+def test_what_ranks_do_not_verify_together(start: StartRanks, verification: list[object]) -> None:
+    copy = Path(str(verification[1]))
+    of_rank = f"{copy}-{{rank}}"
+    shutil.copytree(copy, of_rank.format(rank=0))
+
+    def refused(said: str, *command: object) -> None:
+        status, log = start(2, *command)
+        assert status == 1
+        assert log.count(said) == 1 and log.count("Error: ") == 1, log
+
+    refused("1 samples of text cannot be shared by 2 processes.", *verification, "--samples", 1)
+    refused("--checks files,kernel is the work of one process", *verification, "--checks", "kernel,files")
+    refused("copy-1' is neither a directory nor a Hub id.", "verify", of_rank)
+    with (copy / "marlin_convert.json").open("a") as manifest:
+        manifest.write(" ")
+    shutil.copytree(copy, of_rank.format(rank=1))
+    refused("Error: rank 1 has manifest", "verify", of_rank)
+    assert not list(copy.parent.rglob(VERIFIED))
+
+
+@pytest.mark.parametrize("words", [("inspect", "model"), ("bench", "kernel", "-o", "out")])
+def test_other_commands_are_of_one_process(words: tuple[object, ...], start: StartRanks) -> None:
+    status, log = start(2, *words)
+    assert status == 1
+    assert log.count(f"{words[0]} is the work of one process, torchrun started 2.") == 1
 
 
 def test_shares_are_in_order_and_differ_by_one() -> None:

@@ -31,6 +31,7 @@ from marlin_convert.models.names import Names
 from marlin_convert.models.tree import check_names
 from marlin_convert.plan import make_plan
 from marlin_convert.quantized import QuantizedLinear
+from marlin_convert.ranks import ALONE
 from marlin_convert.recipe import Recipe
 
 Cli = Callable[..., Result]
@@ -257,7 +258,7 @@ def test_a_source_is_compared_by_parameters_whatever_its_names(wrapper, tmp_path
     tensors[f"{Q}.weight"] = 2 * tensors[f"{Q}.weight"]
     new = stored_as(directory, tensors, tmp_path)
     cpu = torch.device("cpu")
-    subject = Subject(opened(new, model), model, None, cpu, False)
+    subject = Subject(opened(new, model), model, None, cpu, False, ALONE)
     original = Original("old", Weights(Checkpoint.open(directory)), torch.zeros(1, 1), {})
     rows, unreadable = _compare_weights([], subject, original, 1e-3)
     assert not unreadable and {row["name"] for row in rows} >= tensors.keys()

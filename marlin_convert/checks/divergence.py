@@ -1,6 +1,7 @@
 """How close two models are on a text: perplexity, divergence, agreement; a block of each at a time."""
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,6 +67,27 @@ def compare(
     perplexity = mean[:2].exp().tolist()
     return Comparison(
         tokens, perplexity[0], perplexity[1], mean[2].item(), mean[3].item(), margin, tuple(hidden)
+    )
+
+
+def joined(parts: Sequence[Comparison]) -> Comparison:
+    """The comparison on a text, of those on its parts."""
+    tokens = sum(part.tokens for part in parts)
+
+    def mean(values: Iterable[float]) -> float:
+        return sum(part.tokens * value for part, value in zip(parts, values, strict=True)) / tokens
+
+    return Comparison(
+        tokens,
+        math.exp(mean(math.log(part.source_perplexity) for part in parts)),
+        math.exp(mean(math.log(part.perplexity) for part in parts)),
+        mean(part.divergence for part in parts),
+        mean(part.agreement for part in parts),
+        max(part.margin for part in parts),
+        tuple(
+            math.sqrt(mean(one**2 for one in after_block))
+            for after_block in zip(*(part.hidden for part in parts), strict=True)
+        ),
     )
 
 

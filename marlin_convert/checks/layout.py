@@ -25,14 +25,7 @@ def check(problems: list[str], subject: Subject) -> Check:
     problems += _shape_problems(weights, model)
     problems += _stage_problems(weights, model)
     notes = set()
-    for linear in linears:
-        try:
-            layer = weights.quantized(linear)
-            problems += _linear_problems(linear, layer, model)
-            found, note = _repack_problems(linear, layer, weights)
-        except ConvertError as error:
-            problems.append(str(error))
-            continue
+    for found, note in subject.ranks.each(linears, lambda linear: _problems(linear, weights, model)):
         problems += found
         notes |= {note} if note else set()
     kinds = Counter(weights.scheme_of(linear).format for linear in linears)
@@ -66,6 +59,18 @@ def _stage_problems(weights: Weights, model: PreTrainedModel) -> list[str]:
                 found = " and ".join(f"{name} {format}" for format, name in layouts.items())
                 problems.append(f"{found}, which engines fuse")
     return problems
+
+
+def _problems(linear: str, weights: Weights, model: PreTrainedModel) -> tuple[list[str], str | None]:
+    """What is wrong with a packed linear, and what of it could not be compared."""
+    problems = []
+    try:
+        layer = weights.quantized(linear)
+        problems += _linear_problems(linear, layer, model)
+        found, note = _repack_problems(linear, layer, weights)
+    except ConvertError as error:
+        return [*problems, str(error)], None
+    return problems + found, note
 
 
 def _linear_problems(linear: str, layer: QuantizedLinear, model: PreTrainedModel) -> list[str]:

@@ -3,19 +3,23 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from marlin_convert.checkpoint import manifest as manifests
-from marlin_convert.checks.divergence import Comparison, Progress, compare
+from marlin_convert.checkpoint.linears import Weights
+from marlin_convert.checks.divergence import Comparison, Progress, compare, joined
 from marlin_convert.checks.outcome import Check, json_numbers, reporting, verdict
 from marlin_convert.checks.subject import Original, Subject
 from marlin_convert.errors import ConvertError, SourceError
 from marlin_convert.models.blocks import BlockModel
 from marlin_convert.models.names import Names
 from marlin_convert.quantized import QuantizedLinear, contiguous_groups
+
+if TYPE_CHECKING:
+    from marlin_convert.ranks import Share
 
 # Of a whole weight, and of the weights of one output. Rounding to 4 bits stays near 0.1, GPTQ near 0.2, from
 # weights that are moved by 0.4 at most (solvers/drift.py); all zeros would be as near as 1.
@@ -90,42 +94,59 @@ def _compare_weights(
         names = [name for name in names if name in weights or name in original.weights]
     packed_names = weights.packed_names()
     names += [name for name in known.beside(weights.checkpoint.tensors) if name not in packed_names]
-    generator = torch.Generator().manual_seed(0)
     sparse = set(weights.sparse_linears(subject.manifest))
+    source = None if original is None else original.weights
+    if source is None:
+        names = [name for name in names if _is_packed(weights, name)]
+
+    def compared(name: str) -> tuple[dict[str, Any], list[str], bool]:
+        limits = PRUNED_WEIGHT_ERROR if name.removesuffix(".weight") in sparse else WEIGHT_ERROR
+        return _compare_weight(name, weights, source, tolerance, limits)
+
     rows, unreadable = [], False
-    for name in names:
-        linear = name.removesuffix(".weight")
-        packed = name.endswith(".weight") and weights.is_packed(linear)
-        if original is None and not packed:
-            continue
-        row: dict[str, Any] = {"name": linear if packed else name}
-        try:
-            if packed:
-                layer = weights.quantized(linear)
-                row["product_error"] = _product_error(layer, generator)
-                if not row["product_error"] <= tolerance:
-                    problems.append(f"{linear}: product off by {row['product_error']:.2e} relative")
-                weight = layer.dequantize()
-            else:
-                weight = weights.read(name)
-            if original is not None:
-                source = original.weights.read(name)
-                if source.shape != weight.shape:
-                    raise SourceError(
-                        f"{name} has shape {tuple(weight.shape)}, in the source {tuple(source.shape)}"
-                    )
-                row["error"], row["worst_output"] = _weight_error(weight, source)
-                problems += _weight_problems(row, PRUNED_WEIGHT_ERROR if linear in sparse else WEIGHT_ERROR)
-        except ConvertError as error:
-            problems.append(str(error))
-            unreadable = True
+    for row, found, readable in subject.ranks.each(names, compared):
         rows.append(row)
+        problems += found
+        unreadable |= not readable
     return rows, unreadable
 
 
-def _product_error(layer: QuantizedLinear, generator: torch.Generator) -> float:
+def _is_packed(weights: Weights, name: str) -> bool:
+    return name.endswith(".weight") and weights.is_packed(name.removesuffix(".weight"))
+
+
+def _compare_weight(
+    name: str, weights: Weights, original: Weights | None, tolerance: float, limits: tuple[float, float]
+) -> tuple[dict[str, Any], list[str], bool]:
+    """The row of a weight, what is wrong with it, and whether it could be compared."""
+    linear, packed = name.removesuffix(".weight"), _is_packed(weights, name)
+    row: dict[str, Any] = {"name": linear if packed else name}
+    problems = []
+    try:
+        if packed:
+            layer = weights.quantized(linear)
+            row["product_error"] = _product_error(layer)
+            if not row["product_error"] <= tolerance:
+                problems.append(f"{linear}: product off by {row['product_error']:.2e} relative")
+            weight = layer.dequantize()
+        else:
+            weight = weights.read(name)
+        if original is not None:
+            source = original.read(name)
+            if source.shape != weight.shape:
+                raise SourceError(
+                    f"{name} has shape {tuple(weight.shape)}, in the source {tuple(source.shape)}"
+                )
+            row["error"], row["worst_output"] = _weight_error(weight, source)
+            problems += _weight_problems(row, limits)
+    except ConvertError as error:
+        return row, [*problems, str(error)], False
+    return row, problems, True
+
+
+def _product_error(layer: QuantizedLinear) -> float:
     """How far x @ dequantized is, in float32, from the sum over groups of s (x (q - z)) in float64."""
-    x = torch.randn(8, layer.k, generator=generator)
+    x = torch.randn(8, layer.k, generator=torch.Generator().manual_seed(0))
     group = layer.group_of_row
     if group is None:
         group = contiguous_groups(layer.k, layer.group_size)
@@ -167,7 +188,29 @@ def _weight_problems(row: dict[str, Any], limits: tuple[float, float]) -> list[s
 
 
 def _run_text(subject: Subject, original: Original, progress: Progress) -> tuple[Comparison, list[str]]:
-    """How the checkpoint predicts the text beside its source, and what of it a float16 engine cannot hold."""
+    """How the checkpoint predicts the text beside its source, and what of it a float16 engine cannot hold.
+
+    Of several ranks each runs its share of the text.
+    """
+    overflows: dict[str, float] = {}
+    parts = []
+    for part, most in subject.ranks.each(
+        subject.ranks.shares, lambda share: _run_share(subject, original, progress, share)
+    ):
+        parts.append(part)
+        overflows |= {linear: max(one, overflows.get(linear, 0.0)) for linear, one in most.items()}
+    said = [
+        f"{linear} takes or gives {most:.3g}, which float16 cannot hold: an engine computes infinity; "
+        "--dtype bfloat16 writes it for a type that can"
+        for linear, most in overflows.items()
+    ]
+    return joined(parts), said
+
+
+def _run_share(
+    subject: Subject, original: Original, progress: Progress, share: "Share"
+) -> tuple[Comparison, dict[str, float]]:
+    """The comparison on a share of the samples, and the largest value of what overflows in it, by linear."""
     models = [
         BlockModel(weights, subject.device, fast=False, trust_remote_code=subject.trust_remote_code)
         for weights in (original.weights, subject.weights)
@@ -180,13 +223,8 @@ def _run_text(subject: Subject, original: Original, progress: Progress) -> tuple
         raise SourceError(
             f"the tokenizer gives id {int(original.ids.max())}, there are {vocabulary} embeddings"
         )
-    found = compare(models[0], models[1], original.ids, progress)
-    overflows = [
-        f"{linear} takes or gives {most:.3g}, which float16 cannot hold: an engine computes infinity; "
-        "--dtype bfloat16 writes it for a type that can"
-        for linear, most in models[1].overflows.items()
-    ]
-    return found, overflows
+    ids = original.ids[share.slice(len(original.ids))]
+    return compare(models[0], models[1], ids, progress), models[1].overflows
 
 
 def _text_problems(found: Comparison) -> list[str]:

@@ -5,14 +5,16 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
+from marlin_convert.checks.subject import Subject
 from marlin_convert.errors import ConvertError
 
 log = logging.getLogger("marlin_convert")
 
+S = TypeVar("S", bound=Subject | None)
 P = ParamSpec("P")
 
 
@@ -29,20 +31,25 @@ class CannotRun(Exception):
     """What a check needs and is not there, in words for its reason."""
 
 
-def reporting(check: Callable[Concatenate[list[str], P], Check]) -> Callable[P, Check]:
+def reporting(
+    check: Callable[Concatenate[list[str], S, P], Check],
+) -> Callable[Concatenate[S, P], Check]:
     """The check, given a list for its problems: what it has put there is reported whatever stops it.
 
     Stopped before it has found any it is skipped, and said to have `stopped` where that was no CannotRun.
+    What stops one of several ranks, and is nothing that all find in a checkpoint, comes out: it ends all.
     """
 
     @wraps(check)
-    def run(*args: P.args, **kwargs: P.kwargs) -> Check:
+    def run(subject: S, *args: P.args, **kwargs: P.kwargs) -> Check:
         problems: list[str] = []
         try:
-            return check(problems, *args, **kwargs)
+            return check(problems, subject, *args, **kwargs)
         except CannotRun as reason:
             found = Check("skipped", str(reason))
         except Exception as error:
+            if subject is not None and not (subject.ranks.alone or isinstance(error, ConvertError)):
+                raise
             if not isinstance(error, ConvertError | torch.OutOfMemoryError):
                 log.error("the check was stopped by a bug", exc_info=error)
             said = str(error) if isinstance(error, ConvertError) else f"{type(error).__name__}: {error}"

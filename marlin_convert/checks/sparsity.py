@@ -20,22 +20,28 @@ def check(problems: list[str], subject: Subject) -> Check:
     if not linears:
         return Check("skipped", "nothing is said to be 2:4")
     quads = good = unread = 0
-    for linear in linears:
-        try:
-            held, crowded = _quads(weights, linear)
-        except ConvertError as error:
-            problems.append(str(error))
+    for counted, found in subject.ranks.each(linears, lambda linear: _counted(weights, linear)):
+        problems += found
+        if counted is None:
             unread += 1
-            continue
-        quads += held.numel()
-        good += int((held <= 2).sum())
-        problems += [f"{linear} is not 2:4: {crowded}"] if crowded else []
+        else:
+            quads, good = quads + counted[0], good + counted[1]
     # rounded down: 100 is all of them
     share = 10_000 * good // max(quads, 1) / 100
     summary = f"{share:.2f} % of {quads} quads"
     summary += f", {unread} linears cannot be read" if unread else ""
     check = verdict(problems, summary, linears=len(linears), quads=quads, sparse_quads=good)
     return replace(check, reason=f"{summary}; {check.reason}") if problems else check
+
+
+def _counted(weights: Weights, linear: str) -> tuple[tuple[int, int] | None, list[str]]:
+    """The quads of a linear and how many are 2:4, None if it cannot be read; what is wrong with it."""
+    try:
+        held, crowded = _quads(weights, linear)
+    except ConvertError as error:
+        return None, [str(error)]
+    wrong = [f"{linear} is not 2:4: {crowded}"] if crowded else []
+    return (held.numel(), int((held <= 2).sum())), wrong
 
 
 def _quads(weights: Weights, linear: str) -> tuple[Tensor, str | None]:

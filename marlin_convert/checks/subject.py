@@ -1,7 +1,7 @@
 """What is checked, and what it is compared with."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -9,16 +9,23 @@ from transformers import PreTrainedModel
 
 from marlin_convert.checkpoint.linears import Weights
 
+if TYPE_CHECKING:
+    from marlin_convert.ranks import Ranks
+
 
 @dataclass(frozen=True)
 class Subject:
-    """The checkpoint, opened: its weights, the model its config.json means, and where that is run."""
+    """The checkpoint, opened: its weights, the model its config.json means, and where that is run.
+
+    `ranks` are the processes that share the work; alone it is this one.
+    """
 
     weights: Weights
     model: PreTrainedModel
     manifest: dict[str, Any] | None
     device: torch.device
     trust_remote_code: bool
+    ranks: "Ranks"
 
 
 @dataclass(frozen=True)

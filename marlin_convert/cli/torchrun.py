@@ -34,7 +34,7 @@ def begin(command: str) -> None:
     """Let one process log what all have to say; ConvertError where several have the work of one."""
     if not is_first():
         logging.disable()
-    if count() > 1 and command not in ("quantize", "sparsify"):
+    if count() > 1 and command not in ("quantize", "sparsify", "verify"):
         if not is_first():
             terminal.leave(1)
         raise ConvertError(
@@ -49,10 +49,11 @@ def show(error: click.ClickException) -> None:
 
 
 @contextmanager
-def ranks() -> Iterator["Ranks"]:
+def ranks(*, resumes: bool = True) -> Iterator["Ranks"]:
     """The processes that torchrun has started, while the context lasts; one that fails ends all of them.
 
-    Then one of them says why, and nobody waits for threads that talk to the others.
+    Then one of them says why, and nobody waits for threads that talk to the others. `resumes` is whether the
+    command takes --resume.
     """
     from marlin_convert.ranks import ALONE, Ranks
 
@@ -66,10 +67,10 @@ def ranks() -> Iterator["Ranks"]:
     except BaseException as error:
         for one in (signal.SIGTERM, signal.SIGINT):  # torchrun tells the others to end
             signal.signal(one, signal.SIG_IGN)
-        terminal.leave(_end(found, error))
+        terminal.leave(_end(found, error, resumes))
 
 
-def _end(ranks: "Ranks", error: BaseException) -> int:
+def _end(ranks: "Ranks", error: BaseException, resumes: bool) -> int:
     """Say why, if it is for this rank to say; the exit status."""
     from marlin_convert.ranks import RankLost
 
@@ -83,10 +84,13 @@ def _end(ranks: "Ranks", error: BaseException) -> int:
         if said is not None:
             who = f"rank {ranks.rank}: " if said is why and not ranks.first else ""
             hint = getattr(error, "hint", None) if said is why else None
-            show_error(ConvertError(who + said, hint or "what is finished can be gone on from: --resume."))
+            if not hint and resumes:
+                hint = "what is finished can be gone on from: --resume."
+            show_error(ConvertError(who + said, hint))
         elif interrupted and ranks.first:
             click.echo("Interrupted.", err=True)
-            click.echo("Hint: go on with the same command and --resume.", err=True)
+            if resumes:
+                click.echo("Hint: go on with the same command and --resume.", err=True)
     return 130 if interrupted and said is None else 2 if isinstance(error, OptionError) else 1
 
 

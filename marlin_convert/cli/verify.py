@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from marlin_convert.checks import BY_DEFAULT, CHECKS
+from marlin_convert.cli import torchrun
 from marlin_convert.cli.arguments import NameOrPlace, Names, Place
 from marlin_convert.cli.output import block_progress, output_options, set_up_logging
 from marlin_convert.errors import ConvertError
@@ -66,6 +67,7 @@ from marlin_convert.errors import ConvertError
 @output_options
 def verify(
     checkpoint: str,
+    device: str,
     revision: str | None,
     report: Path | None,
     as_json: bool,
@@ -89,16 +91,21 @@ def verify(
     set_up_logging(quiet, verbose)
     from marlin_convert.commands import verify as story
 
-    job = story.make_job(checkpoint, revision=revision, report=report, **settings)
-    done = story.verify(job, block_progress(quiet))
-    if as_json:
-        click.echo(json.dumps(done.to_dict(), indent=2))
-    elif not quiet:
-        words = shlex.join([checkpoint, *(["--revision", revision] if revision else [])])
-        local = job.checkpoint.commit is None
-        click.echo(story.text(done, words, local=local, verbose=bool(verbose)))
-    story.save(done, job, report)
+    with torchrun.ranks(resumes=False) as ranks:
+        job = story.make_job(
+            checkpoint, revision=revision, device=torchrun.device(device), ranks=ranks,
+            report=report if ranks.first else None, **settings,
+        )  # fmt: skip
+        done = story.verify(job, block_progress(quiet or not ranks.first))
+        if ranks.first:
+            if as_json:
+                click.echo(json.dumps(done.to_dict(), indent=2))
+            elif not quiet:
+                words = shlex.join([checkpoint, *(["--revision", revision] if revision else [])])
+                local = job.checkpoint.commit is None
+                click.echo(story.text(done, words, local=local, verbose=bool(verbose)))
+            story.save(done, job, report)
+        for name in () if done.failed else done.could_not_run:
+            raise ConvertError(f"the {name} check is required and could not run: {done.checks[name].reason}.")
     if done.failed:
         sys.exit(3)
-    for name in done.could_not_run:
-        raise ConvertError(f"the {name} check is required and could not run: {done.checks[name].reason}.")

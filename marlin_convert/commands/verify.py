@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from marlin_convert import __version__
 from marlin_convert.calibration import calibrate, load_tokenizer
@@ -25,6 +26,8 @@ from marlin_convert.hub import Source, fetch, remote_files, resolve
 from marlin_convert.models.tree import module_tree
 from marlin_convert.options import check_place, names, pick_device
 from marlin_convert.page import html
+from marlin_convert.ranks import ALONE, Ranks
+from marlin_convert.shared import check_alike, check_samples
 
 log = logging.getLogger("marlin_convert")
 
@@ -33,10 +36,13 @@ BESIDE = (manifests.VERIFIED, manifests.VERIFIED + ".tmp", CARD)
 
 PROBLEMS_SHOWN = 5
 
+# What several ranks share: linear after linear, and the text. All else is done by the first of them.
+SHARED = frozenset({"layout", "sparsity", "numbers"})
+
 
 @dataclass(frozen=True)
 class Job:
-    """What is asked of one verification."""
+    """What is asked of one verification; `ranks` are the processes that share the work."""
 
     checkpoint: Source
     checks: frozenset[str]
@@ -49,6 +55,7 @@ class Job:
     samples: int = 16
     sequence_length: int = 1024
     trust_remote_code: bool = False
+    ranks: Ranks = ALONE
 
 
 @dataclass(frozen=True)
@@ -106,6 +113,7 @@ def make_job(
     device: str,
     revision: str | None,
     report: str | Path | None,
+    ranks: Ranks = ALONE,
     **settings: Any,
 ) -> Job:
     """What is asked of `verify` by its options; ConvertError for what they do not take."""
@@ -117,6 +125,14 @@ def make_job(
             raise OptionError(f"{name} must be a number of at least {least}, not {settings[name]!r}.")
     if not isinstance(settings["tolerance"], int | float) or not settings["tolerance"] > 0:
         raise OptionError(f"tolerance must be a number above 0, not {settings['tolerance']!r}.")
+    if not ranks.alone and not chosen & SHARED:
+        raise ConvertError(
+            f"--checks {','.join(name for name in CHECKS if name in chosen)} is the work of one process, "
+            f"torchrun started {ranks.count}.",
+            "run it without torchrun.",
+        )
+    if source is not None and "numbers" in chosen:
+        check_samples(ranks, settings["samples"])
     if report is not None:
         check_place(Path(report))
     where, code = pick_device(device), settings["trust_remote_code"]
@@ -125,6 +141,7 @@ def make_job(
         source=None if source is None else resolve(str(source), source_revision, code=code),
         checks=chosen,
         device=where,
+        ranks=ranks,
         **settings,
     )
     if report is not None:
@@ -136,12 +153,14 @@ def make_job(
 
 def verify(job: Job, progress: Progress = lambda blocks, total: blocks) -> Verification:
     """Run the checks; ConvertError when the checkpoint or the source is nothing that can be checked."""
+    ranks = job.ranks
     original = _open_original(job) if job.source and "numbers" in job.checks else None
-    manifest, problems, unseen = _manifest(job)
+    manifest, problems, unseen = ranks.told(_manifest(job) if ranks.first else None)
     digest = None
     if manifest is not None:
         digest = manifests.sha256_file(job.checkpoint.directory / manifests.MANIFEST)
     subject = _open(job, manifest, problems)
+    check_alike(ranks, _settings(job, digest, subject, original))
 
     checks: dict[str, Callable[[], Check]] = {
         "files": partial(files.check, subject, manifest, problems, unseen),
@@ -156,6 +175,8 @@ def verify(job: Job, progress: Progress = lambda blocks, total: blocks) -> Verif
         checks["generate"] = partial(generate.check, subject)
     done = {}
     for name in CHECKS:
+        if not ranks.first and name not in SHARED:
+            continue
         if name not in job.checks and name == "generate":
             continue  # it needs the memory of the whole model: only when it is asked for
         if name not in job.checks:
@@ -163,8 +184,11 @@ def verify(job: Job, progress: Progress = lambda blocks, total: blocks) -> Verif
         elif name not in checks:
             done[name] = Check("skipped", "the checkpoint cannot be opened")
         else:
-            log.info("checking %s", name)
+            by = "" if ranks.alone or name in SHARED else ", by the first process alone"
+            log.info("checking %s%s", name, by)
             done[name] = checks[name]()
+    if not ranks.first:
+        return ranks.told()
     # one that stopped half-way has not passed and found nothing: that is no success
     required = {name for name, check in done.items() if check.details.get("stopped")}
     required |= {"kernel"} if job.require_kernel else set()
@@ -173,7 +197,8 @@ def verify(job: Job, progress: Progress = lambda blocks, total: blocks) -> Verif
         needed.add("layout")
     if subject is not None and subject.weights.sparse_linears(manifest):
         needed.add("sparsity")
-    return Verification(job.checkpoint.name, digest, done, frozenset(required), frozenset(needed))
+    whole = Verification(job.checkpoint.name, digest, done, frozenset(required), frozenset(needed))
+    return ranks.told(whole)
 
 
 def save(done: Verification, job: Job, report: Path | None = None) -> None:
@@ -206,6 +231,21 @@ def _conversion(job: Job) -> dict[str, Any]:
     return manifest
 
 
+def _settings(
+    job: Job, digest: str | None, subject: Subject | None, original: Original | None
+) -> dict[str, Any]:
+    """What all ranks must have alike."""
+    return {
+        "tool": f"marlin-convert {__version__}",
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "device": job.device.type,
+        "manifest": digest,
+        "checkpoint": None if subject is None else subject.weights.checkpoint.fingerprint(),
+        "source": None if original is None else original.weights.checkpoint.fingerprint(),
+        "text": None if original is None else original.text["sha256"],
+    }
+
+
 def _open(job: Job, manifest: dict[str, Any] | None, problems: list[str]) -> Subject | None:
     """The checkpoint, or None where it cannot be opened, which `problems` then tell; what is none raises."""
     directory = job.checkpoint.directory
@@ -220,7 +260,7 @@ def _open(job: Job, manifest: dict[str, Any] | None, problems: list[str]) -> Sub
     try:
         weights = Weights(checkpoint)
         model = module_tree(weights, trust_remote_code=job.trust_remote_code)
-        return Subject(weights, model, manifest, job.device, job.trust_remote_code)
+        return Subject(weights, model, manifest, job.device, job.trust_remote_code, job.ranks)
     except ConvertError as error:
         if not problems or "files" not in job.checks:
             raise
