@@ -106,8 +106,9 @@ def packed_by_all(
 ) -> list[Packed]:
     """Matrices of these sizes, packed; all ranks have all of them, and pack some.
 
-    The first rank is given the tensors of all, in their order, the others nothing. All of them hear all: what
-    one link carries into the first rank takes as long, and gloo tells only of such calls when they are done.
+    The first rank is given the tensors of all, in their order, the others nothing. They go to all ranks, which
+    takes no longer: the first rank's link is what limits it, and of a send from one rank to another gloo does
+    not say whether it is done.
     """
     packer = _evenly(sizes, ranks.count)
     mine = [pack(one) for one, rank in zip(matrices, packer, strict=True) if rank == ranks.rank]
