@@ -106,8 +106,8 @@ def packed_by_all(
 ) -> list[Packed]:
     """Matrices of these sizes, packed; all ranks have all of them, and pack some.
 
-    The first rank is given the tensors of all, in their order, the others nothing. They go to all ranks, which
-    takes no longer: the first rank's link limits it, and gloo does not say when a send to one rank is done.
+    The first rank is given the tensors of all, in their order, the others nothing. They go to all ranks,
+    which takes no longer: the first rank's link limits it, and gloo does not say when one send is done.
     """
     packer = _evenly(sizes, ranks.count)
     mine = [pack(one) for one, rank in zip(matrices, packer, strict=True) if rank == ranks.rank]
