@@ -36,9 +36,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from marlin_convert.bench.timing import capture
 from marlin_convert.checkpoint.writer import write_json
-from marlin_convert.formats import FORMATS
-from marlin_convert.formats.scheme import Scheme
-from marlin_convert.kernels.matmul import LINEARS, PackedLinear
+from marlin_convert.kernels.matmul import MarlinLinear, PackedLinear
 
 HERE = Path(__file__).resolve().parent
 CUDA = torch.cuda.is_available()
@@ -112,11 +110,9 @@ def check_join(*linears: nn.Module) -> None:
 
 
 def weight(linear: nn.Module) -> Tensor:
-    """The weight (n, k) that a packed linear holds, on the CPU."""
-    packed = {suffix: tensor.cpu() for suffix, tensor in linear.named_buffers()}
-    [format] = [name for name, kind in LINEARS.items() if isinstance(linear, kind)]
-    scheme = Scheme(format, 4, linear.in_features // len(packed["s"]))
-    return FORMATS[format].unpack(packed, scheme).dequantize(torch.float16)
+    """The weight (n, k) that a packed linear holds."""
+    B, meta = (linear.B, None) if isinstance(linear, MarlinLinear) else (linear.B_24, linear.B_meta)
+    return torch.ops.marlin_convert.weight(B, linear.s, meta, torch.float16)
 
 
 class Attention(nn.Module):
