@@ -507,7 +507,8 @@ def test_a_failure_leaves_an_earlier_output(cli: Cli, good: Path, text: Path, tm
 
 def test_a_report_where_none_can_be_written(cli: Cli, good: Path, text: Path, tmp_path: Path) -> None:
     report = tmp_path / "missing" / "report.html"
-    refused(cli, good, tmp_path / "out", "--report", report, "--calibration", text, code=2)
+    sentence = refused(cli, good, tmp_path / "out", "--report", report, "--calibration", text, code=2)
+    assert "there is no directory" in sentence
 
 
 def test_a_dense_number_that_float16_cannot_hold(cli: Cli, good: Path, text: Path, tmp_path: Path) -> None:
