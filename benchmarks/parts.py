@@ -14,6 +14,7 @@ import torch
 import marlin_convert.commands.quantize as story
 import marlin_convert.solve as solve
 import marlin_convert.solvers.drift as drift
+import marlin_convert.solvers.factor as factor
 import marlin_convert.solvers.gptq as gptq
 from marlin_convert.models.blocks import BlockModel
 from marlin_convert.models.hidden import HiddenStates
@@ -30,11 +31,11 @@ PARTS: tuple[tuple[Any, str, str], ...] = (
     (solve, "_batch", "hessians: side by side"),
     (drift.Products, "add", "drift: products"),
     (solve.Sums, "wanted", "drift: wanted"),
+    (factor, "_reorder", "order"),
     (solve, "compensated", "drift: regression"),
-    (drift, "factorise", "drift: cholesky"),
     (gptq, "solve_batch", "solve: rest"),
     (gptq, "search_scales", "solve: scale search"),
-    (gptq, "factorise", "solve: cholesky"),
+    (factor, "factorise", "cholesky"),
     (gptq, "_descent", "solve: descent matrix"),
     (gptq, "sweep", "solve: sweeps"),
     (solve, "_energies", "error"),

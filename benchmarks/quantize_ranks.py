@@ -3,10 +3,12 @@
 usage: python benchmarks/quantize_ranks.py [--ranks 1,2] [--shapes 8b,qwen3-30b] [--layers 2,6] [--parts]
 
 Every conversion is a command of its own, 256 x 2048 tokens; the slope of its clock, which starts after the
-imports, over two layer counts is what a layer costs. With `--repeats` the quickest of so many counts. With
-`--parts` the larger model is converted once more with every part of the work timed, at every rank. Models are
-made on the first GPU, 0.44 and 1.3 GB a layer, in a directory inside of `--directory` that is removed at the
-end. `--shapes tiny` is for a CPU.
+imports, over two layer counts is what a layer costs (of one count, `--layers 1`, the whole is given). With
+`--repeats` the quickest of so many counts. Codes are compared with those of the first number of ranks. With
+`--parts` the larger model is converted once more with every part of the work timed, at every rank, and the
+bytes of both conversions are compared. Models are made on the first GPU, 0.44 and 1.3 GB a layer, in a
+directory inside of `--directory` that is removed at the end. `--shapes tiny` is for a CPU, `deepseek-v3`
+(64 x 2048 tokens) has 23 GB a layer.
 """
 
 import argparse
@@ -22,8 +24,10 @@ import parts
 import quantize_gpu
 import quantize_mixture
 import torch
+from safetensors import safe_open
 
 from marlin_convert import recipe
+from marlin_convert.checkpoint.manifest import MANIFEST
 from marlin_convert.cli import torchrun
 from marlin_convert.hub import Source
 from marlin_convert.options import pick_device
@@ -57,13 +61,32 @@ def run(ranks: int, *words: object) -> str:
 def seconds(shape: str, model: Path, output: Path, ranks: int) -> float:
     """What a conversion by so many processes takes, by its own clock."""
     samples, length = tokens(shape)
+    shutil.rmtree(output, ignore_errors=True)
     printed = run(
         ranks, "-m", "marlin_convert", "quantize", model, "-o", output, "--samples", samples,
         "--sequence-length", length, "--format", "compressed-tensors",
         "--device", "cuda" if torch.cuda.is_available() else "cpu", "--json", "-q",
     )  # fmt: skip
-    shutil.rmtree(output)
     return json.loads(printed)["seconds"]
+
+
+def hashes(output: Path) -> list[tuple[str, str]]:
+    """Name and SHA-256 of every file of weights, by the manifest that was written beside them."""
+    files = json.loads((output / MANIFEST).read_text())["files"]
+    return [(name, one["sha256"]) for name, one in files.items() if name.endswith(".safetensors")]
+
+
+def same_codes(one: Path, other: Path) -> float:
+    """Share of the 4-bit codes of two checkpoints in `compressed-tensors` that are alike."""
+    alike = total = 0
+    for file in one.glob("*.safetensors"):
+        with safe_open(file, "pt") as ours, safe_open(other / file.name, "pt") as theirs:
+            for name in ours.keys():  # noqa: SIM118 - a file is no dict
+                if name.endswith(".weight_packed"):
+                    bits = (ours.get_tensor(name) ^ theirs.get_tensor(name)).view(torch.uint8)
+                    alike += int(((bits & 15) == 0).sum() + (bits < 16).sum())
+                    total += 2 * bits.numel()
+    return alike / total
 
 
 def one_of_ranks(shape: str, model: Path, output: Path) -> None:
@@ -96,7 +119,7 @@ def main() -> None:
         one_of_ranks(chosen.shapes, *chosen.one)
         return
     counts, low_high = ([int(n) for n in said.split(",")] for said in (chosen.ranks, chosen.layers))
-    low, high = sorted(low_high)
+    low, high = min(low_high), max(low_high)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"{device}, torch {torch.__version__}, {low} and {high} layers", flush=True)
     table = []
@@ -106,20 +129,26 @@ def main() -> None:
             models = {layers: make_model(shape, here / f"model-{layers}", layers) for layers in (low, high)}
             slopes: dict[int, float] = {}
             for ranks in counts:
+                output = here / f"out-{ranks}"
                 taken = {
-                    layers: min(seconds(shape, model, here / "out", ranks) for _ in range(chosen.repeats))
+                    layers: min(seconds(shape, model, output, ranks) for _ in range(chosen.repeats))
                     for layers, model in models.items()
                 }
-                slopes[ranks] = (taken[high] - taken[low]) / (high - low)
+                slopes[ranks] = (taken[high] - taken[low]) / (high - low) if high > low else taken[high]
                 print(f"{shape}, {ranks} ranks: {taken[low]:.2f} s, {taken[high]:.2f} s", flush=True)
                 times = f"{slopes[counts[0]] / slopes[ranks]:.2f}"
-                table.append(f"| {shape} | {ranks} | {slopes[ranks]:.3f} | {times} |")
+                codes = f"{same_codes(output, here / f'out-{counts[0]}'):.4f}"
+                table.append(f"| {shape} | {ranks} | {slopes[ranks]:.3f} | {times} | {codes} |")
                 if chosen.parts:
-                    said = run(ranks, __file__, "--shapes", shape, "--one", models[high], here / "out")
-                    shutil.rmtree(here / "out")
+                    said = run(ranks, __file__, "--shapes", shape, "--one", models[high], here / "again")
                     print(f"parts, seconds a layer but the first, a column a rank:\n{said}", flush=True)
-    print(f"\n| shape | ranks | seconds a layer | times as fast as {counts[0]} |\n|---|---|---|---|")
-    print("\n".join(table))
+                    same = hashes(output) == hashes(here / "again")
+                    print(
+                        "bytes of both conversions: " + ("the same" if same else "NOT the same"), flush=True
+                    )
+                    shutil.rmtree(here / "again")
+    print(f"\n| shape | ranks | seconds a layer | times as fast as {counts[0]} | same codes |")
+    print("|---|---|---|---|---|\n" + "\n".join(table))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from marlin_convert.models.structure import Stage
 from marlin_convert.ranks import Share
 from marlin_convert.solvers import sparsity
 from marlin_convert.solvers.drift import compensated
+from marlin_convert.solvers.factor import Factor
 from marlin_convert.sums import Sums
 
 CPU = torch.device("cpu")
@@ -141,9 +142,8 @@ def convert(source: Path, ids: Tensor, solver: Solver, *, drift: bool, together:
                 todo = [
                     compensated(
                         weight[None],
-                        hessian[None],
+                        Factor(hessian[None].clone(), DAMPING),
                         found.wanted(weight, Share())[None],
-                        damping=DAMPING,
                         tokens=[found.tokens],
                     )[0]
                     for weight in todo

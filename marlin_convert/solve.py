@@ -27,7 +27,8 @@ from marlin_convert.plan import Plan
 from marlin_convert.quantized import QuantizedLinear, first_crowded, quad_nonzeros
 from marlin_convert.ranks import Ranks, Share
 from marlin_convert.solvers import gptq, sparsity
-from marlin_convert.solvers.drift import MOST, compensated
+from marlin_convert.solvers.drift import compensated
+from marlin_convert.solvers.factor import Factor
 from marlin_convert.solvers.gptq import Solution
 from marlin_convert.solvers.straight_through import residual_latents
 from marlin_convert.sums import Sums
@@ -322,10 +323,12 @@ class Solve:
         sums: list[Sums],
         hessians: Tensor,
         share: Share,
-        *,
-        sparse: bool,
+        factor: Factor | None = None,
     ) -> Tensor:
-        """What is solved for, (batch, n, k): weights as one, or what makes up for the drift of the inputs."""
+        """What is solved for, (batch, n, k): weights as one, or what makes up for the drift of the inputs.
+
+        What is not made 2:4 is solved with the same `factor`.
+        """
         whole = _batch([one[0] if len(one) == 1 else torch.cat(one) for one in weights])
         wanted = [one.wanted(weight, share) for one, weight in zip(sums, whole, strict=True)]
         known = [one for one in wanted if one is not None]
@@ -335,11 +338,14 @@ class Solve:
         del wanted, known  # those of experts are copied
         if not batch.isfinite().all():
             raise self._overflow("the original's outputs are")
+        tokens = [one.tokens for one in sums]
+        if factor is not None:
+            return compensated(whole, factor, batch, tokens=tokens)
+        factor = Factor(hessians, self._recipe.damping)
         # with half of the weights gone, the others have further to go
-        return compensated(
-            whole, hessians, batch, damping=self._recipe.damping,
-            tokens=[one.tokens for one in sums], most=None if sparse else MOST,
-        )  # fmt: skip
+        moved = compensated(whole, factor, batch, tokens=tokens, most=None)
+        factor.restore()
+        return moved
 
     def _quantize(
         self, stages: list[list[Fate]], sums: list[Sums], hessians: Tensor, share: Share
@@ -348,22 +354,24 @@ class Solve:
         layout = stages[0][0].layout  # engines load a stage, and all experts, as one: they have one layout
         group_size = hessians.shape[1] if layout.group_size == -1 else layout.group_size
         weights = [self._weights(fates, share) for fates in stages]
-        targets = self._targets(weights, sums, hessians, share, sparse=layout.sparse)
         settings: dict[str, Any] = {
             "bits": layout.bits,
             "group_size": group_size,
-            "damping": recipe.damping,
             "sweeps": recipe.sweeps,
             "positive": recipe.scales == "positive",
         }
         if layout.sparse:
+            targets = self._targets(weights, sums, hessians, share)
             masks = [self._mask(fates, share) for fates in stages]
             found = [
-                sparsity.solve(target, hessian, mask=mask, **settings)
+                sparsity.solve(target, hessian, damping=recipe.damping, mask=mask, **settings)
                 for target, hessian, mask in zip(targets, hessians, masks, strict=True)
             ]
         else:
-            found = gptq.solve_batch(targets, hessians, **settings)
+            factor = Factor(hessians, recipe.damping)
+            targets = self._targets(weights, sums, hessians, share, factor)
+            found = gptq.solve_batch(targets, factor, **settings)
+            factor.restore()
         solved: list[Solved] = []
         for fates, own, one, target, hessian, of_all in zip(
             stages, weights, sums, targets, hessians, found, strict=True
@@ -415,7 +423,7 @@ class Solve:
         weights = [self._weights(fates, share) for fates in stages]
         targets = [torch.cat(own) for own in weights]
         if recipe.method == "sparsegpt":
-            moved = self._targets(weights, sums, hessians, share, sparse=True)
+            moved = self._targets(weights, sums, hessians, share)
             targets = [one.to(own[0].dtype) for one, own in zip(moved, weights, strict=True)]
         solved: list[Solved] = []
         for fates, own, target, hessian in zip(stages, weights, targets, hessians, strict=True):

@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from marlin_convert.solvers.drift import before_norm, compensated
-from marlin_convert.solvers.gptq import Solution, bytes_taken, factorise, solve, solve_batch
+from marlin_convert.solvers.factor import Factor, factorise
+from marlin_convert.solvers.gptq import Solution, bytes_taken, solve, solve_batch
 from marlin_convert.solvers.hessian import Hessian
 from marlin_convert.solvers.scales import search_scales
 
@@ -319,13 +320,15 @@ def test_a_batch_has_the_solutions_of_each(sweeps: int, positive: bool) -> None:
     """Bit for bit, whatever the others are: one that needs more damping, one that none mends, one unread."""
     weights, hessians = (torch.stack(many) for many in zip(*(problem(seed=i) for i in range(6)), strict=True))
     hessians[1], hessians[2], hessians[4] = indefinite(0.3), 0, indefinite(3.0)
-    settings = {"bits": 4, "group_size": 64, "damping": 0.05, "sweeps": sweeps, "positive": positive}
+    settings = {"bits": 4, "group_size": 64, "sweeps": sweeps, "positive": positive}
     kept = weights.clone(), hessians.clone()
-    found = solve_batch(weights, hessians, **settings)
+    factor = Factor(hessians, 0.05)
+    found = solve_batch(weights, factor, **settings)
+    factor.restore()
     assert torch.equal(weights, kept[0]) and torch.equal(hessians, kept[1])
     assert [one.damping for one in found] == [0.05, 0.5, None, 0.05, None, 0.05]
     for one, weight, hessian in zip(found, weights, hessians, strict=True):
-        alone = solve(weight, hessian, **settings)
+        alone = solve(weight, hessian, damping=0.05, **settings)
         for name in ("codes", "scales", "error", "energy"):
             assert torch.equal(getattr(one, name), getattr(alone, name)), name
     for number in (2, 4):
@@ -350,10 +353,11 @@ def test_every_weight_of_a_batch_is_moved_as_alone() -> None:
     wanted = hessians @ (weights + 0.1 * torch.randn(weights.shape)).mT
     hessians[1], hessians[2] = 0, torch.nan
     tokens = [4 * K, 10, 10, 100 * K]
-    moved = compensated(weights, hessians, wanted, damping=0.05, tokens=tokens)
+    moved = compensated(weights, Factor(hessians.clone(), 0.05), wanted, tokens=tokens)
     for number, count in enumerate(tokens):
         one = slice(number, number + 1)
-        alone = compensated(weights[one], hessians[one], wanted[one], damping=0.05, tokens=[count])
+        factor = Factor(hessians[one].clone(), 0.05)
+        alone = compensated(weights[one], factor, wanted[one], tokens=[count])
         assert torch.equal(moved[one], alone)
         assert torch.equal(moved[number], weights[number]) == (number in (1, 2))
 
@@ -386,8 +390,9 @@ def test_the_bytes_that_a_weight_of_a_batch_takes() -> None:
     x, weights = torch.randn(batch, 2 * k, k), torch.randn(batch, n, k)
     with Peak() as peak:
         hessians, products = (x.mT @ x / len(x[0]) for _ in range(2))
-        targets = compensated(weights, hessians, products @ weights.mT, damping=0.05, tokens=[2 * k] * batch)
-        solve_batch(targets, hessians, bits=4, group_size=128, damping=0.05, sweeps=1)
+        factor = Factor(hessians, 0.05)
+        targets = compensated(weights, factor, products @ weights.mT, tokens=[2 * k] * batch)
+        solve_batch(targets, factor, bits=4, group_size=128, sweeps=1)
     assert 0.8 < peak.most / (batch * bytes_taken(k, n)) < 1.05
 
 

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from marlin_convert import solve as walk
 from marlin_convert.cli.main import main
 from marlin_convert.solvers import gptq, scales, sparsity
+from marlin_convert.solvers.factor import Factor, diagonals
 from marlin_convert.solvers.gptq import solve
 from marlin_convert.solvers.hessian import Hessian
 
@@ -63,45 +64,48 @@ def batch(k: int, n: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize(("k", "n", "group_size"), [(512, 256, 128), (200, 100, 40), (768, 2048, 128)])
 def test_a_batch_has_the_solutions_of_each(k: int, n: int, group_size: int) -> None:
     weights, hessians = batch(k, n, 5)
-    settings = {"bits": 4, "group_size": group_size, "damping": 0.05, "sweeps": 2}
-    found = gptq.solve_batch(weights.cuda(), hessians.cuda(), **settings)
-    again = gptq.solve_batch(weights.cuda(), hessians.cuda(), **settings)
+    settings = {"bits": 4, "group_size": group_size, "sweeps": 2}
+    found, again = (
+        gptq.solve_batch(weights.cuda(), Factor(hessians.cuda(), 0.05), **settings) for _ in range(2)
+    )
     assert [one.damping for one in found] == [0.05, None, 0.05, 0.05, 0.05]
     for one, other, weight, hessian in zip(found, again, weights, hessians, strict=True):
         assert torch.equal(one.codes, other.codes) and torch.equal(one.scales, other.scales)
         for device in ("cuda", "cpu"):
-            alone = solve(weight.to(device), hessian.to(device), **settings)
+            alone = solve(weight.to(device), hessian.to(device), damping=0.05, **settings)
             assert (one.scales != alone.scales.cuda()).float().mean() < 1e-3
             assert (one.codes == alone.codes.cuda()).float().mean() > 0.97
             torch.testing.assert_close(one.error.sum().cpu(), alone.error.sum().cpu(), rtol=5e-3, atol=0)
 
 
-@pytest.mark.parametrize("rows", [slice(0, 128), slice(128, 192)])
+@pytest.mark.parametrize("rows", [slice(0, 128), slice(128, 192), slice(40, 115)])
 def test_a_block_of_a_batch_is_rounded_as_torch_does(rows: slice) -> None:
-    """Rows of larger tensors, and nothing beside them is written."""
+    """With feedback that has rows or columns first in memory; nothing beside the rows is written."""
     from marlin_convert.solvers.gptq_triton import round_block
 
     random = torch.Generator("cuda").manual_seed(1)
-    w, before, target, scale, feedback = (
+    w, before, target, scales, feedback = (
         torch.randn(3, *shape, generator=random, device="cuda")
-        for shape in ((192, 100), (192, 100), (128, 100), (128, 100), (128, 128))
+        for shape in ((192, 100), (192, 100), (128, 100), (6, 100), (192, 192))
     )
-    b = rows.stop - rows.start
-    target, scale, feedback = target[:, :b].contiguous(), scale[:, :b].abs() + 0.1, 0.1 * feedback[:, :b, :b]
-    errors, expected = before.clone(), before.clone()
-    codes = round_block(target.clone(), w[:, rows], scale.contiguous(), feedback, errors[:, rows], 4)
-    reference = gptq._round_block(target.clone(), w[:, rows], scale, feedback, expected[:, rows], 4)
-    assert (codes == reference).float().mean() > 0.999
-    right = codes == reference
-    torch.testing.assert_close(errors[:, rows][right], expected[:, rows][right], rtol=1e-4, atol=1e-3)
-    others = [row for row in range(192) if not rows.start <= row < rows.stop]
-    assert torch.equal(errors[:, others], before[:, others])
+    groups = torch.randint(6, (3, 192), generator=random, device="cuda")
+    scales = scales.abs() + 0.1
+    target = target[:, : rows.stop - rows.start].contiguous()
+    for laid_out in (feedback.mul_(0.1), feedback.mT.contiguous().mT):
+        found, expected = ((before.clone(), torch.full_like(before, 99, dtype=torch.int8)) for _ in range(2))
+        for of_one, block in ((found, round_block), (expected, gptq._round_block)):
+            block(rows, target.clone(), w, scales, groups, laid_out[:, rows, rows], *of_one, 4)
+        right = found[1] == expected[1]
+        assert right.float().mean() > 0.999
+        torch.testing.assert_close(found[0][right], expected[0][right], rtol=1e-4, atol=1e-3)
+        others = [row for row in range(192) if not rows.start <= row < rows.stop]
+        assert torch.equal(found[0][:, others], before[:, others]) and (found[1][:, others] == 99).all()
 
 
 @pytest.mark.parametrize("positive", [False, True])
 def test_scales_of_a_batch_are_those_of_each(positive: bool) -> None:
     weights, hessians = (x.cuda() for x in batch(512, 100, 3))
-    wt, importance = weights.mT.contiguous(), gptq.diagonals(hessians) + 1e-3
+    wt, importance = weights.mT.contiguous(), diagonals(hessians) + 1e-3
     together = scales.search_scales(wt, importance, 64, 4, positive=positive)
     for one, weight, weighed in zip(together, wt, importance, strict=True):
         alone = scales.search_scales(weight, weighed.contiguous(), 64, 4, positive=positive)
@@ -114,7 +118,7 @@ def test_the_bytes_that_a_weight_of_a_batch_takes() -> None:
     weights, hessians = (x.cuda() for x in batch(2048, 512, 6))
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() - hessians.nbytes
-    gptq.solve_batch(weights, hessians, bits=4, group_size=128, damping=0.05, sweeps=2)
+    gptq.solve_batch(weights, Factor(hessians, 0.05), bits=4, group_size=128, sweeps=2)
     most = torch.cuda.max_memory_allocated() - before + hessians.nbytes  # with the products
     assert 0.7 < most / (6 * gptq.bytes_taken(2048, 512)) < 1.1
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from marlin_convert.solvers import gptq
 from marlin_convert.solvers.drift import SHARE, Products, compensated
+from marlin_convert.solvers.factor import Factor
 from marlin_convert.solvers.hessian import Hessian
 from marlin_convert.solvers.sparsity import choose_mask, complete_mask, prune, solve
 
@@ -267,7 +268,8 @@ def test_the_same_problem_has_the_same_solution() -> None:
 def one_compensated(
     weight: Tensor, hessian: Tensor, wanted: Tensor, *, damping: float, tokens: int
 ) -> Tensor:
-    return compensated(weight[None], hessian[None], wanted[None], damping=damping, tokens=[tokens])[0]
+    factor = Factor(hessian[None].clone(), damping)
+    return compensated(weight[None], factor, wanted[None], tokens=[tokens])[0]
 
 
 def test_a_weight_is_moved_to_the_least_squares_fit_of_the_original_outputs() -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from marlin_convert.solvers.gptq import diagonals, factorise
+from marlin_convert.solvers.factor import Factor, diagonals
 from marlin_convert.solvers.hessian import bf16_products, product
 
 # How far to go from W to V, by measurement (benchmarks/RESULTS.md): V fits the calibration text, and fits it
@@ -52,29 +52,24 @@ class Products:
 
 def compensated(
     weights: Tensor,
-    hessians: Tensor,
+    factor: Factor,
     wanted: Tensor,
     *,
-    damping: float,
     tokens: Sequence[int],
     most: float | None = MOST,
 ) -> Tensor:
     """Every one of `weights` (batch, n, k) moved towards what gives the original outputs, in float32.
 
-    hessians (batch, k, k) and wanted (batch, k, n): the means of x^T x and of x^T y0 over so many tokens;
-    `damping` is a share of the mean diagonal, raised as for the solver. No output is moved further than
-    `most` of its norm.
+    `factor` is of the means of x^T x, wanted (batch, k, n) that of x^T y0, over so many tokens. No output is
+    moved further than `most` of its norm.
     """
-    weights = weights.float()
-    used, uppers = factorise(hessians, damping)
+    weights, used = weights.float(), factor.used
     shares = [SHARE / (1 + OVERFIT * weights.shape[2] / count) for count in tokens]
     ridges = [share or 0.0 for share in used]
     share, ridge = torch.tensor([shares, ridges], device=weights.device)[..., None, None]
-    ridge = ridge * diagonals(hessians).mean(-1)[:, None, None]
+    ridge = ridge * diagonals(factor.hessians).mean(-1)[:, None, None]
     moved = torch.addcmul(wanted.mT, weights, ridge, out=torch.empty_like(weights))
-    for upper, right in zip(uppers, moved, strict=True):
-        _solve(upper, right.T)
-    del uppers
+    factor.solve(moved)
     moved.sub_(weights).mul_(share)
     if most is not None:
         far = moved.norm(dim=2, keepdim=True) / weights.norm(dim=2, keepdim=True).mul_(most)
@@ -95,10 +90,3 @@ def before_norm(norm: nn.Module, y: Tensor, change: Tensor) -> Tensor:
     weight = norm(torch.ones_like(y[..., :1, :])).float()
     length = y.float().pow(2).mean(-1, keepdim=True).sqrt()
     return torch.where(weight == 0, 0.0, change * length / weight)
-
-
-def _solve(upper: Tensor, right: Tensor) -> None:
-    """Let `right` (k, n), columns first, be X with U U^T X = right, U (k, k) upper triangular."""
-    # one matrix after another: batched solvers are for small ones
-    torch.linalg.solve_triangular(upper, right, upper=True, out=right)
-    torch.linalg.solve_triangular(upper.T, right, upper=False, out=right)

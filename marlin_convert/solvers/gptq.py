@@ -16,12 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from marlin_convert.solvers.factor import Factor, diagonals
 from marlin_convert.solvers.scales import search_scales
 
 BLOCK = 128
-
-# Rows that are put in another order at once, and elements that are turned: large enough to be quick.
-REORDERED, TURNED = 256, 1 << 22
 
 
 @dataclass(frozen=True)
@@ -55,39 +53,33 @@ def solve(
     and storage stay in natural order (static activation order). Scales take the sign that suits the codes,
     unless they are to be `positive`. Weights must be finite.
     """
+    factor = Factor(hessian[None], damping)
     (found,) = solve_batch(
-        weight[None], hessian[None],
-        bits=bits, group_size=group_size, damping=damping, sweeps=sweeps, positive=positive,
-    )  # fmt: skip
+        weight[None], factor, bits=bits, group_size=group_size, sweeps=sweeps, positive=positive
+    )
+    factor.restore()
     return found
 
 
 def solve_batch(
     weights: Tensor,
-    hessians: Tensor,
+    factor: Factor,
     *,
     bits: int,
     group_size: int,
-    damping: float,
     sweeps: int,
     positive: bool = False,
 ) -> list[Solution]:
-    """What `solve` finds for each of `weights` (batch, n, k), given its Hessian of (batch, k, k).
-
-    The Hessians are put in another order meanwhile, and are as they were when it returns.
-    """
+    """What `solve` finds for each of `weights` (batch, n, k), given their factor; its triangles are given up."""
     wt = weights.mT.to(torch.float32).contiguous()
-    diagonal = diagonals(hessians)
+    diagonal = factor.natural(diagonals(factor.hessians))
     mean = diagonal.mean(-1, keepdim=True)
-    order = torch.argsort(diagonal, descending=True, stable=True)
-    importance = torch.where(mean > 0, diagonal + damping * mean, 1.0)
+    importance = torch.where(mean > 0, diagonal + factor.damping * mean, 1.0)
     scales = search_scales(wt, importance, group_size, bits, positive=positive)
-    group_of_row = order // group_size
+    groups = factor.order // group_size
 
-    each = torch.arange(len(wt), device=wt.device)[:, None]
-    w = wt[each, order]
+    w = factor.ordered(wt)
     del wt
-    _reorder(hessians, order)
     codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)
     errors = torch.zeros_like(w)
     round_block = _round_block
@@ -96,25 +88,22 @@ def solve_batch(
         from marlin_convert.solvers.gptq_triton import round_block
 
     def choose(rows: slice, target: Tensor, feedback: Tensor) -> None:
-        scale = scales[each, group_of_row[:, rows]]
-        codes[:, rows] = round_block(target, w[:, rows], scale, feedback, errors[:, rows], bits)
+        round_block(rows, target, w, scales, groups, feedback, errors, codes, bits)
 
     with feedback_precision(w.device):
-        used, feedback = factorise(hessians, damping)
+        feedback = factor.give_up_uppers()
         feedback.div_(diagonals(feedback).clone()[:, None])
         sweep(w, feedback, errors, choose, triangular=True)
         del feedback
         if sweeps:
-            descent = _descent(hessians, used)
+            descent = _descent(factor.hessians, factor.used)
             for _ in range(sweeps):
                 sweep(w, descent, errors, choose, triangular=False)
             del descent
-        error = output_energy(hessians, errors)
-        energy = output_energy(hessians, w)
-    _reorder(hessians, order.argsort())
-    stored = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
-    stored[each, order] = (codes + 2 ** (bits - 1)).to(torch.uint8)
-    return [Solution(*one) for one in zip(stored, scales.half(), error, energy, used, strict=True)]
+        error = output_energy(factor.hessians, errors)
+        energy = output_energy(factor.hessians, w)
+    stored = factor.natural((codes + 2 ** (bits - 1)).to(torch.uint8))
+    return [Solution(*one) for one in zip(stored, scales.half(), error, energy, factor.used, strict=True)]
 
 
 def bytes_taken(k: int, n: int) -> int:
@@ -124,60 +113,6 @@ def bytes_taken(k: int, n: int) -> int:
     (k, n) targets, those in order, errors and what a Hessian makes of them, in float32, and codes.
     """
     return 12 * k * k + 17 * k * n
-
-
-def factorise(hessians: Tensor, damping: float) -> tuple[list[float | None], Tensor]:
-    """Of each of `hessians` (batch, k, k) the damping used and U, upper triangular: H + damping = U U^T.
-
-    `damping` is a share of the mean diagonal, raised tenfold up to 1 until there is a U; where there is none,
-    None and the identity.
-    """
-    mean = diagonals(hessians).mean(-1)
-    uppers = torch.empty_like(hessians).mT  # columns first, as LAPACK gives them
-    used: list[float | None] = [None] * len(hessians)
-    left = [number for number, alive in enumerate((mean > 0).tolist()) if alive]
-    while left and damping <= 1:
-        succeeded = []
-        for number in left:  # the batched factorisation is one for small matrices
-            # U U^T is the ordinary L L^T of the matrix with rows and columns turned round
-            upper, info = uppers[number].copy_(hessians[number]), mean.new_empty((), dtype=torch.int32)
-            _turn(upper)
-            upper.diagonal().add_(damping * mean[number])
-            torch.linalg.cholesky_ex(upper, out=(upper, info))
-            _turn(upper)
-            succeeded.append((info == 0) & upper.diagonal().isfinite().all())
-        known = dict(zip(left, torch.stack(succeeded).tolist(), strict=True))
-        used = [damping if known.get(number) else before for number, before in enumerate(used)]
-        left = [number for number in left if not known[number]]
-        damping *= 10
-    for number, found in enumerate(used):
-        if found is None:
-            diagonals(uppers[number].zero_()).fill_(1)
-    return used, uppers
-
-
-def _reorder(matrices: Tensor, order: Tensor) -> None:
-    """Put rows and columns of each of `matrices` (batch, k, k) in its order (batch, k), in place."""
-    for view in (matrices, matrices.mT):
-        for lines in view.split(REORDERED, 1):
-            lines.copy_(lines.gather(2, order[:, None].expand(lines.shape)))
-
-
-def _turn(matrix: Tensor) -> None:
-    """Reverse the rows and the columns of a matrix (k, k), columns first in memory, in place."""
-    elements = matrix.mT.view(-1)
-    half = len(elements) // 2
-    for start in range(0, half, TURNED):
-        end = min(start + TURNED, half)
-        front, back = elements[start:end], elements[len(elements) - end : len(elements) - start]
-        kept = front.flip(0)
-        front.copy_(back.flip(0))
-        back.copy_(kept)
-
-
-def diagonals(matrices: Tensor) -> Tensor:
-    """Views of the diagonals (..., k) of matrices (..., k, k)."""
-    return matrices.diagonal(dim1=-2, dim2=-1)
 
 
 def output_energy(hessian: Tensor, x: Tensor) -> Tensor:
@@ -223,11 +158,26 @@ def sweep(
 
 
 def _round_block(
-    target: Tensor, w: Tensor, scale: Tensor, feedback: Tensor, errors: Tensor, bits: int
-) -> Tensor:
-    """Round the rows of one block; `target` (batch, b, n) holds the feedback of all errors before it."""
-    matrices = zip(target, w, scale, feedback, errors, strict=True)
-    return torch.stack([_round_rows(*one, bits) for one in matrices])
+    rows: slice,
+    target: Tensor,
+    w: Tensor,
+    scales: Tensor,
+    groups: Tensor,
+    feedback: Tensor,
+    errors: Tensor,
+    codes: Tensor,
+    bits: int,
+) -> None:
+    """Round some `rows` of each matrix; `target` (batch, b, n) holds the feedback of all errors before them.
+
+    w, errors float32 and codes int8 are (batch, k, n), of which those of the rows are set; scales (batch,
+    groups, n), and `groups` (batch, k) says which a row has; feedback (batch, b, b).
+    """
+    for number in range(len(w)):
+        scale = scales[number, groups[number, rows]]
+        codes[number, rows] = _round_rows(
+            target[number], w[number, rows], scale, feedback[number], errors[number, rows], bits
+        )
 
 
 def _round_rows(

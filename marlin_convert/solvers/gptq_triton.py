@@ -6,18 +6,27 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
+# Output channels of a program, which is one warp: a row waits for the one before it, so it is how long one
+# takes that counts, not how many programs there are.
+COLUMNS = 16
+
 
 @triton.jit
 def _kernel(
     target,
     w,
-    scale,
+    scales,
+    groups,
     feedback,
     errors,
     codes,
     rows,
     n,
-    stride,
+    of_matrix,
+    of_scales,
+    of_groups,
+    of_feedback,
+    of_row,
     LOW: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -27,52 +36,72 @@ def _kernel(
     inside = column < n
     matrix = tl.program_id(1).to(tl.int64)
     target += matrix * rows * n
-    scale += matrix * rows * n
-    codes += matrix * rows * n
-    feedback += matrix * rows * rows
-    w += matrix * stride
-    errors += matrix * stride
-    at = row[:, None] * n + column[None, :]
-    t = tl.load(target + at, mask=(row < rows)[:, None] & inside[None, :], other=0.0)
+    scales += matrix * of_scales
+    groups += matrix * of_groups
+    feedback += matrix * of_feedback
+    w += matrix * of_matrix
+    errors += matrix * of_matrix
+    codes += matrix * of_matrix
+    t = tl.load(target + row[:, None] * n + column[None, :], mask=(row < rows)[:, None] & inside[None, :])
+    # what a row needs is fetched while the one before it is rounded
+    group = tl.load(groups)
+    s = tl.load(scales + group * n + column, mask=inside, other=1.0)
+    w_i = tl.load(w + column, mask=inside, other=0.0)
+    old = tl.load(errors + column, mask=inside, other=0.0)
+    f = tl.load(feedback + row, mask=(row > 0) & (row < rows), other=0.0)
+    group = tl.load(groups + tl.minimum(1, rows - 1))
     for i in range(rows):
-        here = i * n + column
-        s = tl.load(scale + here, mask=inside, other=1.0)
+        after = tl.minimum(i + 1, rows - 1)
+        next_s = tl.load(scales + group * n + column, mask=inside, other=1.0)
+        next_w = tl.load(w + after * n + column, mask=inside, other=0.0)
+        next_old = tl.load(errors + after * n + column, mask=inside, other=0.0)
+        next_f = tl.load(feedback + after * of_row + row, mask=(row > after) & (row < rows), other=0.0)
+        group = tl.load(groups + tl.minimum(i + 2, rows - 1))
         t_i = tl.sum(tl.where(row[:, None] == i, t, 0.0), axis=0)
         code = libdevice.rint(tl.div_rn(t_i, s))
         code = tl.minimum(tl.maximum(code, LOW), -LOW - 1)
-        error = tl.load(w + here, mask=inside, other=0.0) - code * s
-        change = error - tl.load(errors + here, mask=inside, other=0.0)
-        tl.store(errors + here, error, mask=inside)
-        tl.store(codes + here, code.to(tl.int8), mask=inside)
-        f = tl.load(feedback + i * rows + row, mask=(row > i) & (row < rows), other=0.0)
+        error = w_i - code * s
+        change = error - old
+        tl.store(errors + i * n + column, error, mask=inside)
+        tl.store(codes + i * n + column, code.to(tl.int8), mask=inside)
         t += f[:, None] * change[None, :]
+        s, w_i, old, f = next_s, next_w, next_old, next_f
 
 
 def round_block(
-    target: Tensor, w: Tensor, scale: Tensor, feedback: Tensor, errors: Tensor, bits: int
-) -> Tensor:
-    """Round the rows of one block in order, as `gptq._round_block` does.
-
-    All float32, (batch, b, n) but feedback (batch, b, b); `w` and `errors` are rows of larger tensors of one
-    shape. Updates `errors`, returns signed codes int8.
-    """
-    batch, rows, n = w.shape
-    codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)
-    columns = 16  # one warp each: the rows' dependency makes latency count, not occupancy
+    rows: slice,
+    target: Tensor,
+    w: Tensor,
+    scales: Tensor,
+    groups: Tensor,
+    feedback: Tensor,
+    errors: Tensor,
+    codes: Tensor,
+    bits: int,
+) -> None:
+    """Round some rows of each matrix in order, as `gptq._round_block` does; all but feedback contiguous."""
+    batch, b, n = target.shape
+    if feedback.stride(2) != 1:
+        feedback = feedback.contiguous()
+    w, errors, codes, groups = (whole[:, rows] for whole in (w, errors, codes, groups))
     with torch.cuda.device_of(w):  # Triton launches on the current device, whatever it is given
-        _kernel[(triton.cdiv(n, columns), batch)](
+        _kernel[(triton.cdiv(n, COLUMNS), batch)](
             target,
             w,
-            scale,
-            feedback.contiguous(),
+            scales,
+            groups,
+            feedback,
             errors,
             codes,
-            rows,
+            b,
             n,
             w.stride(0),
+            scales.stride(0),
+            groups.stride(0),
+            feedback.stride(0),
+            feedback.stride(1),
             LOW=-(2 ** (bits - 1)),
-            ROWS=triton.next_power_of_2(rows),
-            COLUMNS=columns,
+            ROWS=triton.next_power_of_2(b),
+            COLUMNS=COLUMNS,
             num_warps=1,
         )
-    return codes

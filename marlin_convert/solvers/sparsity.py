@@ -14,9 +14,9 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from marlin_convert.solvers.factor import factorise
 from marlin_convert.solvers.gptq import (
     Solution,
-    factorise,
     feedback_precision,
     output_energy,
     round_to_codes,
