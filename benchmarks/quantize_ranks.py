@@ -1,14 +1,14 @@
 """Seconds per layer of one conversion that torchrun shares among GPUs, beside those of one process.
 
-usage: python benchmarks/quantize_ranks.py [--ranks 1,2] [--shapes 8b,qwen3-30b] [--layers 2,6] [--parts]
+usage: python benchmarks/quantize_ranks.py [--ranks 1,2] [--shapes 8b,qwen3-30b] [--layers 2,6] [--parts 2]
 
 Every conversion is a command of its own, 256 x 2048 tokens; the slope of its clock, which starts after the
 imports, over two layer counts is what a layer costs (of one count, `--layers 1`, the whole is given). With
-`--repeats` the quickest of so many counts. Codes are compared with those of the first number of ranks. With
-`--parts` the larger model is converted once more with every part of the work timed, at every rank, and the
-bytes of both conversions are compared. Models are made on the first GPU, 0.44 and 1.3 GB a layer, in a
-directory inside of `--directory` that is removed at the end. `--shapes tiny` is for a CPU, `deepseek-v3`
-(64 x 2048 tokens) has 23 GB a layer.
+`--repeats` the quickest of so many counts. Codes are compared with those of the first number of ranks. For
+the `--parts` numbers of ranks the larger model is converted once more, with every part of the work timed at
+every rank, and the bytes of both conversions are compared. Models are made on the first GPU, 0.44 and 1.3 GB
+a layer, in a directory inside of `--directory` that is removed at the end. `--shapes tiny` is for a CPU,
+`deepseek-v3` (64 x 2048 tokens) has 23 GB a layer.
 """
 
 import argparse
@@ -49,7 +49,9 @@ def tokens(shape: str) -> tuple[int, int]:
 
 def run(ranks: int, *words: object) -> str:
     """What so many processes print that run Python with these words."""
-    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    torchrun = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    )
     return subprocess.run(
         [sys.executable, *torchrun, *map(str, words)],
         stdout=subprocess.PIPE, text=True, check=True, cwd=HERE.parent,
@@ -112,7 +114,7 @@ def main() -> None:
     parser.add_argument("--layers", default="2,6")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--directory", type=Path, help="where models and checkpoints are put for the while")
-    parser.add_argument("--parts", action="store_true")
+    parser.add_argument("--parts", default="", help="numbers of ranks")
     parser.add_argument("--one", nargs=2, type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.one:
@@ -139,7 +141,7 @@ def main() -> None:
                 times = f"{slopes[counts[0]] / slopes[ranks]:.2f}"
                 codes = f"{same_codes(output, here / f'out-{counts[0]}'):.4f}"
                 table.append(f"| {shape} | {ranks} | {slopes[ranks]:.3f} | {times} | {codes} |")
-                if chosen.parts:
+                if str(ranks) in chosen.parts.split(","):
                     said = run(ranks, __file__, "--shapes", shape, "--one", models[high], here / "again")
                     print(f"parts, seconds a layer but the first, a column a rank:\n{said}", flush=True)
                     same = hashes(output) == hashes(here / "again")

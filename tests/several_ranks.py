@@ -126,8 +126,8 @@ def ranks_starter(directory: Path, **environment: str) -> Iterator[StartRanks]:
 
 
 def torchrun(ranks: int, *words: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a command line as a user does, with torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
+    """Run a command line as a user does, with torchrun; `--standalone`, for other tests run beside it."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     return subprocess.run(
         [*command, "-m", "marlin_convert", *map(str, words)],
         capture_output=True, text=True, env=os.environ | environment,

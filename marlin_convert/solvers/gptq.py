@@ -70,7 +70,7 @@ def solve_batch(
     sweeps: int,
     positive: bool = False,
 ) -> list[Solution]:
-    """What `solve` finds for each of `weights` (batch, n, k), given their factor; its triangles are given up."""
+    """What `solve` finds for each of `weights` (batch, n, k), given their factor; it takes the triangles."""
     wt = weights.mT.to(torch.float32).contiguous()
     diagonal = factor.natural(diagonals(factor.hessians))
     mean = diagonal.mean(-1, keepdim=True)
