@@ -1,24 +1,27 @@
 """Seconds per layer of one conversion that torchrun shares among GPUs, beside those of one process.
 
-usage: python benchmarks/quantize_ranks.py [--ranks 1,2] [--shapes 8b,qwen3-30b] [--layers 2,6] [--parts 2]
+usage: python benchmarks/quantize_ranks.py [--ranks 1,2] [--shapes 8b,qwen3-30b] [--layers 6] [--parts 2]
 
-Every conversion is a command of its own, 256 x 2048 tokens; the slope of its clock, which starts after the
-imports, over two layer counts is what a layer costs (of one count, `--layers 1`, the whole is given). With
-`--repeats` the quickest of so many counts. Codes are compared with those of the first number of ranks. For
-the `--parts` numbers of ranks the larger model is converted once more, with every part of the work timed at
-every rank, and the bytes of both conversions are compared. Models are made on the first GPU, 0.44 and 1.3 GB
-a layer, in a directory inside of `--directory` that is removed at the end. `--shapes tiny` is for a CPU,
-`deepseek-v3` (64 x 2048 tokens) has 23 GB a layer.
+Every conversion is a process for each rank, 256 x 2048 tokens. What a layer costs is the median over all but
+the first, in which kernels are compiled (of one layer that one is given), beside the quickest, the slowest
+and the whole conversion. Codes are compared with those of the first number of ranks. For the `--parts`
+numbers of ranks the model is converted once more, with every part of the work timed at every rank, and the
+bytes of both conversions are compared. Models are made on the first GPU, 0.44 and 1.3 GB a layer, in a
+directory inside of `--directory` that is removed at the end. `--shapes tiny` is for a CPU, `deepseek-v3`
+(64 x 2048 tokens) has 23 GB a layer.
 """
 
 import argparse
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+from statistics import median
 
 import parts
 import quantize_gpu
@@ -60,18 +63,6 @@ def run(ranks: int, *words: object) -> str:
     ).stdout  # fmt: skip
 
 
-def seconds(shape: str, model: Path, output: Path, ranks: int) -> float:
-    """What a conversion by so many processes takes, by its own clock."""
-    samples, length = tokens(shape)
-    shutil.rmtree(output, ignore_errors=True)
-    printed = run(
-        ranks, "-m", "marlin_convert", "quantize", model, "-o", output, "--samples", samples,
-        "--sequence-length", length, "--format", "compressed-tensors",
-        "--device", "cuda" if torch.cuda.is_available() else "cpu", "--json", "-q",
-    )  # fmt: skip
-    return json.loads(printed)["seconds"]
-
-
 def hashes(output: Path) -> list[tuple[str, str]]:
     """Name and SHA-256 of every file of weights, by the manifest that was written beside them."""
     files = json.loads((output / MANIFEST).read_text())["files"]
@@ -91,17 +82,26 @@ def same_codes(one: Path, other: Path) -> float:
     return alike / total
 
 
-def one_of_ranks(shape: str, model: Path, output: Path) -> None:
-    """Be one of the processes of a conversion whose parts are timed; the first prints those of all."""
+def one_of_ranks(shape: str, model: Path, output: Path, *, in_parts: bool) -> None:
+    """Be one of the processes of a conversion; the first prints a table of the parts, or JSON."""
     samples, length = tokens(shape)
     settings = {"samples": samples, "sequence_length": length, "format": "compressed-tensors"}
     chosen = recipe.load(recipe.DEFAULT).changed(settings)
     with torchrun.ranks() as ranks:
         device = pick_device(torchrun.device("auto"))
         job = parts.story.Job(Source(model, model.name, None), output, chosen, device, ranks=ranks)
-        found = ranks.all_say(parts.convert(job))
+        if in_parts:
+            found = ranks.all_say(parts.convert(job))
+            if ranks.first:
+                print(parts.table_of_ranks(found))
+            return
+        started = time.perf_counter()
+        layers = parts.seconds(job)
+        whole = time.perf_counter() - started
+        of_gpu = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+        memory = ranks.all_say((of_gpu, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
         if ranks.first:
-            print(parts.table_of_ranks(found))
+            print(json.dumps({"layers": layers, "whole": whole, "memory": memory}))
 
 
 def main() -> None:
@@ -111,46 +111,50 @@ def main() -> None:
     )
     parser.add_argument("--ranks", default="1,2")
     parser.add_argument("--shapes", default="8b,qwen3-30b")
-    parser.add_argument("--layers", default="2,6")
-    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--directory", type=Path, help="where models and checkpoints are put for the while")
     parser.add_argument("--parts", default="", help="numbers of ranks")
     parser.add_argument("--one", nargs=2, type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.one:
-        one_of_ranks(chosen.shapes, *chosen.one)
+        one_of_ranks(chosen.shapes, *chosen.one, in_parts=bool(chosen.parts))
         return
-    counts, low_high = ([int(n) for n in said.split(",")] for said in (chosen.ranks, chosen.layers))
-    low, high = min(low_high), max(low_high)
+    counts = [int(count) for count in chosen.ranks.split(",")]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(f"{device}, torch {torch.__version__}, {low} and {high} layers", flush=True)
+    print(f"{device}, torch {torch.__version__}, {chosen.layers} layers", flush=True)
     table = []
     for shape in chosen.shapes.split(","):
         with tempfile.TemporaryDirectory(dir=chosen.directory) as temporary:
             here = Path(temporary)
-            models = {layers: make_model(shape, here / f"model-{layers}", layers) for layers in (low, high)}
-            slopes: dict[int, float] = {}
+            model = make_model(shape, here / "model", chosen.layers)
+            medians: dict[int, float] = {}
             for ranks in counts:
                 output = here / f"out-{ranks}"
-                taken = {
-                    layers: min(seconds(shape, model, output, ranks) for _ in range(chosen.repeats))
-                    for layers, model in models.items()
-                }
-                slopes[ranks] = (taken[high] - taken[low]) / (high - low) if high > low else taken[high]
-                print(f"{shape}, {ranks} ranks: {taken[low]:.2f} s, {taken[high]:.2f} s", flush=True)
-                times = f"{slopes[counts[0]] / slopes[ranks]:.2f}"
-                codes = f"{same_codes(output, here / f'out-{counts[0]}'):.4f}"
-                table.append(f"| {shape} | {ranks} | {slopes[ranks]:.3f} | {times} | {codes} |")
+                words = [__file__, "--shapes", shape, "--one", model]
+                found = json.loads(run(ranks, *words, output).splitlines()[-1])
+                timed = sorted(found["layers"][1:] or found["layers"])
+                medians[ranks] = median(timed)
+                gpu, host = (max(of_all) / 1e9 for of_all in zip(*found["memory"], strict=True))
+                codes = same_codes(output, here / f"out-{counts[0]}")
+                table.append(
+                    f"| {shape} | {ranks} | {medians[ranks]:.3f} | {timed[0]:.2f} to {timed[-1]:.2f} "
+                    f"| {medians[counts[0]] / medians[ranks]:.2f} | {found['whole']:.1f} | {codes:.4f} "
+                    f"| {gpu:.1f} | {host:.1f} |"
+                )
+                print(table[-1], flush=True)
                 if str(ranks) in chosen.parts.split(","):
-                    said = run(ranks, __file__, "--shapes", shape, "--one", models[high], here / "again")
+                    said = run(ranks, *words, here / "again", "--parts", ranks)
                     print(f"parts, seconds a layer but the first, a column a rank:\n{said}", flush=True)
                     same = hashes(output) == hashes(here / "again")
                     print(
                         "bytes of both conversions: " + ("the same" if same else "NOT the same"), flush=True
                     )
                     shutil.rmtree(here / "again")
-    print(f"\n| shape | ranks | seconds a layer | times as fast as {counts[0]} | same codes |")
-    print("|---|---|---|---|---|\n" + "\n".join(table))
+    print(
+        f"\n| shape | ranks | seconds a layer | from, to | times as fast as {counts[0]} | whole | same codes "
+        "| GPU, GB | host, GB |\n" + "|---" * 9 + "|"
+    )
+    print("\n".join(table))
 
 
 if __name__ == "__main__":
