@@ -133,17 +133,13 @@ def test_a_single_quad_is_solved_as_well_as_by_trying_everything(sweeps: int) ->
 
 @pytest.mark.parametrize("sweeps", [0, 2])
 @pytest.mark.parametrize("group_size", [32, 64, 128, K])
-def test_a_solution_is_sparse_and_says_its_error(group_size: int, sweeps: int) -> None:
+def test_a_solution_is_sparse(group_size: int, sweeps: int) -> None:
     weight, hessian = problem(seed=group_size)
     found = solve(weight, hessian, bits=4, group_size=group_size, damping=0.05, sweeps=sweeps)
     assert found.mask is not None and found.damping == 0.05
     assert (kept_of_every_quad(found.mask) == 2).all()
     assert (found.codes[~found.mask] == 8).all() and found.codes.amax() <= 15
     assert found.codes.shape == (K, N) and found.scales.shape == (K // group_size, N)
-    expected = objective(found, weight, hessian, group_size)
-    torch.testing.assert_close(found.error.double(), expected, rtol=1e-3, atol=1e-5)
-    energy = ((hessian.double() @ weight.double().T) * weight.double().T).sum(0)
-    torch.testing.assert_close(found.energy.double(), energy, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -206,7 +202,7 @@ def test_dead_inputs_disturb_nothing(sweeps: int) -> None:
     hessian[dead] = 0
     hessian[:, dead] = 0
     found = solve(weight, hessian, bits=4, group_size=128, damping=0.05, sweeps=sweeps)
-    assert found.damping == 0.05 and found.error.isfinite().all()
+    assert found.damping == 0.05 and objective(found, weight, hessian, 128).isfinite().all()
     assert (kept_of_every_quad(found.mask) == 2).all()
     # a quad of nothing but dead inputs keeps the largest, rounded to nearest
     quad = slice(8, 12)
@@ -232,8 +228,9 @@ def test_without_a_usable_hessian_the_largest_are_kept_and_it_is_said(hessian: T
 
 def test_damping_is_raised_until_the_hessian_can_be_factorised() -> None:
     weight, _ = problem()
-    found = solve(weight, indefinite(0.3), bits=4, group_size=128, damping=0.05, sweeps=2)
-    assert found.damping == 0.5 and found.error.isfinite().all()
+    hessian = indefinite(0.3)
+    found = solve(weight, hessian, bits=4, group_size=128, damping=0.05, sweeps=2)
+    assert found.damping == 0.5 and objective(found, weight, hessian, 128).isfinite().all()
 
 
 def test_weights_too_large_for_any_scale_spoil_no_others() -> None:

@@ -28,8 +28,6 @@ class Solution:
 
     codes: Tensor  # (k, n) uint8, zero at 2 ** (bits - 1)
     scales: Tensor  # (groups, n) float16
-    error: Tensor  # (n,) float32, squared output error e^T H e of every output channel
-    energy: Tensor  # (n,) float32, w^T H w of every output channel
     damping: (
         float | None
     )  # what it took to factorise H; None: it could not be, weights are rounded to nearest
@@ -100,10 +98,8 @@ def solve_batch(
             for _ in range(sweeps):
                 sweep(w, descent, errors, choose, triangular=False)
             del descent
-        error = output_energy(factor.hessians, errors)
-        energy = output_energy(factor.hessians, w)
     stored = factor.natural((codes + 2 ** (bits - 1)).to(torch.uint8))
-    return [Solution(*one) for one in zip(stored, scales.half(), error, energy, factor.used, strict=True)]
+    return [Solution(*one) for one in zip(stored, scales.half(), factor.used, strict=True)]
 
 
 def bytes_taken(k: int, n: int) -> int:

@@ -89,7 +89,7 @@ def solve(
     """Mask, codes and scales for `weight` (n, k) at once, as `gptq.solve` finds codes and scales.
 
     k must be a multiple of four. A `mask` (k, n) bool, two in every quad, is kept as it is. Scales are
-    searched on the weight pruned without rounding, errors counted towards the weight as it was.
+    searched on the weight pruned without rounding.
     """
     k = weight.shape[1]
     quads = _Quads(weight, hessian, damping, mask)
@@ -100,16 +100,8 @@ def solve(
     quads.solve(scale, sweeps, bits)
     # what is kept is code * scale up to rounding, so this finds the codes again
     codes = torch.round((quads.w - quads.errors) / scale).mul_(quads.kept) + 2 ** (bits - 1)
-    with feedback_precision(weight.device):
-        error = output_energy(quads.hessian, quads.errors)
-        energy = output_energy(quads.hessian, quads.w)
     return Solution(
-        quads.natural(codes.to(torch.uint8)),
-        scales.half(),
-        error,
-        energy,
-        quads.used,
-        quads.natural(quads.kept),
+        quads.natural(codes.to(torch.uint8)), scales.half(), quads.used, quads.natural(quads.kept)
     )
 
 
