@@ -88,7 +88,8 @@ def solve_batch(
     def choose(rows: slice, target: Tensor, feedback: Tensor) -> None:
         round_block(rows, target, w, scales, groups, feedback, errors, codes, bits)
 
-    with feedback_precision(w.device):
+    # Triton launches on the current device, whatever it is given
+    with torch.cuda.device_of(w), feedback_precision(w.device):
         feedback = factor.give_up_uppers()
         feedback.div_(diagonals(feedback).clone()[:, None])
         sweep(w, feedback, errors, choose, triangular=True)
@@ -146,11 +147,15 @@ def sweep(
     feedback[:, rows]^T errors, all of it that is known before the block, feedback (batch, b, b) what is left
     to it: between blocks the product goes as one of matrices.
     """
-    for start in range(0, w.shape[1], BLOCK):
-        rows = slice(start, min(start + BLOCK, w.shape[1]))
-        known = slice(0, start) if triangular else slice(None)
-        target = torch.baddbmm(w[:, rows], feedback[:, known, rows].mT, errors[:, known])
-        choose(rows, target, feedback[:, rows, rows])
+    start = 0
+    for some, of_rows in zip(w.split(BLOCK, 1), feedback.split(BLOCK, 2), strict=True):
+        rows = slice(start, start + some.shape[1])
+        if triangular:
+            target = torch.baddbmm(some, of_rows[:, :start].mT, errors[:, :start])
+        else:
+            target = torch.baddbmm(some, of_rows.mT, errors)
+        choose(rows, target, of_rows[:, rows])
+        start = rows.stop
 
 
 def _round_block(

@@ -1,6 +1,5 @@
 """One block of the GPTQ sweep as a single GPU kernel over all output channels of a batch of matrices."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -20,6 +19,7 @@ def _kernel(
     feedback,
     errors,
     codes,
+    first,
     rows,
     n,
     of_matrix,
@@ -35,13 +35,14 @@ def _kernel(
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < n
     matrix = tl.program_id(1).to(tl.int64)
+    before = matrix * of_matrix + first * n
+    w += before
+    errors += before
+    codes += before
     target += matrix * rows * n
     scales += matrix * of_scales
-    groups += matrix * of_groups
+    groups += matrix * of_groups + first
     feedback += matrix * of_feedback
-    w += matrix * of_matrix
-    errors += matrix * of_matrix
-    codes += matrix * of_matrix
     t = tl.load(target + row[:, None] * n + column[None, :], mask=(row < rows)[:, None] & inside[None, :])
     # what a row needs is fetched while the one before it is rounded
     group = tl.load(groups)
@@ -79,29 +80,31 @@ def round_block(
     codes: Tensor,
     bits: int,
 ) -> None:
-    """Round some rows of each matrix in order, as `gptq._round_block` does; all but feedback contiguous."""
+    """Round some rows of each matrix in order, as `gptq._round_block` does; all but feedback contiguous.
+
+    The current device must be theirs. A sweep waits for the host, so nothing is sliced here.
+    """
     batch, b, n = target.shape
     if feedback.stride(2) != 1:
         feedback = feedback.contiguous()
-    w, errors, codes, groups = (whole[:, rows] for whole in (w, errors, codes, groups))
-    with torch.cuda.device_of(w):  # Triton launches on the current device, whatever it is given
-        _kernel[(triton.cdiv(n, COLUMNS), batch)](
-            target,
-            w,
-            scales,
-            groups,
-            feedback,
-            errors,
-            codes,
-            b,
-            n,
-            w.stride(0),
-            scales.stride(0),
-            groups.stride(0),
-            feedback.stride(0),
-            feedback.stride(1),
-            LOW=-(2 ** (bits - 1)),
-            ROWS=triton.next_power_of_2(b),
-            COLUMNS=COLUMNS,
-            num_warps=1,
-        )
+    _kernel[(triton.cdiv(n, COLUMNS), batch)](
+        target,
+        w,
+        scales,
+        groups,
+        feedback,
+        errors,
+        codes,
+        rows.start,
+        b,
+        n,
+        w.stride(0),
+        scales.stride(0),
+        groups.stride(0),
+        feedback.stride(0),
+        feedback.stride(1),
+        LOW=-(2 ** (bits - 1)),
+        ROWS=triton.next_power_of_2(b),
+        COLUMNS=COLUMNS,
+        num_warps=1,
+    )
