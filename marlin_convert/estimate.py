@@ -15,7 +15,7 @@ from marlin_convert.models.blocks import bf16_units, rounding_linear
 from marlin_convert.models.hidden import TOKENS as BATCH
 from marlin_convert.models.memory import free_memory, memory_for_activations
 from marlin_convert.plan import Plan
-from marlin_convert.solvers import gptq
+from marlin_convert.solvers import gptq, sparsity
 from marlin_convert.solvers.hessian import Hessian
 from marlin_convert.solvers.straight_through import POSITIONS
 from marlin_convert.tune import DENSE, SPARSE, STEP, TOKENS
@@ -137,8 +137,8 @@ def _memory(plan: Plan, number: int, work: _Work, width: int, device: torch.devi
     solved = max(
         (at_once if one.count > 1 else 1) * gptq.bytes_taken(one.k, one.n // one.count) for one in work.stages
     )
-    if plan.sparsity:  # one matrix after another, with four more that are as wide (solvers/sparsity.py)
-        solved += 16 * max(one.k for one in work.stages) ** 2
+    if plan.sparsity:  # one matrix after another
+        solved += max(sparsity.bytes_beside(one.k, one.n // one.count) for one in work.stages)
     in_16_bits = device.type == "cuda" or (plan.dtype == torch.bfloat16 and bf16_units())
     weights = (2.0 if in_16_bits else 4.0) * sum(one.k * one.n for one in work.stages)
     packed = sum(one.k * one.n for one in work.stages if one.count > 1) * 0.6

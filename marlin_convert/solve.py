@@ -27,7 +27,7 @@ from marlin_convert.plan import Plan
 from marlin_convert.quantized import QuantizedLinear, first_crowded, quad_nonzeros
 from marlin_convert.ranks import Ranks, Share
 from marlin_convert.solvers import gptq, sparsity
-from marlin_convert.solvers.drift import compensated
+from marlin_convert.solvers.drift import MOST, compensated
 from marlin_convert.solvers.factor import Factor
 from marlin_convert.solvers.gptq import Solution
 from marlin_convert.solvers.straight_through import residual_latents
@@ -321,14 +321,12 @@ class Solve:
         self,
         weights: list[list[Tensor]],
         sums: list[Sums],
-        hessians: Tensor,
+        factor: Factor,
         share: Share,
-        factor: Factor | None = None,
+        *,
+        most: float | None = MOST,
     ) -> Tensor:
-        """What is solved for, (batch, n, k): weights as one, or what makes up for the drift of the inputs.
-
-        What is not made 2:4 is solved with the same `factor`.
-        """
+        """What is solved for, (batch, n, k): weights as one, or what makes up for the drift of the inputs."""
         whole = _batch([one[0] if len(one) == 1 else torch.cat(one) for one in weights])
         wanted = [one.wanted(weight, share) for one, weight in zip(sums, whole, strict=True)]
         known = [one for one in wanted if one is not None]
@@ -338,14 +336,7 @@ class Solve:
         del wanted, known  # those of experts are copied
         if not batch.isfinite().all():
             raise self._overflow("the original's outputs are")
-        tokens = [one.tokens for one in sums]
-        if factor is not None:
-            return compensated(whole, factor, batch, tokens=tokens)
-        factor = Factor(hessians, self._recipe.damping)
-        # with half of the weights gone, the others have further to go
-        moved = compensated(whole, factor, batch, tokens=tokens, most=None)
-        factor.restore()
-        return moved
+        return compensated(whole, factor, batch, tokens=[one.tokens for one in sums], most=most)
 
     def _quantize(
         self, stages: list[list[Fate]], sums: list[Sums], hessians: Tensor, share: Share
@@ -361,17 +352,19 @@ class Solve:
             "positive": recipe.scales == "positive",
         }
         if layout.sparse:
-            targets = self._targets(weights, sums, hessians, share)
             masks = [self._mask(fates, share) for fates in stages]
+            factor = sparsity.factor_quads(hessians, recipe.damping)
+            # with half of the weights gone, the others have further to go
+            targets = self._targets(weights, sums, factor, share, most=None)
             found = [
-                sparsity.solve(target, hessian, damping=recipe.damping, mask=mask, **settings)
-                for target, hessian, mask in zip(targets, hessians, masks, strict=True)
+                sparsity.solve(target, one, mask=mask, **settings)
+                for target, one, mask in zip(targets, factor.each(), masks, strict=True)
             ]
         else:
             factor = Factor(hessians, recipe.damping)
-            targets = self._targets(weights, sums, hessians, share, factor)
+            targets = self._targets(weights, sums, factor, share)
             found = gptq.solve_batch(targets, factor, **settings)
-            factor.restore()
+        factor.restore()
         solved: list[Solved] = []
         for fates, own, one, target, hessian, of_all in zip(
             stages, weights, sums, targets, hessians, found, strict=True
@@ -421,17 +414,18 @@ class Solve:
     ) -> list[Solved]:
         recipe = self._recipe
         weights = [self._weights(fates, share) for fates in stages]
-        targets = [torch.cat(own) for own in weights]
+        found: list[Tensor] = []
         if recipe.method == "sparsegpt":
-            moved = self._targets(weights, sums, hessians, share)
-            targets = [one.to(own[0].dtype) for one, own in zip(moved, weights, strict=True)]
+            factor = sparsity.factor_quads(hessians, recipe.damping)
+            targets = self._targets(weights, sums, factor, share, most=None).to(weights[0][0].dtype)
+            for target, one in zip(targets, factor.each(), strict=True):
+                found.append(sparsity.prune(target, one, sweeps=recipe.sweeps)[0])
+            factor.restore()
+        else:
+            for weight, hessian in zip(map(torch.cat, weights), hessians, strict=True):
+                found.append(weight * sparsity.choose_mask(weight, hessian, method=recipe.method).T)
         solved: list[Solved] = []
-        for fates, own, target, hessian in zip(stages, weights, targets, hessians, strict=True):
-            if recipe.method == "sparsegpt":
-                pruned, _ = sparsity.prune(target, hessian, damping=recipe.damping, sweeps=recipe.sweeps)
-            else:
-                mask = sparsity.choose_mask(target, hessian, method=recipe.method, damping=recipe.damping)
-                pruned = target * mask.T
+        for fates, own, pruned, hessian in zip(stages, weights, found, hessians, strict=True):
             for fate, old, new in zip(fates, own, pruned.split([len(one) for one in own]), strict=True):
                 written = new.to(getattr(torch, fate.layout.dtype)).contiguous()
                 self._put(fate, written)

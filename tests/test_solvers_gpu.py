@@ -4,6 +4,7 @@ from pathlib import Path
 
 import diverse_models
 import pytest
+import test_solvers_sparsity
 import tiny_models
 import torch
 from click.testing import CliRunner
@@ -173,15 +174,15 @@ def test_sparse_solution_is_the_cpu_s(k: int, n: int, group_size: int, masked: b
     x = inputs(4096, k).float()
     hessian = x.T @ x / len(x)
     weight = torch.randn(n, k, generator=torch.Generator().manual_seed(1)) * 0.02
-    given = sparsity.choose_mask(weight, hessian, method="wanda", damping=0.05) if masked else None
+    given = sparsity.choose_mask(weight, hessian, method="wanda") if masked else None
     found, pruned = {}, {}
     for device in ("cpu", "cuda"):
         mask = given if given is None else given.to(device)
         at = weight.to(device), hessian.to(device)
-        found[device] = sparsity.solve(
+        found[device] = test_solvers_sparsity.solve(
             *at, bits=4, group_size=group_size, damping=0.05, sweeps=sweeps, mask=mask
         )
-        pruned[device] = sparsity.prune(*at, damping=0.05, sweeps=sweeps, mask=mask)
+        pruned[device] = test_solvers_sparsity.prune(*at, damping=0.05, sweeps=sweeps, mask=mask)
     cpu, gpu = found["cpu"], found["cuda"]
     assert cpu.mask is not None and gpu.mask is not None
     assert (gpu.mask.view(-1, 4, n).sum(1) == 2).all() and (gpu.codes[~gpu.mask] == 8).all()
@@ -208,7 +209,7 @@ def test_a_solution_on_the_other_gpu_is_the_same(sparse: bool) -> None:
     for device in ("cuda:0", "cuda:1"):
         hessian = Hessian(512, torch.device(device))
         hessian.add(x.to(device))
-        solver = sparsity.solve if sparse else solve
+        solver = test_solvers_sparsity.solve if sparse else solve
         done = solver(weight.to(device), hessian.mean(), bits=4, group_size=128, damping=0.05, sweeps=2)
         assert str(done.codes.device) == device
         found.append((done.codes.cpu(), done.scales.cpu()))

@@ -1,20 +1,41 @@
 """2:4 sparsity against brute force on small problems, and what must hold of every solution."""
 
 from itertools import combinations, product
+from typing import Any
 
 import pytest
 import torch
-from test_solvers import K, N, damped, indefinite, nearest, objective, problem
+from test_solvers import K, N, Peak, damped, indefinite, nearest, objective, problem
 from torch import Tensor
 
-from marlin_convert.solvers import gptq
+from marlin_convert.solvers import gptq, sparsity
 from marlin_convert.solvers.drift import SHARE, Products, compensated
 from marlin_convert.solvers.factor import Factor
 from marlin_convert.solvers.hessian import Hessian
-from marlin_convert.solvers.sparsity import choose_mask, complete_mask, prune, solve
+from marlin_convert.solvers.sparsity import complete_mask
 
 MASKS = [torch.tensor([i in kept for i in range(4)]) for kept in combinations(range(4), 2)]
 METHODS = ["sparsegpt", "wanda", "magnitude"]
+
+
+def factor_of(hessian: Tensor, damping: float) -> Factor:
+    """That of one Hessian, which stays as it is."""
+    return sparsity.factor_quads(hessian[None].clone(), damping)
+
+
+def solve(weight: Tensor, hessian: Tensor, *, damping: float, **settings: Any) -> gptq.Solution:
+    return sparsity.solve(weight, factor_of(hessian, damping), **settings)
+
+
+def prune(weight: Tensor, hessian: Tensor, *, damping: float, **settings: Any) -> tuple[Tensor, Tensor]:
+    return sparsity.prune(weight, factor_of(hessian, damping), **settings)
+
+
+def choose_mask(weight: Tensor, hessian: Tensor, *, method: str) -> Tensor:
+    """By any of METHODS."""
+    if method == "sparsegpt":
+        return prune(weight, hessian, damping=0.05, sweeps=0)[1]
+    return sparsity.choose_mask(weight, hessian, method=method)
 
 
 def kept_of_every_quad(mask: Tensor) -> Tensor:
@@ -67,7 +88,7 @@ def test_masks_keep_two_of_every_quad(method: str, seed: int) -> None:
     weight, hessian = problem(seed=seed)
     weight[3] = 0
     weight[4, ::2] = 0
-    mask = choose_mask(weight, hessian, method=method, damping=0.05)
+    mask = choose_mask(weight, hessian, method=method)
     assert mask.dtype == torch.bool and mask.shape == (K, N)
     assert (kept_of_every_quad(mask) == 2).all()
 
@@ -75,7 +96,7 @@ def test_masks_keep_two_of_every_quad(method: str, seed: int) -> None:
 @pytest.mark.parametrize("method", ["wanda", "magnitude"])
 def test_wanda_and_magnitude_keep_what_they_say(method: str) -> None:
     weight, hessian = problem(64, 16)
-    mask = choose_mask(weight, hessian, method=method, damping=0.05)
+    mask = choose_mask(weight, hessian, method=method)
     norms = hessian.diagonal().sqrt() if method == "wanda" else torch.ones(64)
     for n, quad in product(range(16), range(16)):
         saliency = [abs(weight[n, 4 * quad + i].item()) * norms[4 * quad + i].item() for i in range(4)]
@@ -90,7 +111,7 @@ def test_sparsegpt_is_the_best_of_six_masks_for_every_quad(seed: int) -> None:
     expected, kept = slow_sparsegpt(weight.T, hessian, 0.05)
     assert torch.equal(mask, kept)
     torch.testing.assert_close(pruned.T.double(), expected, rtol=1e-3, atol=1e-4)
-    assert torch.equal(choose_mask(weight, hessian, method="sparsegpt", damping=0.05), mask)
+    assert torch.equal(choose_mask(weight, hessian, method="sparsegpt"), mask)
 
 
 def test_descent_ends_where_no_quad_has_a_better_mask() -> None:
@@ -162,7 +183,7 @@ def test_choosing_the_mask_with_the_codes_beats_every_mask_chosen_before() -> No
     settings = {"bits": 4, "group_size": 128, "damping": 0.05, "sweeps": 2}
     free = objective(solve(weight, hessian, **settings), weight, hessian, 128).sum()
     for method in METHODS:
-        mask = choose_mask(weight, hessian, method=method, damping=0.05)
+        mask = choose_mask(weight, hessian, method=method)
         fixed = objective(solve(weight, hessian, **settings, mask=mask), weight, hessian, 128).sum()
         assert free < fixed
     dense = gptq.solve(weight, hessian, **settings)
@@ -206,7 +227,7 @@ def test_dead_inputs_disturb_nothing(sweeps: int) -> None:
     assert (kept_of_every_quad(found.mask) == 2).all()
     # a quad of nothing but dead inputs keeps the largest, rounded to nearest
     quad = slice(8, 12)
-    magnitude = choose_mask(weight, hessian, method="magnitude", damping=0.05)[quad]
+    magnitude = choose_mask(weight, hessian, method="magnitude")[quad]
     rounded = nearest(weight, found.scales, 128)[quad]
     same = (found.mask[quad] == magnitude).all(0)
     assert same.double().mean() > 0.9  # rounding may turn the order of two that are close
@@ -217,7 +238,7 @@ def test_dead_inputs_disturb_nothing(sweeps: int) -> None:
 def test_without_a_usable_hessian_the_largest_are_kept_and_it_is_said(hessian: Tensor) -> None:
     weight, _ = problem()
     pruned, mask = prune(weight, hessian, damping=0.05, sweeps=2)
-    assert torch.equal(mask, choose_mask(weight, hessian, method="magnitude", damping=0.05))
+    assert torch.equal(mask, choose_mask(weight, hessian, method="magnitude"))
     assert torch.equal(pruned, weight * mask.T)
     found = solve(weight, hessian, bits=4, group_size=128, damping=0.05, sweeps=2)
     assert found.damping is None
@@ -260,6 +281,18 @@ def test_the_same_problem_has_the_same_solution() -> None:
     one, other = (solve(weight, hessian, bits=4, group_size=64, damping=0.05, sweeps=2) for _ in range(2))
     assert torch.equal(one.codes, other.codes) and torch.equal(one.mask, other.mask)
     assert torch.equal(weight, kept[0]) and torch.equal(hessian, kept[1])
+
+
+def test_the_bytes_that_a_weight_takes() -> None:
+    """Counted from the sums of its inputs on."""
+    k, n = 2048, 512
+    x, weight = torch.randn(1, 2 * k, k), torch.randn(1, n, k)
+    with Peak() as peak:
+        hessian, products = (x.mT @ x / len(x[0]) for _ in range(2))
+        factor = sparsity.factor_quads(hessian, 0.05)
+        (target,) = compensated(weight, factor, products @ weight.mT, tokens=[2 * k])
+        sparsity.solve(target, factor, bits=4, group_size=128, sweeps=1)
+    assert 0.8 < peak.most / (gptq.bytes_taken(k, n) + sparsity.bytes_beside(k, n)) < 1.2
 
 
 def one_compensated(

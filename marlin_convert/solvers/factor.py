@@ -3,6 +3,9 @@
 The regression that makes up for drift and GPTQ's feedback are of one matrix, so it is factorised once.
 """
 
+from collections.abc import Iterator
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -13,16 +16,26 @@ REORDERED, TURNED = 1 << 24, 1 << 22
 class Factor:
     """Hessians (batch, k, k) in order of falling diagonal, in place, and U of each: H + damping = U U^T.
 
-    `damping` is the share of the mean diagonal that is added, raised as `factorise` says; `used` is what it
-    took, `uppers` (batch, k, k) have their columns first in memory. `order` (batch, k) are the rows' numbers
-    before.
+    So many rows stay `together`, by the sum of theirs. `damping` is the share of the mean diagonal that is
+    added, raised as `factorise` says; `used` is what it took, `uppers` (batch, k, k) have their columns first
+    in memory. `order` (batch, k) are the rows' numbers before.
     """
 
-    def __init__(self, hessians: Tensor, damping: float):
+    def __init__(self, hessians: Tensor, damping: float, *, together: int = 1):
         self.hessians, self.damping = hessians, damping
-        self.order = torch.argsort(diagonals(hessians), descending=True, stable=True)
+        sums = diagonals(hessians).unflatten(1, (-1, together)).sum(2)
+        first = torch.argsort(sums, descending=True, stable=True)[..., None] * together
+        self.order = (first + torch.arange(together, device=first.device)).flatten(1)
         _reorder(hessians, self.order)
         self.used, self.uppers = factorise(hessians, damping)
+
+    def each(self) -> Iterator["Factor"]:
+        """The factor of every single matrix; they are views of this one."""
+        for number, used in enumerate(self.used):
+            one, here = copy(self), slice(number, number + 1)
+            one.hessians, one.order, one.uppers = self.hessians[here], self.order[here], self.uppers[here]
+            one.used = [used]
+            yield one
 
     def give_up_uppers(self) -> Tensor:
         """The triangles, to be changed in place: they are known no more."""

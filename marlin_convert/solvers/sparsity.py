@@ -14,7 +14,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from marlin_convert.solvers.factor import factorise
+from marlin_convert.solvers.factor import Factor, diagonals
 from marlin_convert.solvers.gptq import (
     Solution,
     feedback_precision,
@@ -26,18 +26,24 @@ from marlin_convert.solvers.scales import search_scales
 
 QUAD = 4
 
+# Elements of a matrix that are multiplied at once: large enough to be quick.
+MULTIPLIED = 1 << 22
+
 # The six masks of a quad: the positions kept, and those pruned.
 KEPT = tuple(combinations(range(QUAD), 2))
 PRUNED = tuple(reversed(KEPT))
 
 
-def choose_mask(weight: Tensor, hessian: Tensor, *, method: str, damping: float) -> Tensor:
+def factor_quads(hessians: Tensor, damping: float) -> Factor:
+    """The factor of Hessians (batch, k, k) that quads are solved with."""
+    return Factor(hessians, damping, together=QUAD)
+
+
+def choose_mask(weight: Tensor, hessian: Tensor, *, method: str) -> Tensor:
     """The weights to keep of `weight` (n, k), (k, n) bool, two in every quad, by a published rule.
 
-    sparsegpt: arXiv 2301.00774; wanda: |w| ||x||, arXiv 2306.11695, section 3; magnitude: |w|.
+    wanda: |w| ||x||, arXiv 2306.11695, section 3; magnitude: |w|.
     """
-    if method == "sparsegpt":
-        return prune(weight, hessian, damping=damping, sweeps=0)[1]
     saliency = weight.T.float().abs()
     if method == "wanda":
         saliency = saliency * hessian.diagonal().sqrt()[:, None]
@@ -63,25 +69,24 @@ def _largest_pair(saliency: Tensor) -> Tensor:
 
 
 def prune(
-    weight: Tensor, hessian: Tensor, *, damping: float, sweeps: int, mask: Tensor | None = None
+    weight: Tensor, factor: Factor, *, sweeps: int, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """`weight` (n, k) pruned to 2:4, in its own type, and what is kept of it, (k, n) bool.
 
     Kept weights make up for the pruned ones. With a `mask` that one is kept; without, `sweeps` of descent
-    refine it. Hessian and damping as in `solve`.
+    refine it. The `factor` is that of one matrix, and gives up its triangle.
     """
-    quads = _Quads(weight, hessian, damping, mask)
+    quads = _Quads(weight, factor, mask)
     quads.solve(None, sweeps)
     return quads.natural(quads.w - quads.errors).T.to(weight.dtype), quads.natural(quads.kept)
 
 
 def solve(
     weight: Tensor,
-    hessian: Tensor,
+    factor: Factor,
     *,
     bits: int,
     group_size: int,
-    damping: float,
     sweeps: int,
     positive: bool = False,
     mask: Tensor | None = None,
@@ -89,10 +94,10 @@ def solve(
     """Mask, codes and scales for `weight` (n, k) at once, as `gptq.solve` finds codes and scales.
 
     k must be a multiple of four. A `mask` (k, n) bool, two in every quad, is kept as it is. Scales are
-    searched on the weight pruned without rounding.
+    searched on the weight pruned without rounding. The `factor` as for `prune`.
     """
     k = weight.shape[1]
-    quads = _Quads(weight, hessian, damping, mask)
+    quads = _Quads(weight, factor, mask)
     quads.solve(None, sweeps=0)
     pruned = quads.natural(quads.w - quads.errors)
     scales = search_scales(pruned, quads.importance, group_size, bits, positive=positive)
@@ -105,41 +110,49 @@ def solve(
     )
 
 
+def bytes_beside(k: int, n: int) -> int:
+    """Bytes that a weight (n, k) takes beside those of `gptq.bytes_taken` while it is solved for.
+
+    Of (k, k) float32 what descent makes of the Hessian; of (k, n) the scale of every row and what was pruned
+    without rounding.
+    """
+    return 4 * k * k + 8 * k * n
+
+
 class _Quads:
     """The quads of a weight, rows (k, n), in the order they are solved: that of falling diag(H)."""
 
-    def __init__(self, weight: Tensor, hessian: Tensor, damping: float, mask: Tensor | None):
-        w = weight.T.to(torch.float32).contiguous()
-        diagonal = hessian.diagonal()
+    def __init__(self, weight: Tensor, factor: Factor, mask: Tensor | None):
+        self._factor = factor
+        (self.order,), (self.used,) = factor.order, factor.used
+        (self._hessian,), (diagonal,) = factor.hessians, factor.natural(diagonals(factor.hessians))
         mean = diagonal.mean()
-        first = torch.argsort(diagonal.view(-1, QUAD).sum(1), descending=True, stable=True)
-        self.order = (first[:, None] * QUAD + torch.arange(QUAD, device=w.device)).flatten()
-        self.w = w[self.order]
-        self.hessian = hessian[self.order][:, self.order]
-        self.importance = diagonal + damping * mean if mean > 0 else torch.ones_like(diagonal)
+        self.importance = diagonal + factor.damping * mean if mean > 0 else torch.ones_like(diagonal)
+        self.w = weight.T[self.order].float().contiguous()
         self.errors = torch.zeros_like(self.w)
         self.allowed = None if mask is None else mask[self.order]
         self.kept = torch.empty_like(self.w, dtype=torch.bool)
         # without a factorisation the largest are kept, and rounded to nearest
-        (self.used,), (self._upper,) = factorise(self.hessian[None], damping)
+        (upper,) = factor.give_up_uppers()
+        roots = _diagonal_quads(upper)
+        self._metric = roots @ roots.mT
+        self._feedback = _feedback(upper)
 
     def natural(self, rows: Tensor) -> Tensor:
         """Rows (k, n) in the order of the weight's inputs."""
-        natural = torch.empty_like(rows)
-        natural[self.order] = rows
-        return natural
+        return self._factor.natural(rows[None])[0]
 
     def solve(self, scale: Tensor | None, sweeps: int, bits: int = 4) -> None:
         """Set `kept` and `errors`: of codes for the scales of the rows (k, n), or of weights not rounded."""
         self.errors.zero_()
-        roots = _diagonal_quads(self._upper)
-        self._pass(_feedback(self._upper), roots @ roots.mT, scale, bits, descent=False)
+        self._pass(self._feedback, self._metric, scale, bits, descent=False)
         if sweeps and self.used is not None:
-            damped = self.hessian.clone()
+            damped = self._hessian.clone()
             damped.diagonal().add_(self.used * damped.diagonal().mean())
+            metric = _diagonal_quads(damped).clone()
             feedback = _feedback(damped)
             for _ in range(sweeps):
-                self._pass(feedback, _diagonal_quads(damped), scale, bits, descent=True)
+                self._pass(feedback, metric, scale, bits, descent=True)
 
     def _pass(
         self, feedback: Tensor, metric: Tensor, scale: Tensor | None, bits: int, *, descent: bool
@@ -176,11 +189,15 @@ def _diagonal_quads(matrix: Tensor) -> Tensor:
 
 
 def _feedback(matrix: Tensor) -> Tensor:
-    """A matrix (k, k) times the inverse of its diagonal blocks, those left out (zero)."""
-    columns = matrix.view(len(matrix), -1, QUAD).transpose(0, 1)
-    feedback = (columns @ torch.linalg.inv(_diagonal_quads(matrix))).transpose(0, 1).reshape(matrix.shape)
-    _diagonal_quads(feedback).zero_()
-    return feedback
+    """A matrix (k, k) times the inverse of its diagonal blocks, those left out (zero), in place."""
+    inverses = torch.linalg.inv(_diagonal_quads(matrix))
+    at_once = max(1, MULTIPLIED // (QUAD * len(matrix)))
+    for some, inverse in zip(
+        matrix.view(len(matrix), -1, QUAD).split(at_once, 1), inverses.split(at_once), strict=True
+    ):
+        some.copy_((some.transpose(0, 1) @ inverse).transpose(0, 1))
+    _diagonal_quads(matrix).zero_()
+    return matrix
 
 
 def _tables(metric: Tensor) -> Tensor:
