@@ -8,7 +8,7 @@ and the whole conversion. Codes are compared with those of the first number of r
 numbers of ranks the model is converted once more, with every part of the work timed at every rank, and the
 bytes of both conversions are compared. Models are made on the first GPU, 0.44 and 1.3 GB a layer, in a
 directory inside of `--directory` that is removed at the end. `--shapes tiny` is for a CPU, `deepseek-v3`
-(64 x 2048 tokens) has 23 GB a layer.
+(64 x 2048 tokens) has 23 GB a layer. `--tokens` tries micro-batches of other sizes than ours.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from marlin_convert import recipe
 from marlin_convert.checkpoint.manifest import MANIFEST
 from marlin_convert.cli import torchrun
 from marlin_convert.hub import Source
+from marlin_convert.models import hidden
 from marlin_convert.options import pick_device
 
 HERE = Path(__file__).resolve().parent
@@ -82,13 +83,15 @@ def same_codes(one: Path, other: Path) -> float:
     return alike / total
 
 
-def one_of_ranks(shape: str, model: Path, output: Path, *, in_parts: bool) -> None:
+def one_of_ranks(shape: str, model: Path, output: Path, *, in_parts: bool, micro_batch: int) -> None:
     """Be one of the processes of a conversion; the first prints a table of the parts, or JSON."""
     samples, length = tokens(shape)
     settings = {"samples": samples, "sequence_length": length, "format": "compressed-tensors"}
     chosen = recipe.load(recipe.DEFAULT).changed(settings)
     with torchrun.ranks() as ranks:
         device = pick_device(torchrun.device("auto"))
+        if micro_batch:
+            hidden.TOKENS[device.type] = micro_batch
         job = parts.story.Job(Source(model, model.name, None), output, chosen, device, ranks=ranks)
         if in_parts:
             found = ranks.all_say(parts.convert(job))
@@ -114,10 +117,11 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--directory", type=Path, help="where models and checkpoints are put for the while")
     parser.add_argument("--parts", default="", help="numbers of ranks")
+    parser.add_argument("--tokens", type=int, default=0, help="of a micro-batch")
     parser.add_argument("--one", nargs=2, type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.one:
-        one_of_ranks(chosen.shapes, *chosen.one, in_parts=bool(chosen.parts))
+        one_of_ranks(chosen.shapes, *chosen.one, in_parts=bool(chosen.parts), micro_batch=chosen.tokens)
         return
     counts = [int(count) for count in chosen.ranks.split(",")]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
@@ -130,7 +134,7 @@ def main() -> None:
             medians: dict[int, float] = {}
             for ranks in counts:
                 output = here / f"out-{ranks}"
-                words = [__file__, "--shapes", shape, "--one", model]
+                words = [__file__, "--shapes", shape, "--tokens", chosen.tokens, "--one", model]
                 found = json.loads(run(ranks, *words, output).splitlines()[-1])
                 timed = sorted(found["layers"][1:] or found["layers"])
                 medians[ranks] = median(timed)
