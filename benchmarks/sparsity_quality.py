@@ -57,13 +57,13 @@ class SolvedWeights(Weights):
 
 def ours(weight: Tensor, hessian: Tensor, *, rule: str | None = None, sweeps: int = SWEEPS) -> Tensor:
     """Our solver; a `rule` fixes the mask in advance."""
-    factors = [sparsity.factor_quads(hessian[None].clone(), DAMPING) for _ in range(2)]
     mask = None
     if rule == "sparsegpt":
-        mask = sparsity.prune(weight, factors.pop(), sweeps=0)[1]
+        mask = sparsity.prune(weight, sparsity.factor_quads(hessian[None].clone(), DAMPING), sweeps=0)[1]
     elif rule:
         mask = sparsity.choose_mask(weight, hessian, method=rule)
-    found = sparsity.solve(weight, factors.pop(), bits=4, group_size=GROUP, sweeps=sweeps, mask=mask)
+    factor = sparsity.factor_quads(hessian[None].clone(), DAMPING)
+    found = sparsity.solve(weight, factor, bits=4, group_size=GROUP, sweeps=sweeps, mask=mask)
     assert (found.mask.view(-1, 4, len(weight)).sum(1) == 2).all()
     return ((found.codes.float() - 8) * found.scales.float().repeat_interleave(GROUP, 0)).T
 

@@ -268,19 +268,23 @@ def _solving(plan: Plan, work: _Work) -> float:
     rate = 128 * SIZE * SIZE / _seconds(lambda: torch.addmm(a[:128], a[:128], a))
     k, few, many = 256, 128, 1024
 
-    def products(k: int, n: int, count: int = 1) -> float:
-        # a sweep of half the rows, the others of all, two energies; the factorisation runs at half the rate
-        return (k * k * n * (2.5 + plan.recipe.sweeps) + count * k**3 / 3) / rate
+    swept = 0.5 + plan.recipe.sweeps  # the first sweep is of half the rows
+    # beside them two energies, and what is wanted and the regression to it
+    every = swept + 2 + 2 * plan.compensates
+
+    def products(k: int, n: int, times: float, count: int = 1) -> float:
+        # the factorisation runs at half the rate
+        return (k * k * n * times + count * k**3 / 3) / rate
 
     def solve(n: int) -> float:
         weight, hessian = torch.randn(n, k), torch.eye(k)
-        return max(0.0, _seconds(lambda: gptq.solve(weight, hessian, **settings)) - products(k, n))
+        return max(0.0, _seconds(lambda: gptq.solve(weight, hessian, **settings)) - products(k, n, swept))
 
     narrow, wide = solve(few), solve(many)
     of_a_weight = max(0.0, wide - narrow) / (k * (many - few))
     of_a_row = max(0.0, narrow / k - few * of_a_weight)
     return sum(
-        products(one.k, one.n, one.count) + one.count * one.k * of_a_row + one.k * one.n * of_a_weight
+        products(one.k, one.n, every, one.count) + one.count * one.k * of_a_row + one.k * one.n * of_a_weight
         for one in work.stages
     )
 

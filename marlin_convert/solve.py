@@ -338,6 +338,17 @@ class Solve:
             raise self._overflow("the original's outputs are")
         return compensated(whole, factor, batch, tokens=[one.tokens for one in sums], most=most)
 
+    def _in_quads(
+        self, weights: list[list[Tensor]], sums: list[Sums], hessians: Tensor, share: Share
+    ) -> Iterator[tuple[Tensor, Factor]]:
+        """Of one matrix after another what is solved for, (n, k), and the factor for its quads."""
+        for own, one, hessian in zip(weights, sums, hessians, strict=True):
+            factor = sparsity.factor_quads(hessian[None], self._recipe.damping)
+            # with half of the weights gone, the others have further to go
+            (target,) = self._targets([own], [one], factor, share, most=None)
+            yield target, factor
+            factor.restore()
+
     def _quantize(
         self, stages: list[list[Fate]], sums: list[Sums], hessians: Tensor, share: Share
     ) -> list[Solved]:
@@ -351,20 +362,20 @@ class Solve:
             "sweeps": recipe.sweeps,
             "positive": recipe.scales == "positive",
         }
+        targets: list[Tensor] = []
+        found: list[Solution] = []
         if layout.sparse:
             masks = [self._mask(fates, share) for fates in stages]
-            factor = sparsity.factor_quads(hessians, recipe.damping)
-            # with half of the weights gone, the others have further to go
-            targets = self._targets(weights, sums, factor, share, most=None)
-            found = [
-                sparsity.solve(target, one, mask=mask, **settings)
-                for target, one, mask in zip(targets, factor.each(), masks, strict=True)
-            ]
+            one_by_one = self._in_quads(weights, sums, hessians, share)
+            for (target, factor), mask in zip(one_by_one, masks, strict=True):
+                targets.append(target)
+                found.append(sparsity.solve(target, factor, mask=mask, **settings))
         else:
             factor = Factor(hessians, recipe.damping)
-            targets = self._targets(weights, sums, factor, share)
-            found = gptq.solve_batch(targets, factor, **settings)
-        factor.restore()
+            batch = self._targets(weights, sums, factor, share)
+            targets.extend(batch)
+            found = gptq.solve_batch(batch, factor, **settings)
+            factor.restore()
         solved: list[Solved] = []
         for fates, own, one, target, hessian, of_all in zip(
             stages, weights, sums, targets, hessians, found, strict=True
@@ -416,11 +427,9 @@ class Solve:
         weights = [self._weights(fates, share) for fates in stages]
         found: list[Tensor] = []
         if recipe.method == "sparsegpt":
-            factor = sparsity.factor_quads(hessians, recipe.damping)
-            targets = self._targets(weights, sums, factor, share, most=None).to(weights[0][0].dtype)
-            for target, one in zip(targets, factor.each(), strict=True):
-                found.append(sparsity.prune(target, one, sweeps=recipe.sweeps)[0])
-            factor.restore()
+            for target, factor in self._in_quads(weights, sums, hessians, share):
+                moved = target.to(weights[0][0].dtype)
+                found.append(sparsity.prune(moved, factor, sweeps=recipe.sweeps)[0])
         else:
             for weight, hessian in zip(map(torch.cat, weights), hessians, strict=True):
                 found.append(weight * sparsity.choose_mask(weight, hessian, method=recipe.method).T)

@@ -141,7 +141,8 @@ def test_dead_inputs_are_rounded_to_nearest_and_disturb_nothing(sweeps: int) -> 
     found = solve(weight, hessian, bits=4, group_size=128, damping=0.05, sweeps=sweeps)
     assert found.damping == 0.05
     assert torch.equal(found.codes[dead], nearest(weight, found.scales, 128)[dead])
-    assert objective(found, weight, hessian, 128).isfinite().all()
+    rounded = Solution(nearest(weight, found.scales, 128), found.scales, None)
+    assert objective(found, weight, hessian, 128).sum() < 0.6 * objective(rounded, weight, hessian, 128).sum()
     # what the dead inputs hold reaches the others by the groups' scales alone
     other = weight.clone()
     other[:, dead] *= 0.5

@@ -108,7 +108,7 @@ def test_a_block_of_a_batch_is_rounded_as_torch_does(rows: slice) -> None:
         for of_one, block in ((found, round_block), (expected, gptq._round_block)):
             block(rows, target.clone(), w, scales, groups, laid_out[:, rows, rows], *of_one, 4)
         right = found[1] == expected[1]
-        assert right.float().mean() > 0.999
+        assert right[:, rows].float().mean() > 0.999
         torch.testing.assert_close(found[0][right], expected[0][right], rtol=1e-4, atol=1e-3)
         others = [row for row in range(192) if not rows.start <= row < rows.stop]
         assert torch.equal(found[0][:, others], before[:, others]) and (found[1][:, others] == 99).all()

@@ -3,9 +3,6 @@
 The regression that makes up for drift and GPTQ's feedback are of one matrix, so it is factorised once.
 """
 
-from collections.abc import Iterator
-from copy import copy
-
 import torch
 from torch import Tensor
 
@@ -29,14 +26,6 @@ class Factor:
         _reorder(hessians, self.order)
         self.used, self.uppers = factorise(hessians, damping)
 
-    def each(self) -> Iterator["Factor"]:
-        """The factor of every single matrix; they are views of this one."""
-        for number, used in enumerate(self.used):
-            one, here = copy(self), slice(number, number + 1)
-            one.hessians, one.order, one.uppers = self.hessians[here], self.order[here], self.uppers[here]
-            one.used = [used]
-            yield one
-
     def give_up_uppers(self) -> Tensor:
         """The triangles, to be changed in place: they are known no more."""
         uppers = self.uppers
@@ -55,12 +44,12 @@ class Factor:
 
     def solve(self, right: Tensor) -> None:
         """Replace `right` (batch, n, k), in the rows' natural order, by right (H + damping)^-1, in place."""
-        reorder_columns(right, self.order)
+        _reorder_columns(right, self.order)
         for upper, one in zip(self.uppers, right, strict=True):
             # one matrix after another: batched solvers are for small ones
             torch.linalg.solve_triangular(upper, one.T, upper=True, out=one.T)
             torch.linalg.solve_triangular(upper.T, one.T, upper=False, out=one.T)
-        reorder_columns(right, self.order.argsort())
+        _reorder_columns(right, self.order.argsort())
 
     def restore(self) -> None:
         """Put the Hessians in the order they had before."""
@@ -106,7 +95,7 @@ def diagonals(matrices: Tensor) -> Tensor:
     return matrices.diagonal(dim1=-2, dim2=-1)
 
 
-def reorder_columns(matrices: Tensor, order: Tensor) -> None:
+def _reorder_columns(matrices: Tensor, order: Tensor) -> None:
     """Put the columns of each of `matrices` (batch, m, k) in its order (batch, k), in place."""
     batch, _, k = matrices.shape
     for lines in matrices.split(max(1, REORDERED // (batch * k)), 1):
@@ -115,8 +104,8 @@ def reorder_columns(matrices: Tensor, order: Tensor) -> None:
 
 def _reorder(matrices: Tensor, order: Tensor) -> None:
     """Put rows and columns of each of `matrices` (batch, k, k) in its order (batch, k), in place."""
-    reorder_columns(matrices, order)
-    reorder_columns(matrices.mT, order)
+    _reorder_columns(matrices, order)
+    _reorder_columns(matrices.mT, order)
 
 
 def _turn(matrix: Tensor) -> None:

@@ -49,7 +49,7 @@ def solve(
     `damping` is the share of the mean diagonal added to it, raised tenfold up to 1 until the Hessian can be
     factorised; `sweeps` of coordinate descent follow. Rows are taken in order of falling diag(H), groups
     and storage stay in natural order (static activation order). Scales take the sign that suits the codes,
-    unless they are to be `positive`. Weights must be finite.
+    unless they are to be `positive`. Weights must be finite. The Hessian is in another order meanwhile.
     """
     factor = Factor(hessian[None], damping)
     (found,) = solve_batch(

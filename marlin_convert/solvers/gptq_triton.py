@@ -35,7 +35,7 @@ def _kernel(
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < n
     matrix = tl.program_id(1).to(tl.int64)
-    before = matrix * of_matrix + first * n
+    before = matrix * of_matrix + first.to(tl.int64) * n
     w += before
     errors += before
     codes += before

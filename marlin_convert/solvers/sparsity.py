@@ -113,10 +113,9 @@ def solve(
 def bytes_beside(k: int, n: int) -> int:
     """Bytes that a weight (n, k) takes beside those of `gptq.bytes_taken` while it is solved for.
 
-    Of (k, k) float32 what descent makes of the Hessian; of (k, n) the scale of every row and what was pruned
-    without rounding.
+    The scale of every row, and what was pruned without rounding.
     """
-    return 4 * k * k + 8 * k * n
+    return 8 * k * n
 
 
 class _Quads:
@@ -143,10 +142,14 @@ class _Quads:
         return self._factor.natural(rows[None])[0]
 
     def solve(self, scale: Tensor | None, sweeps: int, bits: int = 4) -> None:
-        """Set `kept` and `errors`: of codes for the scales of the rows (k, n), or of weights not rounded."""
+        """Set `kept` and `errors`: of codes for the scales of the rows (k, n), or of weights not rounded.
+
+        With `sweeps` nothing can be solved after it: what they need takes the place of the triangle.
+        """
         self.errors.zero_()
         self._pass(self._feedback, self._metric, scale, bits, descent=False)
         if sweeps and self.used is not None:
+            del self._feedback
             damped = self._hessian.clone()
             damped.diagonal().add_(self.used * damped.diagonal().mean())
             metric = _diagonal_quads(damped).clone()
