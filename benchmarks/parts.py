@@ -17,6 +17,7 @@ import marlin_convert.solve as solve
 import marlin_convert.solvers.drift as drift
 import marlin_convert.solvers.factor as factor
 import marlin_convert.solvers.gptq as gptq
+import marlin_convert.stage_solver as stage_solver
 from marlin_convert.models.blocks import BlockModel
 from marlin_convert.models.hidden import HiddenStates
 from marlin_convert.models.stages import BlockWalk
@@ -29,17 +30,17 @@ PARTS: tuple[tuple[Any, str, str], ...] = (
     (HiddenStates, "divergence", "divergence"),
     (Hessian, "add", "hessians: products"),
     (Hessian, "mean", "hessians: mirror"),
-    (solve, "_batch", "hessians: side by side"),
+    (stage_solver, "_batch", "hessians: side by side"),
     (drift.Products, "add", "drift: products"),
     (solve.Sums, "wanted", "drift: wanted"),
     (factor, "_reorder", "order"),
-    (solve, "compensated", "drift: regression"),
+    (stage_solver, "compensated", "drift: regression"),
     (gptq, "solve_batch", "solve: rest"),
     (gptq, "search_scales", "solve: scale search"),
     (factor, "factorise", "cholesky"),
     (gptq, "_descent", "solve: descent matrix"),
     (gptq, "sweep", "solve: sweeps"),
-    (solve, "_energies", "error"),
+    (stage_solver, "_energies", "error"),
     (QuantizedLinear, "dequantize", "dequantize"),
     (BlockModel, "unchanging", "copy of the block"),
     (solve, "pack", "pack and compare"),
