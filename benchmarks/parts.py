@@ -119,39 +119,38 @@ def convert(job: story.Job) -> tuple[list[tuple[str, float]], float]:
     """
     times = Times(job.device)
     times.watch()
-    marks = []
-    block = solve.Solve.block
-
-    def marked(codes: solve.Solve, number: int) -> Iterator[Any]:
-        marks.append((time.perf_counter(), dict(times.spent)))
-        yield from block(codes, number)
-        marks.append((time.perf_counter(), dict(times.spent)))
-
-    solve.Solve.block = marked  # type: ignore[method-assign]
-    story.quantize(job)
-    (started, before), (ended, after) = marks[2], marks[-1]
-    layers = len(marks) // 2 - 1
+    marks: list[tuple[float, dict[str, float]]] = []
+    _convert_and_note(job, lambda: marks.append((time.perf_counter(), dict(times.spent))))
+    (started, before), (ended, after) = marks[1], marks[-1]
+    layers = len(marks) - 2
     each = {label: (after[label] - before.get(label, 0.0)) / layers for label in after}
     return sorted(each.items(), key=lambda one: -one[1]), (ended - started) / layers
 
 
 def seconds(job: story.Job) -> list[float]:
-    """Convert, in this process, nothing but the end of every block noted; the seconds of every layer.
+    """Convert, in this process, with nothing else timed; the seconds of every layer."""
+    ended: list[float] = []
+    _convert_and_note(job, lambda: ended.append(time.perf_counter()))
+    return [end - start for start, end in pairwise(ended)]
+
+
+def _convert_and_note(job: story.Job, note: Callable[[], None]) -> None:
+    """Convert; `note` is called as the first block begins and as every block ends.
 
     A block ends when the text has gone on: what it gives is waited for.
     """
-    ended: list[float] = []
-    block = solve.Solve.block
+    block, begun = solve.Solve.block, False
 
     def marked(codes: solve.Solve, number: int) -> Iterator[Any]:
-        if not ended:
-            ended.append(time.perf_counter())
+        nonlocal begun
+        if not begun:
+            begun = True
+            note()
         yield from block(codes, number)
-        ended.append(time.perf_counter())
+        note()
 
     solve.Solve.block = marked  # type: ignore[method-assign]
     story.quantize(job)
-    return [end - start for start, end in pairwise(ended)]
 
 
 def table(parts: list[tuple[str, float]], whole: float) -> str:

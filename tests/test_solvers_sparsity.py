@@ -287,10 +287,9 @@ def test_the_same_problem_has_the_same_solution() -> None:
 def test_the_bytes_that_a_weight_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted from the sums of its inputs on."""
     k, n = 512, 256
+    # as little beside such a matrix as ours beside a large one
     for module, elements in ((factors, "REORDERED"), (sparsity, "MULTIPLIED")):
-        monkeypatch.setattr(
-            module, elements, 1 << 13
-        )  # as little beside such a matrix as ours beside a large one
+        monkeypatch.setattr(module, elements, 1 << 13)
     x, weight = torch.randn(1, 2 * k, k), torch.randn(1, n, k)
     with Peak() as peak:
         hessian, products = (x.mT @ x / len(x[0]) for _ in range(2))
