@@ -56,7 +56,9 @@ class Owners:
 
     def exchange(self, found: Sequence[Found], device: torch.device) -> list[Found]:
         """What all ranks have found, whole, in one order for all."""
-        said = [(row, _named(what), energies.tolist()) for what, row, energies in found]
+        # fetched at once: a GPU would be waited for every time
+        of_all = torch.stack([energies for *_, energies in found]).tolist() if found else []
+        said = [(row, _named(what), energies) for (what, row, _), energies in zip(found, of_all, strict=True)]
         tensors = [tensor for what, _, _ in found for tensor in _tensors(what)]
         pieces: dict[str, list[Found]] = {}
         for words, sent in self._ranks.exchange(said, tensors, device):

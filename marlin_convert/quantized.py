@@ -1,6 +1,7 @@
 """The hinge between solvers and formats: integer codes and scales of one linear layer, in natural order."""
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -124,8 +125,8 @@ class QuantizedLinear:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight as nn.Linear holds it: (n, k), computed in float32 and then cast to dtype."""
         weight = torch.empty(self.n, self.k, dtype=dtype, device=self.codes.device)
-        # in slabs of rows: the float32 temporaries stay small beside the weight
-        step = max(1, (1 << 20) // self.n)
+        # in slabs of rows: the float32 temporaries stay small beside the weight, on a CPU in its cache
+        step = max(1, (1 << 25 if self.codes.is_cuda else 1 << 20) // self.n)
         for start in range(0, self.k, step):
             rows = slice(start, min(start + step, self.k))
             values = self.codes[rows].to(torch.float32)
@@ -133,6 +134,17 @@ class QuantizedLinear:
             values *= self.scales[self._groups(rows)]
             weight[:, rows] = values.t()
         return weight
+
+
+def dequantized(layers: Sequence[QuantizedLinear]) -> list[Tensor]:
+    """The weights (n, k) in float32 of symmetric layers alike but for n; a GPU makes all of them as one."""
+    if len(layers) < 2 or not layers[0].codes.is_cuda:
+        return [layer.dequantize() for layer in layers]
+    codes, scales = (
+        torch.cat(of_all, 1) for of_all in zip(*((one.codes, one.scales) for one in layers), strict=True)
+    )
+    whole = replace(layers[0], codes=codes, scales=scales, kept=None)
+    return list(whole.dequantize().split([one.n for one in layers]))
 
 
 def contiguous_groups(k: int, group_size: int, device: torch.device | str = "cpu") -> Tensor:

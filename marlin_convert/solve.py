@@ -21,6 +21,7 @@ from marlin_convert.models.stages import BlockWalk, Reached
 from marlin_convert.models.structure import Stage
 from marlin_convert.owners import Found, Owners, packed_by_all
 from marlin_convert.plan import Plan
+from marlin_convert.quantized import dequantized
 from marlin_convert.ranks import Ranks, Share
 from marlin_convert.stage_solver import Solved, StageSolver, kind_of
 from marlin_convert.sums import Sums
@@ -243,13 +244,15 @@ class Solve:
             row["name"]: (whole, row, energies)
             for whole, row, energies in owners.exchange(found, self._model.device)
         }
-        every = []
         # one kind after another, as one process solves them
-        for fate in sorted((fate for fates in stages for fate in fates), key=kind_of):
-            whole, row, energies = of_all[fate.name]
-            written = whole if isinstance(whole, Tensor) else whole.dequantize()
-            self._model.replace(fate.name, written.to(self._model.dtype))
-            every.append(Solved(fate, whole, row, energies))
+        every = [
+            Solved(fate, *of_all[fate.name])
+            for fate in sorted((fate for fates in stages for fate in fates), key=kind_of)
+        ]
+        weights = dequantized([one.found for one in every if not isinstance(one.found, Tensor)])
+        for one in reversed(every):
+            weight = one.found if isinstance(one.found, Tensor) else weights.pop()
+            self._model.replace(one.fate.name, weight.to(self._model.dtype))
         yield from _with_errors(every, self._recipe.damping)
 
 

@@ -11,7 +11,7 @@ from marlin_convert.errors import SourceError
 from marlin_convert.matrix import Fate
 from marlin_convert.models.blocks import BlockModel
 from marlin_convert.plan import Plan
-from marlin_convert.quantized import QuantizedLinear, first_crowded, quad_nonzeros
+from marlin_convert.quantized import QuantizedLinear, dequantized, first_crowded, quad_nonzeros
 from marlin_convert.ranks import Share
 from marlin_convert.solvers import gptq, sparsity
 from marlin_convert.solvers.drift import MOST, compensated
@@ -141,31 +141,31 @@ class StageSolver:
             targets.extend(batch)
             found = gptq.solve_batch(batch, factor, **settings)
             factor.restore()
-        solved: list[Solved] = []
-        for fates, own, one, target, hessian, of_all in zip(
-            stages, weights, sums, targets, hessians, found, strict=True
-        ):
-            for fate, weight, layer, wanted in zip(
-                fates,
-                own,
-                _divided(of_all, own, group_size, layout.bits),
-                target.split([len(x) for x in own]),
-                strict=True,
-            ):
-                written = layer.dequantize()
-                energies = _energies(hessian, weight, written)
-                self._put(fate, written)
+        layers = [
+            list(_divided(of_all, own, group_size, layout.bits))
+            for of_all, own in zip(found, weights, strict=True)
+        ]
+        solved: list[list[Solved]] = [[] for _ in stages]
+        start = 0
+        for place in range(len(stages[0])):  # those that stand at one place of their stages are of one shape
+            written = dequantized([one[place] for one in layers])
+            energies = _energies(hessians, _batch([own[place] for own in weights]), _batch(written))
+            outputs = slice(start, start + len(written[0]))
+            start = outputs.stop
+            for number, of_all in enumerate(found):
+                fate, layer = stages[number][place], layers[number][place]
+                self._put(fate, written[number])
                 row = fate.row() | {"error": None} | _damping(of_all)
-                if one.routed is not None:
-                    row["tokens"] = one.routed
+                if sums[number].routed is not None:
+                    row["tokens"] = sums[number].routed
                 latents = None
                 if self._plan.tunes:
                     latents = residual_latents(
-                        wanted, hessian, layer.codes, layer.scales,
+                        targets[number][outputs], hessians[number], layer.codes, layer.scales,
                         bits=layout.bits, damping=of_all.damping or 1.0, kept=layer.kept,
                     )  # fmt: skip
-                solved.append(Solved(fate, layer, row, energies, latents))
-        return solved
+                solved[number].append(Solved(fate, layer, row, energies[number], latents))
+        return [one for of_stage in solved for one in of_stage]
 
     def _mask(self, fates: list[Fate], share: Share) -> Tensor | None:
         """What weights that are 2:4 keep, None if they are not; SourceError if they are said to be.
@@ -203,7 +203,8 @@ class StageSolver:
             for fate, old, new in zip(fates, own, pruned.split([len(one) for one in own]), strict=True):
                 written = new.to(getattr(torch, fate.layout.dtype)).contiguous()
                 self._put(fate, written)
-                solved.append(Solved(fate, written, fate.row(), _energies(hessian, old, written)))
+                (energies,) = _energies(hessian[None], old[None], written[None])
+                solved.append(Solved(fate, written, fate.row(), energies))
         return solved
 
     def overflow(self, what: str) -> SourceError:
@@ -242,11 +243,11 @@ def _divided(found: Solution, weights: list[Tensor], group_size: int, bits: int)
         )
 
 
-def _energies(hessian: Tensor, weight: Tensor, written: Tensor) -> Tensor:
-    """||x (W - W_q)||^2 and ||x W||^2 on the calibration text, (2,), for weights (n, k)."""
-    with gptq.feedback_precision(hessian.device):
-        error = gptq.output_energy(hessian, (weight - written.float()).T).sum()
-        return torch.stack([error, gptq.output_energy(hessian, weight.float().T).sum()])
+def _energies(hessians: Tensor, weights: Tensor, written: Tensor) -> Tensor:
+    """||x (W - W_q)||^2 and ||x W||^2 on the calibration text, (batch, 2), for weights (batch, n, k)."""
+    with gptq.feedback_precision(hessians.device):
+        error = gptq.output_energy(hessians, (weights - written.float()).mT).sum(-1)
+        return torch.stack([error, gptq.output_energy(hessians, weights.float().mT).sum(-1)], -1)
 
 
 def _damping(found: Solution) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.checks.divergence import log_probabilities
 from marlin_convert.commands.quantize import Job, plan_job
 from marlin_convert.hub import Source
+from marlin_convert.models import experts as module_of_experts
 from marlin_convert.models import hidden, routing
 from marlin_convert.models.blocks import BlockModel
 from marlin_convert.models.experts import experts_of, routed
@@ -592,6 +593,27 @@ def test_experts_of_a_loaded_model_are_multiplied_at_once(
     before, after = load_file(output / SHARD), load_file(plain / SHARD)
     packed = [name for name in before if name.endswith((".B", ".s"))]
     assert packed and all(torch.equal(before[name], after[name]) for name in packed)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "nemotron_h"])
+@pytest.mark.parametrize("at_once", [1, 3, 100])
+def test_products_of_many_experts_are_those_of_each(
+    model_type: str, at_once: int, source, monkeypatch
+) -> None:
+    """With and without biases and gates, some at once; where no token goes to one, and a choice to none."""
+    model = BlockModel(Weights(Checkpoint.open(source(model_type))), torch.device("cpu"))
+    number = next(i for i, parts in enumerate(model.structure.parts) if any(part.experts for part in parts))
+    ((_, experts),) = experts_of(model.load(number))
+    weight = experts.linear(0, experts.roles[0]).weight
+    monkeypatch.setattr(module_of_experts, "GROUPED", at_once * weight.nbytes)
+    draw = torch.Generator().manual_seed(1)
+    index = torch.rand(40, experts.count, generator=draw).argsort(1)[:, :2]
+    index[index == 1] = experts.count
+    x, shares = torch.randn(40, weight.shape[1], generator=draw), torch.rand(40, 2, generator=draw)
+    with torch.no_grad():
+        expected = experts(x, index, shares)
+        assert expected.abs().max() > 1e-3
+        torch.testing.assert_close(experts.in_groups(x, index, shares), expected, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("top_k", [1, 2])

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.functional import grouped_mm
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import MergeModulelist, WeightConverter
@@ -26,6 +27,9 @@ GATE_UP = "gate_up_proj"
 
 # What the interface hands to a module of experts.
 HANDED = ("hidden_states", "top_k_index", "top_k_weights")
+
+# Bytes of weights of one role that are multiplied as one: they are copied beside each other for it.
+GROUPED = 1 << 28
 
 
 class Experts(nn.Module):
@@ -54,6 +58,8 @@ class Experts(nn.Module):
         total = torch.zeros_like(hidden_states)
         if isinstance(hidden_states, FakeTensor):  # nobody knows who goes where; all experts are of one shape
             return total + self.answer(0, hidden_states)
+        if hidden_states.is_cuda and self._aligned():
+            return self.in_groups(hidden_states, top_k_index, top_k_weights)
         for number, (tokens, choices) in enumerate(routed(top_k_index, self.count)):
             if len(tokens):
                 answer = self.answer(number, hidden_states[tokens])
@@ -61,14 +67,56 @@ class Experts(nn.Module):
                 total.index_add_(0, tokens, (answer * shares[:, None]).to(total.dtype))
         return total
 
-    def linear(self, number: int, role: str) -> nn.Module:
+    def in_groups(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """What `forward` gives, with the products of many experts as one, which a GPU need not wait for."""
+        tokens, choices = top_k_index.shape
+        places, sizes = _by_expert(top_k_index, self.count)
+        shares = top_k_weights.T.flatten()
+        answers = hidden_states.new_zeros(choices * tokens, hidden_states.shape[1])
+        at_once = max(1, GROUPED // self.linear(0, self.roles[0]).weight.nbytes)
+        start = 0
+        for first in range(0, self.count, at_once):
+            counts = sizes[first : first + at_once]
+            here = places[start : start + sum(counts)]
+            start += len(here)
+            if len(here):
+                answer = self._answers(first, counts, hidden_states[here % tokens])
+                answers[here] = (answer * shares[here, None]).to(answers.dtype)
+        # every token's choices one after another: added up in the same order every time
+        return answers.view(choices, tokens, -1).sum(0)
+
+    def _answers(self, first: int, counts: list[int], x: Tensor) -> Tensor:
+        """The answers of experts from the `first` on to x (rows, k): so many rows are for each of them."""
+        each = torch.tensor(counts, device=x.device)
+        ends = each.cumsum(0, dtype=torch.int32)
+
+        def product(role: str, x: Tensor) -> Tensor:
+            linears = [self.linear(first + number, role) for number in range(len(counts))]
+            y = grouped_mm(x, torch.stack([one.weight for one in linears]).mT, offs=ends)
+            if self.has_bias:
+                y += torch.stack([one.bias for one in linears]).repeat_interleave(each, 0, output_size=len(x))
+            return y
+
+        *outer, last = self.roles
+        return self._normed(product(last, self._activated([product(role, x) for role in outer])))
+
+    def _aligned(self) -> bool:
+        """Whether `in_groups` can do it: experts are dense, and their rows begin at multiples of 16 bytes."""
+        linears = [self.linear(0, role) for role in self.roles]
+        return all(
+            type(one) is Unfilled and not any(size % 8 for size in one.weight.shape) for one in linears
+        )
+
+    def linear(self, number: int, role: str) -> Any:
         """The linear of an expert by its role, dense or packed."""
-        return self.get_submodule(f"{number}.{role}")
+        return getattr(getattr(self, str(number)), role)
 
     def inner(self, number: int, x: Tensor) -> Tensor:
         """What the last linear of an expert reads, for inputs x (tokens, k)."""
-        *first, _ = self.roles
-        outputs = [self.linear(number, role)(x) for role in first]
+        return self._activated([self.linear(number, role)(x) for role in self.roles[:-1]])
+
+    def _activated(self, outputs: list[Tensor]) -> Tensor:
+        """What becomes of the outputs of an expert's first linears."""
         if len(outputs) == 1:
             return self.act_fn(outputs[0])
         interleaved = self.stacks[0].interleaved
@@ -77,7 +125,9 @@ class Experts(nn.Module):
 
     def answer(self, number: int, x: Tensor) -> Tensor:
         """An expert's answer to x (tokens, k)."""
-        answer = self.linear(number, self.roles[-1])(self.inner(number, x))
+        return self._normed(self.linear(number, self.roles[-1])(self.inner(number, x)))
+
+    def _normed(self, answer: Tensor) -> Tensor:
         return self.post_expert_norm(answer) if self.has_post_expert_norm else answer
 
 
@@ -116,12 +166,17 @@ def routed(top_k_index: Tensor, count: int) -> list[tuple[Tensor, Tensor]]:
 
     top_k_index (tokens, choices); what is no number of one of the `count` experts goes nowhere.
     """
+    places, sizes = _by_expert(top_k_index, count)
+    tokens, choices = places % len(top_k_index), places // len(top_k_index)
+    return list(zip(tokens.split(sizes), choices.split(sizes), strict=True))
+
+
+def _by_expert(top_k_index: Tensor, count: int) -> tuple[Tensor, list[int]]:
+    """Places of top_k_index (tokens, choices), a choice after another, by expert; how many are of each."""
     chosen = top_k_index.T.flatten()
     order = chosen.argsort(stable=True)
     sizes = chosen.bincount(minlength=count)[:count].tolist()
-    places = order[: sum(sizes)]
-    tokens, choices = places % len(top_k_index), places // len(top_k_index)
-    return list(zip(tokens.split(sizes), choices.split(sizes), strict=True))
+    return order[: sum(sizes)], sizes
 
 
 def take_apart(model: PreTrainedModel) -> None:
