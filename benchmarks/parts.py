@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+import marlin_convert.codes as codes
 import marlin_convert.commands.quantize as story
 import marlin_convert.solve as solve
 import marlin_convert.solvers.drift as drift
@@ -43,7 +44,8 @@ PARTS: tuple[tuple[Any, str, str], ...] = (
     (stage_solver, "_energies", "error"),
     (QuantizedLinear, "dequantize", "dequantize"),
     (BlockModel, "unchanging", "copy of the block"),
-    (solve, "pack", "pack and compare"),
+    (codes, "pack", "pack and compare"),
+    (codes, "pack_as_one", "pack and compare"),
     (story, "_dense", "dense tensors"),
     (BlockModel, "load", "wait for the next block"),
     (BlockModel, "load_outside", "model outside blocks"),
@@ -141,12 +143,12 @@ def _convert_and_note(job: story.Job, note: Callable[[], None]) -> None:
     """
     block, begun = solve.Solve.block, False
 
-    def marked(codes: solve.Solve, number: int) -> Iterator[Any]:
+    def marked(solver: solve.Solve, number: int) -> Iterator[Any]:
         nonlocal begun
         if not begun:
             begun = True
             note()
-        yield from block(codes, number)
+        yield from block(solver, number)
         note()
 
     solve.Solve.block = marked  # type: ignore[method-assign]

@@ -6,7 +6,7 @@ Then all have the codes, for the text goes on through all of them, and any rank 
 gets what is packed, and writes it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -103,7 +103,7 @@ def packed_by_all(
     ranks: Ranks,
     matrices: Sequence[T],
     sizes: Sequence[int],
-    pack: Callable[[T], Packed],
+    pack: Callable[[list[T]], Iterable[Packed]],
     device: torch.device,
 ) -> list[Packed]:
     """Matrices of these sizes, packed; all ranks have all of them, and pack some.
@@ -112,7 +112,7 @@ def packed_by_all(
     which takes no longer: the first rank's link limits it, and gloo does not say when one send is done.
     """
     packer = _evenly(sizes, ranks.count)
-    mine = [pack(one) for one, rank in zip(matrices, packer, strict=True) if rank == ranks.rank]
+    mine = list(pack([one for one, rank in zip(matrices, packer, strict=True) if rank == ranks.rank]))
     said = [(list(tensors), row) for tensors, row in mine]
     sent = ranks.exchange(said, [tensor for tensors, _ in mine for tensor in tensors.values()], device)
     if not ranks.first:

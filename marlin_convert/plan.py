@@ -141,6 +141,17 @@ class Plan:
             layer = replace(layer, zeros=torch.full_like(layer.scales, middle, dtype=torch.uint8))
         return formats.FORMATS[fate.layout.format].pack(layer)
 
+    def divided(self, fate: Fate, tensors: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
+        """Of so many matrices like `fate` that were packed side by side the tensors of each, by suffix."""
+        pieces = {}
+        for suffix, (_, shape) in _tensors(fate).items():
+            whole = tensors[suffix]
+            if suffix == formats.SHAPE:
+                whole = whole.new_tensor([fate.n, fate.k])
+            grown = [axis for axis, size in enumerate(shape) if whole.shape[axis] != size]
+            pieces[suffix] = whole.split(shape[grown[0]], grown[0]) if grown else [whole] * count
+        return [{suffix: of_all[i].contiguous() for suffix, of_all in pieces.items()} for i in range(count)]
+
     def unpack(
         self, fate: Fate, tensors: Mapping[str, Tensor], memory: Tensor | None = None
     ) -> QuantizedLinear:

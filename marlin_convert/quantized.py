@@ -136,15 +136,20 @@ class QuantizedLinear:
         return weight
 
 
-def dequantized(layers: Sequence[QuantizedLinear]) -> list[Tensor]:
-    """The weights (n, k) in float32 of symmetric layers alike but for n; a GPU makes all of them as one."""
-    if len(layers) < 2 or not layers[0].codes.is_cuda:
-        return [layer.dequantize() for layer in layers]
+def side_by_side(layers: Sequence[QuantizedLinear]) -> QuantizedLinear:
+    """Symmetric layers of the same inputs and groups as one, which has the outputs of all."""
     codes, scales = (
         torch.cat(of_all, 1) for of_all in zip(*((one.codes, one.scales) for one in layers), strict=True)
     )
-    whole = replace(layers[0], codes=codes, scales=scales, kept=None)
-    return list(whole.dequantize().split([one.n for one in layers]))
+    kept = [one.kept for one in layers if one.kept is not None]
+    return replace(layers[0], codes=codes, scales=scales, kept=torch.cat(kept, 1) if kept else None)
+
+
+def dequantized(layers: Sequence[QuantizedLinear]) -> list[Tensor]:
+    """The weights (n, k) in float32 of layers that can stand side by side: a GPU makes all of them as one."""
+    if len(layers) < 2 or not layers[0].codes.is_cuda:
+        return [layer.dequantize() for layer in layers]
+    return list(side_by_side(layers).dequantize().split([one.n for one in layers]))
 
 
 def contiguous_groups(k: int, group_size: int, device: torch.device | str = "cpu") -> Tensor:

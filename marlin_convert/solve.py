@@ -12,7 +12,7 @@ from marlin_convert.checkpoint import manifest as manifests
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.unfinished import CHUNKS
 from marlin_convert.chunks import Chunks, experts_at_once, in_several
-from marlin_convert.codes import Packed, Tuned, pack, weight_of
+from marlin_convert.codes import Packed, Tuned, pack_all, weight_of
 from marlin_convert.matrix import Fate
 from marlin_convert.models.blocks import BlockModel
 from marlin_convert.models.hidden import HiddenStates
@@ -103,10 +103,10 @@ class Solve:
         kept = in_several(self._plan, number, self._model.device)
         yield from chunks.earlier()
         for alike in self.solved(number, chunks.earlier()):
-            packed = []
-            while alike:  # codes leave the device while the others are packed
-                packed.append(self._packed(alike.pop(0)))
-                yield packed[-1]
+            packed: list[Packed] = []
+            for one in self._packed(alike):
+                yield one
+                packed.append(one)
             if kept:
                 chunks.add(packed)
 
@@ -133,10 +133,11 @@ class Solve:
         waiting.clear()
         return packed
 
-    def _packed(self, one: Solved) -> Packed:
-        if isinstance(one.found, Tensor):
-            return {f"{one.fate.name}.weight": one.found.cpu()}, one.row
-        return pack(one.fate, one.found, self._plan, one.row)
+    def _packed(self, solved: list[Solved]) -> Iterator[Packed]:
+        """Pack what was solved, which is taken from the list: codes leave the device while others follow."""
+        matrices = [(one.fate, one.found, one.row) for one in solved]
+        solved.clear()
+        return pack_all(matrices, self._plan)
 
     def solved(
         self,

@@ -276,17 +276,24 @@ with ShardWriter(Path(sys.argv[1]), specs, 10**9) as writer:
 
 
 @pytest.mark.gpu
-def test_what_a_gpu_has_is_written_as_it_was_when_it_was_given(tmp_path):
-    """Not before it is there, and whoever gets its memory next."""
+@pytest.mark.parametrize("size", [10**9, 7 << 20, 1])
+def test_what_a_gpu_has_is_written_as_it_was_when_it_was_given(size: int, tmp_path):
+    """Not before it is there, and whoever gets its memory next; in one file and in many."""
     tensors = {f"{i:02}": torch.full((1 << 20,), i, dtype=torch.uint8) for i in range(40)}
-    with ShardWriter(tmp_path, specs_of(tensors), 10**9) as writer:
+    tensors["05"] = tensors["05"].view(1 << 10, 1 << 10)[:, :8]
+    with ShardWriter(tmp_path, specs_of(tensors), size) as writer:
         for name in writer.order:
             torch.cuda._sleep(10_000_000)
-            writer.write(name, tensors[name].cuda(non_blocking=True) + 0)
+            on_gpu = name != "20"
+            writer.write(name, tensors[name].cuda(non_blocking=True) + 0 if on_gpu else tensors[name])
             torch.full((1 << 20,), 255, dtype=torch.uint8, device="cuda")
-        writer.close()
-    written = load_file(tmp_path / "model.safetensors")
-    assert all(torch.equal(written[name], tensor) for name, tensor in tensors.items())
+        files = writer.close()
+    found = {}
+    for file in tmp_path.glob("*.safetensors"):
+        assert hashlib.sha256(file.read_bytes()).hexdigest() == files[file.name]
+        found |= load_file(file)
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
 def test_few_bytes_wait_for_the_disk(tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from marlin_convert import chunks, solve
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.checks.divergence import log_probabilities
+from marlin_convert.codes import pack, pack_as_one
 from marlin_convert.commands.quantize import Job, plan_job
 from marlin_convert.hub import Source
 from marlin_convert.models import experts as module_of_experts
@@ -30,6 +31,7 @@ from marlin_convert.models.stages import BlockWalk
 from marlin_convert.models.structure import Stage
 from marlin_convert.models.tree import module_tree
 from marlin_convert.plan import make_plan
+from marlin_convert.quantized import QuantizedLinear
 from marlin_convert.recipe import Recipe
 from marlin_convert.solvers import gptq
 
@@ -187,7 +189,7 @@ def test_pieces_of_a_text_calibrate_an_expert_as_all_of_it_does() -> None:
 
 
 def test_many_tokens_come_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routing, "ROWS", 40)
+    monkeypatch.setitem(routing.ROWS, "cpu", 40)
     entering = routing.Entering(torch.zeros(120, 110), [torch.arange(10, 110), torch.arange(0)])
     for number, own in ((0, [40, 40, 20]), (1, [])):
         pieces = list(routing.chosen(entering, number))
@@ -614,6 +616,38 @@ def test_products_of_many_experts_are_those_of_each(
         expected = experts(x, index, shares)
         assert expected.abs().max() > 1e-3
         torch.testing.assert_close(experts.in_groups(x, index, shares), expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["marlin", "marlin-24", "gptq", "compressed-tensors"])
+@pytest.mark.parametrize("group_size", [-1, 128])
+def test_experts_are_packed_side_by_side_as_each_alone(layout: str, group_size: int, source) -> None:
+    """Byte for byte; and one that no layout can hold is named."""
+    directory = source("qwen3_moe", hidden_size=128, moe_intermediate_size=128)
+    recipe = Recipe(format=layout, group_size=group_size, sparsity="2:4" if layout == "marlin-24" else "none")
+    plan = make_plan(Weights(Checkpoint.open(directory)), recipe)
+    draw = torch.Generator().manual_seed(1)
+    matrices: list[Any] = []
+    for fate in [one for one in plan.packed if ".experts." in one.name and one.n == 128][:5]:
+        codes = torch.randint(0, 16, (fate.k, fate.n), generator=draw, dtype=torch.uint8)
+        if fate.layout.sparse:
+            codes.view(-1, 4, fate.n)[:, 1:3] = 8
+        groups = 1 if group_size == -1 else fate.k // group_size
+        scales = torch.rand(groups, fate.n, generator=draw).half() / 100 + 0.001
+        if len(matrices) == 2:
+            scales[0, 1] *= -1
+        matrices.append((fate, QuantizedLinear(codes, scales, fate.k // groups), {"name": fate.name}))
+    assert len(matrices) == 5
+    together = pack_as_one(matrices, plan)
+    for (tensors, row), matrix in zip(together, matrices, strict=True):
+        fate, layer, _ = matrix
+        expected, its_row = pack(fate, layer, plan, {"name": fate.name})
+        assert row == its_row and tensors.keys() == expected.keys()
+        for name, tensor in tensors.items():
+            assert tensor.is_contiguous() and tensor.dtype == expected[name].dtype
+            assert torch.equal(tensor, expected[name])
+    assert [row["scales"] for _, row in together] == ["positive"] * 2 + ["signed"] + ["positive"] * 2
+    matrices[3][1].scales[0, 5] = 0
+    assert pack_as_one(matrices, plan) == []
 
 
 @pytest.mark.parametrize("top_k", [1, 2])

@@ -30,6 +30,9 @@ DTYPE_CODES = {getattr(torch, name): code for code, (name, _) in DTYPES.items()}
 # that solving the next one need not wait for it.
 WAITING_BYTES = 1 << 29
 
+# Bytes of tensors that leave a GPU as one: every copy, and every word between threads, makes it wait.
+LEAVING = 1 << 24
+
 # Bytes of one write: they are still in the processor's cache after hashing, and the page cache need not find
 # long runs of free pages for them, which was seen to cost five times the copy itself.
 CHUNK = 1 << 22
@@ -94,6 +97,8 @@ class ShardWriter:
         self._pending: deque[tuple[int, Future[None]]] = deque()  # bytes, and who writes them
         self._waiting = 0  # bytes of them
         self._stream: torch.cuda.Stream | None = None
+        self._leaving: list[torch.Tensor] = []  # the last ones taken, if they are on a GPU
+        self._leaving_bytes = 0
         # From here on: the writing thread's, or ours while nothing is pending.
         self._failure: Exception | None = None
         self._at = 0  # shard being written
@@ -124,12 +129,15 @@ class ShardWriter:
         if spec != TensorSpec(name, tensor.dtype, tuple(tensor.shape)):
             raise RuntimeError(f"expected {spec}, got {name} {tensor.dtype} {tuple(tensor.shape)}")
         self._settle(WAITING_BYTES)
-        ready = None
         if tensor.is_cuda:
-            ready = torch.cuda.current_stream(tensor.device).record_event()
-            self._stream = self._stream or torch.cuda.Stream(tensor.device)
-        self._submit(partial(self._append, self._next, tensor.detach(), ready), spec.nbytes)
+            self._leaving.append(tensor.detach())
+            self._leaving_bytes += spec.nbytes
+        else:
+            self._leave()
+            self._submit(partial(self._append, self._next, [tensor.detach()]), spec.nbytes)
         self._next += 1
+        if self._leaving_bytes > LEAVING:
+            self._leave()
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor that is on disk already, for a run that goes on with what an earlier one has found."""
@@ -147,6 +155,7 @@ class ShardWriter:
         It is called on the writing thread; `count` is what `resume` wants. An error of it, or of the disk,
         surfaces with the next call.
         """
+        self._leave()
         count = self._next
 
         def sync() -> None:
@@ -190,6 +199,7 @@ class ShardWriter:
         """Write the index, make all of it durable; the sha256 of every file written."""
         if self._next != len(self._specs):
             raise RuntimeError(f"{len(self._specs) - self._next} tensors were never written")
+        self._leave()
         self._settle()
         self._pool.shutdown()
         files = dict(self._digests)
@@ -208,6 +218,17 @@ class ShardWriter:
             files[INDEX] = hashlib.sha256((self.directory / INDEX).read_bytes()).hexdigest()
         _fsync(self.directory)
         return files
+
+    def _leave(self) -> None:
+        """Let the writing thread have the tensors of a GPU that were taken since it last had some."""
+        if not self._leaving:
+            return
+        tensors, nbytes = self._leaving, self._leaving_bytes
+        self._leaving, self._leaving_bytes = [], 0
+        device = tensors[0].device
+        ready = torch.cuda.current_stream(device).record_event()
+        self._stream = self._stream or torch.cuda.Stream(device)
+        self._submit(partial(self._append, self._next - len(tensors), tensors, ready), nbytes)
 
     def _settle(self, most: int = -1) -> None:
         """Wait until at most so many bytes wait for the disk; without `most`, until all is written."""
@@ -235,24 +256,32 @@ class ShardWriter:
         self._pending.append((nbytes, self._pool.submit(unless_failed)))
         self._waiting += nbytes
 
-    def _append(self, place: int, tensor: torch.Tensor, ready: torch.cuda.Event | None) -> None:
-        """On the writing thread: one tensor; before a shard's first its header, after the last its end.
+    def _append(self, place: int, tensors: list[torch.Tensor], ready: torch.cuda.Event | None = None) -> None:
+        """On the writing thread: tensors; before a shard's first its header, after the last its end.
 
-        It comes from a GPU once it is `ready` there, whatever else that has been given to do since.
+        They come from a GPU once they are `ready` there, whatever else that has been given to do since.
         """
         if self._stream is not None and ready is not None:
             self._stream.wait_event(ready)
-            with torch.cuda.stream(self._stream):
-                tensor = tensor.cpu()
-        data = tensor.contiguous().flatten().view(torch.uint8).numpy().data
-        shard = self._shards[self._at]
-        if place == shard.first:
-            self._file = (self.directory / shard.file).open("wb", buffering=0)
-            self._digest = hashlib.sha256()
-            self._put(memoryview(shard.header))
-        self._put(data)
-        if place == shard.first + len(shard.ends) - 1:
-            self._finish()
+        with torch.cuda.stream(self._stream if ready is not None else None):
+            octets = [one.contiguous().flatten().view(torch.uint8) for one in tensors]
+            whole = octets[0] if len(octets) == 1 else torch.cat(octets)
+            data = whole.cpu().numpy().data
+        sizes = [len(one) for one in octets]
+        while sizes:
+            shard = self._shards[self._at]
+            if place == shard.first:
+                self._file = (self.directory / shard.file).open("wb", buffering=0)
+                self._digest = hashlib.sha256()
+                self._put(memoryview(shard.header))
+            left = shard.first + len(shard.ends) - place
+            nbytes = sum(sizes[:left])
+            self._put(data[:nbytes])
+            data = data[nbytes:]
+            place += len(sizes[:left])
+            del sizes[:left]
+            if place == shard.first + len(shard.ends):
+                self._finish()
 
     def _put(self, data: memoryview) -> None:
         assert self._file is not None

@@ -10,7 +10,7 @@ from marlin_convert.errors import FormatError
 from marlin_convert.formats import auto_round, awq, compressed_tensors, gptq, marlin, marlin_24
 from marlin_convert.formats.scheme import Scheme
 
-__all__ = ["FORMATS", "Scheme", "detect"]
+__all__ = ["FORMATS", "SHAPE", "Scheme", "detect"]
 
 FORMATS: dict[str, ModuleType] = {
     "marlin": marlin,
@@ -19,6 +19,9 @@ FORMATS: dict[str, ModuleType] = {
     "compressed-tensors": compressed_tensors,
     "awq": awq,
 }
+
+# The tensor of any layout that says how many outputs there are.
+SHAPE = "weight_shape"
 
 
 # Other words for a method, and vLLM's for tensors that it repacks for a kernel as it loads them.

@@ -10,8 +10,8 @@ from torch import Tensor
 # there are as many; they count so much less.
 WEIGHT = 0.25
 
-# Rows of inputs that are summed up at once.
-ROWS = 8192
+# Rows of inputs that are summed up at once: a GPU waits for every piece of them.
+ROWS = {"cpu": 8192, "cuda": 32768}
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,14 @@ class Chosen:
 def chosen(entering: Entering, number: int) -> Iterator[Chosen]:
     """The tokens that calibrate an expert, in pieces of ROWS at most; those that go to it come first."""
     own = entering.routed[number]
+    rows = ROWS[own.device.type]
     here, inputs = entering.x.shape
     every, routed = entering.counts(number)
     if len(own):
-        yield from (Chosen(piece, own=True) for piece in own.split(ROWS))
+        yield from (Chosen(piece, own=True) for piece in own.split(rows))
     if routed < inputs:
         count = min(inputs - routed, every)
         evenly_spaced = torch.arange(count, device=own.device) * every // count - entering.before
         if here < every:
             evenly_spaced = evenly_spaced[(evenly_spaced >= 0) & (evenly_spaced < here)]
-        yield from (Chosen(piece, own=False) for piece in evenly_spaced.split(ROWS) if len(piece))
+        yield from (Chosen(piece, own=False) for piece in evenly_spaced.split(rows) if len(piece))
