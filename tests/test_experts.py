@@ -618,6 +618,30 @@ def test_products_of_many_experts_are_those_of_each(
         torch.testing.assert_close(experts.in_groups(x, index, shares), expected, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "nemotron_h"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_gpu_multiplies_many_experts_at_once(model_type: str, dtype: torch.dtype, source) -> None:
+    """As a CPU does one by one, in every type, and the same bits twice."""
+    weights = Weights(Checkpoint.open(source(model_type)))
+    draw, found = torch.Generator().manual_seed(1), []
+    for device in ("cpu", "cuda"):
+        model = BlockModel(weights, torch.device(device), dtype=dtype, fast=False)
+        number = next(i for i, parts in enumerate(model.structure.parts) if any(one.experts for one in parts))
+        ((_, experts),) = experts_of(model.load(number))
+        if not found:
+            x = torch.randn(500, experts.linear(0, experts.roles[0]).in_features, generator=draw)
+            index = torch.rand(500, experts.count, generator=draw).argsort(1)[:, :2]
+            shares = torch.rand(500, 2, generator=draw)
+        given = x.to(device, model.compute_dtype), index.to(device), shares.to(device, model.compute_dtype)
+        with torch.no_grad():
+            found.append(experts(*given).cpu().float())
+            assert torch.equal(experts(*given).cpu().float(), found[-1])
+    assert experts._aligned()
+    assert (found[1] - found[0]).norm() < 2 * torch.finfo(dtype).eps * found[0].norm() + 1e-4
+
+
 @pytest.mark.parametrize("layout", ["marlin", "marlin-24", "gptq", "compressed-tensors"])
 @pytest.mark.parametrize("group_size", [-1, 128])
 def test_experts_are_packed_side_by_side_as_each_alone(layout: str, group_size: int, source) -> None:

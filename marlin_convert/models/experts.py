@@ -70,29 +70,29 @@ class Experts(nn.Module):
     def in_groups(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """What `forward` gives, with the products of many experts as one, which a GPU need not wait for."""
         tokens, choices = top_k_index.shape
-        places, sizes = _by_expert(top_k_index, self.count)
+        places, ends = _by_expert(top_k_index, self.count)
         shares = top_k_weights.T.flatten()
         answers = hidden_states.new_zeros(choices * tokens, hidden_states.shape[1])
         at_once = max(1, GROUPED // self.linear(0, self.roles[0]).weight.nbytes)
-        start = 0
+        stops = ends.tolist()
         for first in range(0, self.count, at_once):
-            counts = sizes[first : first + at_once]
-            here = places[start : start + sum(counts)]
-            start += len(here)
+            last = min(first + at_once, self.count) - 1
+            start = stops[first - 1] if first else 0
+            here = places[start : stops[last]]
             if len(here):
-                answer = self._answers(first, counts, hidden_states[here % tokens])
+                answer = self._answers(first, ends[first : last + 1] - start, hidden_states[here % tokens])
                 answers[here] = (answer * shares[here, None]).to(answers.dtype)
         # every token's choices one after another: added up in the same order every time
         return answers.view(choices, tokens, -1).sum(0)
 
-    def _answers(self, first: int, counts: list[int], x: Tensor) -> Tensor:
-        """The answers of experts from the `first` on to x (rows, k): so many rows are for each of them."""
-        each = torch.tensor(counts, device=x.device)
-        ends = each.cumsum(0, dtype=torch.int32)
+    def _answers(self, first: int, ends: Tensor, x: Tensor) -> Tensor:
+        """The answers of experts from the `first` on to x (rows, k), in which the rows of each end there."""
+        each = ends.diff(prepend=ends.new_zeros(1))
 
         def product(role: str, x: Tensor) -> Tensor:
-            linears = [self.linear(first + number, role) for number in range(len(counts))]
-            y = grouped_mm(x, torch.stack([one.weight for one in linears]).mT, offs=ends)
+            linears = [self.linear(first + number, role) for number in range(len(ends))]
+            weights = torch.stack([one.weight for one in linears])
+            y = grouped_mm(x, weights.mT, offs=ends.to(torch.int32))
             if self.has_bias:
                 y += torch.stack([one.bias for one in linears]).repeat_interleave(each, 0, output_size=len(x))
             return y
@@ -166,17 +166,17 @@ def routed(top_k_index: Tensor, count: int) -> list[tuple[Tensor, Tensor]]:
 
     top_k_index (tokens, choices); what is no number of one of the `count` experts goes nowhere.
     """
-    places, sizes = _by_expert(top_k_index, count)
+    places, ends = _by_expert(top_k_index, count)
+    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    places = places[: sum(sizes)]
     tokens, choices = places % len(top_k_index), places // len(top_k_index)
     return list(zip(tokens.split(sizes), choices.split(sizes), strict=True))
 
 
-def _by_expert(top_k_index: Tensor, count: int) -> tuple[Tensor, list[int]]:
-    """Places of top_k_index (tokens, choices), a choice after another, by expert; how many are of each."""
-    chosen = top_k_index.T.flatten()
-    order = chosen.argsort(stable=True)
-    sizes = chosen.bincount(minlength=count)[:count].tolist()
-    return order[: sum(sizes)], sizes
+def _by_expert(top_k_index: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Places of top_k_index (tokens, choices), a choice after another, by expert; where those of each end."""
+    numbers, places = top_k_index.T.flatten().sort(stable=True)
+    return places, torch.searchsorted(numbers, torch.arange(count, device=numbers.device), right=True)
 
 
 def take_apart(model: PreTrainedModel) -> None:

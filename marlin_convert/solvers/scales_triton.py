@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import triton
@@ -72,7 +73,7 @@ def search_scales(
     *batch, k, n = weight.shape
     low = -(2 ** (bits - 1))
     scales = torch.empty(*batch, k // group_size, n, dtype=torch.float32, device=weight.device)
-    fractions = torch.tensor(candidates, device=weight.device)
+    fractions = _on(weight.device, tuple(candidates))
     columns = 32
     with torch.cuda.device_of(weight):  # Triton launches on the current device, whatever it is given
         _kernel[(triton.cdiv(n, columns), k // group_size, math.prod(batch))](
@@ -81,3 +82,9 @@ def search_scales(
             ROWS=min(triton.next_power_of_2(group_size), 128), COLUMNS=columns, num_warps=4,
         )  # fmt: skip
     return scales
+
+
+@cache
+def _on(device: torch.device, candidates: tuple[float, ...]) -> Tensor:
+    """They are the same for every weight, and to copy them the host would wait for all before."""
+    return torch.tensor(candidates, device=device)
