@@ -22,10 +22,10 @@ from marlin_convert.tune import DENSE, SPARSE, STEP, TOKENS
 
 # How far the parts that are no large matrix product stretch the whole on a GPU, seen on an H200.
 OVERHEAD = 2.0
-# Seconds that any matrix takes beside, of many small ones: most of it is forwards of few tokens. And that any
+# Seconds that any matrix takes beside, of many small ones: launches, which the GPU waits for. And that any
 # weight of experts takes to be read, packed, compared and handed to the disk. Seen on H100s with layers of
 # Qwen3-30B-A3B's and DeepSeek-V3's shapes.
-EACH, EACH_WEIGHT = 0.0175, 2.1e-9
+EACH, EACH_WEIGHT = 0.002, 2.1e-9
 # Seconds of a command on a GPU before the first block and after the last.
 START = 10.0
 

@@ -20,7 +20,9 @@ from marlin_convert.hub import Source, resolve
 
 # huggingface_hub reads its settings when it is imported, so every case is a process of its own
 RESOLVE = """
-import json, sys
+import json, sys, time
+pause = time.sleep
+time.sleep = lambda seconds: pause(seconds / 100)  # the client's, before it asks what has failed again
 from marlin_convert.calibration import calibrate
 from marlin_convert.errors import ConvertError
 from marlin_convert.hub import resolve
@@ -110,7 +112,7 @@ def answers(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dic
     hub.add("org/model", model)
     hub.add("org/gated", model).refusal = 403, "GatedRepo"
     hub.add("org/broken", model).refusal = 500, "Broken"
-    for status in STATUSES:  # of 429 and above the client asks again and again, with pauses
+    for status in STATUSES:
         refusing = hub.add(f"org/s{status}", model)
         refusing.refusal, refusing.sentence = (status, ""), f"you (hf_secret) may not: rule {status}."
     empty = tmp_path_factory.mktemp("empty")
@@ -250,7 +252,7 @@ def test_a_text_of_the_hub(answers: dict[str, dict]) -> None:
 def test_whoever_ends_a_download_does_not_wait_for_it(hub: Hub, tinypy: Path, tmp_path: Path) -> None:
     """Several files at a time, in threads of the client: of a large model that would be hours."""
     hub.add("org/large", tinypy)
-    hub.delay, hub.fault = 20, Fault("delay", "resolve", -1)
+    hub.delay, hub.fault = 12, Fault("delay", "resolve", -1)
     before = hub.endpoints.count("resolve")
     command = [sys.executable, "-m", "marlin_convert", "quantize", "org/large", "-o", str(tmp_path / "out")]
     environ = environment(hub, tmp_path / "home", HF_HUB_DISABLE_PROGRESS_BARS="1")
