@@ -15,10 +15,10 @@ from torch import Tensor
 from marlin_convert.errors import FormatError
 from marlin_convert.matrix import Fate, Layout
 from marlin_convert.plan import Plan
-from marlin_convert.quantized import QuantizedLinear, same_codes, side_by_side
+from marlin_convert.quantized import SIGNS, QuantizedLinear, same_codes, side_by_side
 
 Packed = tuple[dict[str, Tensor], dict[str, Any]]  # tensors of a linear, and what the manifest says of it
-Matrix = tuple[Fate, Any, dict[str, Any]]  # a matrix, the layer or weight it has become, and its row
+Outcome = tuple[Fate, Any, dict[str, Any]]  # a matrix, the layer or weight it has become, and its row
 
 # Weights whose codes a GPU packs as one.
 TOGETHER = 1 << 26
@@ -63,13 +63,11 @@ def pack(
         hint = error.hint or f"leave it dense with --skip '{fate.name}'."
         raise FormatError(f"{fate.name}: {error}.", hint) from error
     if not _same(plan.unpack(fate, packed, memory), layer):
-        raise RuntimeError(
-            f"{fate.name} does not survive {fate.layout.format}; this is a bug, nothing was published"
-        )
+        raise _lost(fate)
     return _named(fate, packed), row | {"scales": layer.signs}
 
 
-def pack_all(matrices: list[Matrix], plan: Plan) -> Iterator[Packed]:
+def pack_all(matrices: list[Outcome], plan: Plan) -> Iterator[Packed]:
     """Matrices that were solved, packed, and those that are only pruned; each is taken from the list for it.
 
     On a GPU, which would wait for the steps of each, those of one shape are packed as one.
@@ -91,29 +89,37 @@ def pack_all(matrices: list[Matrix], plan: Plan) -> Iterator[Packed]:
         yield from packed or (pack(fate, layer, plan, row) for fate, layer, row in alike)
 
 
-def _kind(matrix: Matrix) -> tuple[int, int, Layout]:
+def _kind(matrix: Outcome) -> tuple[int, int, Layout]:
     """What those have in common that can be packed side by side."""
     fate, *_ = matrix
     return fate.k, fate.n, fate.layout
 
 
-def pack_as_one(matrices: Sequence[Matrix], plan: Plan) -> list[Packed]:
+def pack_as_one(matrices: Sequence[Outcome], plan: Plan) -> list[Packed]:
     """Matrices of one shape and layout, packed side by side; none where one of them cannot be packed."""
     fates, layers, rows = zip(*matrices, strict=True)
     whole = side_by_side(layers)
     try:
         packed = plan.pack(fates[0], whole)
-        if not _same(plan.unpack(fates[0], packed), whole):
-            return []
     except FormatError:
         return []
+    of_each = plan.divided(fates[0], packed, len(fates))
+    # the last one alone too: its place in the whole is that of all before it
+    if not (
+        _same(plan.unpack(fates[0], packed), whole) and _same(plan.unpack(fates[-1], of_each[-1]), layers[-1])
+    ):
+        raise _lost(fates[-1])
     signed = (whole.scales < 0).any(0).view(len(layers), -1).any(1).tolist()
     return [
-        (_named(fate, tensors), row | {"scales": "signed" if any_signed else "positive"})
-        for fate, tensors, row, any_signed in zip(
-            fates, plan.divided(fates[0], packed, len(fates)), rows, signed, strict=True
-        )
+        (_named(fate, tensors), row | {"scales": SIGNS[any_signed]})
+        for fate, tensors, row, any_signed in zip(fates, of_each, rows, signed, strict=True)
     ]
+
+
+def _lost(fate: Fate) -> RuntimeError:
+    return RuntimeError(
+        f"{fate.name} does not survive {fate.layout.format}; this is a bug, nothing was published"
+    )
 
 
 def _named(fate: Fate, packed: Mapping[str, Tensor]) -> dict[str, Tensor]:

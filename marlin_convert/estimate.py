@@ -24,7 +24,7 @@ from marlin_convert.tune import DENSE, SPARSE, STEP, TOKENS
 OVERHEAD = 2.0
 # Seconds that any matrix takes beside, of many small ones: launches, which the GPU waits for. And that any
 # weight of experts takes to be read, packed, compared and handed to the disk. Seen on H100s with layers of
-# Qwen3-30B-A3B's and DeepSeek-V3's shapes.
+# Qwen3-30B-A3B's shape and, before experts were multiplied many at a time, DeepSeek-V3's.
 EACH, EACH_WEIGHT = 0.002, 2.1e-9
 # Seconds of a command on a GPU before the first block and after the last.
 START = 10.0
@@ -142,7 +142,10 @@ def _memory(plan: Plan, number: int, work: _Work, width: int, device: torch.devi
     in_16_bits = device.type == "cuda" or (plan.dtype == torch.bfloat16 and bf16_units())
     weights = (2.0 if in_16_bits else 4.0) * sum(one.k * one.n for one in work.stages)
     packed = sum(one.k * one.n for one in work.stages if one.count > 1) * 0.6
-    memory = hidden + solved + weights + packed + 12.0 * BATCH[device.type] * width
+    # while nothing is solved, all of a micro-batch that goes to experts, is in them and comes from them
+    to_experts = sum(one.share * one.count * one.k for one in work.stages if one.count > 1)
+    batch = 12.0 * BATCH[device.type]
+    memory = hidden + weights + packed + max(solved + batch * width, batch * to_experts)
     # the next block is read meanwhile, where there is room
     left = free_memory(device) - walks * states - weights
     return memory + (weights if plan.blocks > 1 and 4 * weights < left else 0)

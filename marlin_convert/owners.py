@@ -7,14 +7,13 @@ gets what is packed, and writes it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from marlin_convert.codes import Packed
-from marlin_convert.quantized import QuantizedLinear
+from marlin_convert.quantized import QuantizedLinear, side_by_side
 from marlin_convert.ranks import Ranks, Share
 from marlin_convert.sums import Sums
 
@@ -95,8 +94,7 @@ def _whole(pieces: Sequence[Found]) -> Found:
     found, (row, *_), energies = zip(*pieces, strict=True)
     if isinstance(found[0], Tensor):
         return torch.cat(found), row, sum(energies)
-    codes, scales, *kept = (torch.cat(of_all, 1) for of_all in zip(*map(_tensors, found), strict=True))
-    return replace(found[0], codes=codes, scales=scales, kept=kept[0] if kept else None), row, sum(energies)
+    return side_by_side(found), row, sum(energies)
 
 
 def packed_by_all(

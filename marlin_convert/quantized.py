@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# What is said of scales: whether any of them is negative.
+SIGNS = ("positive", "signed")
+
 
 @dataclass(frozen=True, eq=False)
 class QuantizedLinear:
@@ -52,7 +55,7 @@ class QuantizedLinear:
     @property
     def signs(self) -> str:
         """ "signed" if any scale is negative, else "positive"."""
-        return "signed" if bool((self.scales < 0).any()) else "positive"
+        return SIGNS[bool((self.scales < 0).any())]
 
     @classmethod
     def normalized(
@@ -146,10 +149,16 @@ def side_by_side(layers: Sequence[QuantizedLinear]) -> QuantizedLinear:
 
 
 def dequantized(layers: Sequence[QuantizedLinear]) -> list[Tensor]:
-    """The weights (n, k) in float32 of layers that can stand side by side: a GPU makes all of them as one."""
-    if len(layers) < 2 or not layers[0].codes.is_cuda:
-        return [layer.dequantize() for layer in layers]
-    return list(side_by_side(layers).dequantize().split([one.n for one in layers]))
+    """The weights (n, k) in float32 of layers of the same inputs and groups, on a GPU all of them as one."""
+    if len(layers) > 1 and layers[0].codes.is_cuda:
+        return dequantized_as_one(layers)
+    return [layer.dequantize() for layer in layers]
+
+
+def dequantized_as_one(layers: Sequence[QuantizedLinear]) -> list[Tensor]:
+    """The same side by side; some of the layers may be 2:4."""
+    whole = side_by_side([replace(layer, kept=None) for layer in layers])
+    return list(whole.dequantize().split([layer.n for layer in layers]))
 
 
 def contiguous_groups(k: int, group_size: int, device: torch.device | str = "cpu") -> Tensor:

@@ -280,12 +280,14 @@ with ShardWriter(Path(sys.argv[1]), specs, 10**9) as writer:
 def test_what_a_gpu_has_is_written_as_it_was_when_it_was_given(size: int, tmp_path):
     """Not before it is there, and whoever gets its memory next; in one file and in many."""
     tensors = {f"{i:02}": torch.full((1 << 20,), i, dtype=torch.uint8) for i in range(40)}
-    tensors["05"] = tensors["05"].view(1 << 10, 1 << 10)[:, :8]
+    tensors["05"] = torch.arange(1 << 20).to(torch.uint8).view(1 << 10, 1 << 10).T
+    tensors["06"] = torch.full((20 << 20,), 6, dtype=torch.uint8)
     with ShardWriter(tmp_path, specs_of(tensors), size) as writer:
         for name in writer.order:
             torch.cuda._sleep(10_000_000)
-            on_gpu = name != "20"
-            writer.write(name, tensors[name].cuda(non_blocking=True) + 0 if on_gpu else tensors[name])
+            given = tensors[name].T.contiguous().cuda().T if name == "05" else tensors[name].cuda() + 0
+            assert given.is_contiguous() == (name != "05")
+            writer.write(name, tensors[name] if name == "20" else given)
             torch.full((1 << 20,), 255, dtype=torch.uint8, device="cuda")
         files = writer.close()
     found = {}

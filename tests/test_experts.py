@@ -31,7 +31,7 @@ from marlin_convert.models.stages import BlockWalk
 from marlin_convert.models.structure import Stage
 from marlin_convert.models.tree import module_tree
 from marlin_convert.plan import make_plan
-from marlin_convert.quantized import QuantizedLinear
+from marlin_convert.quantized import QuantizedLinear, dequantized_as_one
 from marlin_convert.recipe import Recipe
 from marlin_convert.solvers import gptq
 
@@ -642,24 +642,34 @@ def test_a_gpu_multiplies_many_experts_at_once(model_type: str, dtype: torch.dty
     assert (found[1] - found[0]).norm() < 2 * torch.finfo(dtype).eps * found[0].norm() + 1e-4
 
 
-@pytest.mark.parametrize("layout", ["marlin", "marlin-24", "gptq", "compressed-tensors"])
+@pytest.mark.parametrize(
+    "layout, bits", [("marlin", 4), ("marlin-24", 4), ("gptq", 4), ("gptq", 8), ("compressed-tensors", 8)]
+)
 @pytest.mark.parametrize("group_size", [-1, 128])
-def test_experts_are_packed_side_by_side_as_each_alone(layout: str, group_size: int, source) -> None:
+def test_experts_are_packed_side_by_side_as_each_alone(
+    layout: str, bits: int, group_size: int, source
+) -> None:
     """Byte for byte; and one that no layout can hold is named."""
-    directory = source("qwen3_moe", hidden_size=128, moe_intermediate_size=128)
-    recipe = Recipe(format=layout, group_size=group_size, sparsity="2:4" if layout == "marlin-24" else "none")
+    directory = source("qwen3_moe", hidden_size=256, moe_intermediate_size=128)
+    sparsity = "2:4" if layout == "marlin-24" else "none"
+    recipe = Recipe(format=layout, bits=bits, group_size=group_size, sparsity=sparsity)
     plan = make_plan(Weights(Checkpoint.open(directory)), recipe)
     draw = torch.Generator().manual_seed(1)
     matrices: list[Any] = []
     for fate in [one for one in plan.packed if ".experts." in one.name and one.n == 128][:5]:
-        codes = torch.randint(0, 16, (fate.k, fate.n), generator=draw, dtype=torch.uint8)
+        codes = torch.randint(0, 1 << bits, (fate.k, fate.n), generator=draw, dtype=torch.uint8)
+        kept = None
         if fate.layout.sparse:
             codes.view(-1, 4, fate.n)[:, 1:3] = 8
+            codes[::8] = 8  # of which kept says that it is no hole
+            kept = torch.zeros(codes.shape, dtype=torch.bool)
+            kept.view(-1, 4, fate.n)[:, [0, 3]] = True
         groups = 1 if group_size == -1 else fate.k // group_size
         scales = torch.rand(groups, fate.n, generator=draw).half() / 100 + 0.001
         if len(matrices) == 2:
             scales[0, 1] *= -1
-        matrices.append((fate, QuantizedLinear(codes, scales, fate.k // groups), {"name": fate.name}))
+        layer = QuantizedLinear(codes, scales, fate.k // groups, bits, kept=kept)
+        matrices.append((fate, layer, {"name": fate.name}))
     assert len(matrices) == 5
     together = pack_as_one(matrices, plan)
     for (tensors, row), matrix in zip(together, matrices, strict=True):
@@ -672,6 +682,24 @@ def test_experts_are_packed_side_by_side_as_each_alone(layout: str, group_size: 
     assert [row["scales"] for _, row in together] == ["positive"] * 2 + ["signed"] + ["positive"] * 2
     matrices[3][1].scales[0, 5] = 0
     assert pack_as_one(matrices, plan) == []
+
+
+def test_what_is_2_4_and_what_is_not_are_dequantized_as_one() -> None:
+    """With outputs of their own; as each alone."""
+    draw = torch.Generator().manual_seed(1)
+    layers = []
+    for n, sparse in (64, False), (128, True), (192, False):
+        codes = torch.randint(0, 16, (256, n), generator=draw, dtype=torch.uint8)
+        scales = torch.randn(2, n, generator=draw).half()
+        kept = torch.ones(codes.shape, dtype=torch.bool) if sparse else None
+        layers.append(QuantizedLinear(codes, scales, 128, kept=kept))
+    for one, layer in zip(dequantized_as_one(layers), layers, strict=True):
+        assert torch.equal(one, layer.dequantize())
+
+
+def test_a_number_of_no_expert_goes_nowhere() -> None:
+    found = routed(torch.tensor([[0, 1], [1, -1], [2, 3]]), 3)
+    assert [tokens.tolist() for tokens, _ in found] == [[0], [1, 0], [2]]
 
 
 @pytest.mark.parametrize("top_k", [1, 2])

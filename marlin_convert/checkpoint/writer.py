@@ -12,7 +12,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -129,15 +129,14 @@ class ShardWriter:
         if spec != TensorSpec(name, tensor.dtype, tuple(tensor.shape)):
             raise RuntimeError(f"expected {spec}, got {name} {tensor.dtype} {tuple(tensor.shape)}")
         self._settle(WAITING_BYTES)
+        if not tensor.is_cuda or self._leaving_bytes + spec.nbytes > LEAVING:
+            self._leave()
         if tensor.is_cuda:
             self._leaving.append(tensor.detach())
             self._leaving_bytes += spec.nbytes
         else:
-            self._leave()
             self._submit(partial(self._append, self._next, [tensor.detach()]), spec.nbytes)
         self._next += 1
-        if self._leaving_bytes > LEAVING:
-            self._leave()
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor that is on disk already, for a run that goes on with what an earlier one has found."""
@@ -263,11 +262,11 @@ class ShardWriter:
         """
         if self._stream is not None and ready is not None:
             self._stream.wait_event(ready)
-        with torch.cuda.stream(self._stream if ready is not None else None):
+        with nullcontext() if ready is None else torch.cuda.stream(self._stream):
             octets = [one.contiguous().flatten().view(torch.uint8) for one in tensors]
-            whole = octets[0] if len(octets) == 1 else torch.cat(octets)
-            data = whole.cpu().numpy().data
-        sizes = [len(one) for one in octets]
+            sizes = [len(one) for one in octets]
+            data = (octets[0] if len(octets) == 1 else torch.cat(octets)).cpu().numpy().data
+        del octets  # the device has no need of them while the disk is waited for
         while sizes:
             shard = self._shards[self._at]
             if place == shard.first:

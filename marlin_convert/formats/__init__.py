@@ -20,7 +20,7 @@ FORMATS: dict[str, ModuleType] = {
     "awq": awq,
 }
 
-# The tensor of any layout that says how many outputs there are.
+# The one tensor that says how many outputs there are; compressed-tensors has it.
 SHAPE = "weight_shape"
 
 

@@ -58,7 +58,7 @@ class Experts(nn.Module):
         total = torch.zeros_like(hidden_states)
         if isinstance(hidden_states, FakeTensor):  # nobody knows who goes where; all experts are of one shape
             return total + self.answer(0, hidden_states)
-        if hidden_states.is_cuda and self._aligned():
+        if _multiplies_groups(hidden_states) and self._aligned():
             return self.in_groups(hidden_states, top_k_index, top_k_weights)
         for number, (tokens, choices) in enumerate(routed(top_k_index, self.count)):
             if len(tokens):
@@ -81,9 +81,9 @@ class Experts(nn.Module):
             here = places[start : stops[last]]
             if len(here):
                 answer = self._answers(first, ends[first : last + 1] - start, hidden_states[here % tokens])
-                answers[here] = (answer * shares[here, None]).to(answers.dtype)
+                answers[here] = answer.mul_(shares[here, None])
         # every token's choices one after another: added up in the same order every time
-        return answers.view(choices, tokens, -1).sum(0)
+        return answers.view(choices, *hidden_states.shape).sum(0)
 
     def _answers(self, first: int, ends: Tensor, x: Tensor) -> Tensor:
         """The answers of experts from the `first` on to x (rows, k), in which the rows of each end there."""
@@ -131,6 +131,13 @@ class Experts(nn.Module):
         return self.post_expert_norm(answer) if self.has_post_expert_norm else answer
 
 
+def _multiplies_groups(x: Tensor) -> bool:
+    """Whether torch has a kernel for grouped products of x: without one it does them one after another."""
+    return (
+        x.is_cuda and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
+    )
+
+
 class Unfilled(nn.Linear):
     """A linear on the meta device that no values are drawn for: of the largest mixtures that took seconds."""
 
@@ -175,7 +182,8 @@ def routed(top_k_index: Tensor, count: int) -> list[tuple[Tensor, Tensor]]:
 
 def _by_expert(top_k_index: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Places of top_k_index (tokens, choices), a choice after another, by expert; where those of each end."""
-    numbers, places = top_k_index.T.flatten().sort(stable=True)
+    chosen = top_k_index.T.flatten()
+    numbers, places = torch.where(chosen < 0, count, chosen).sort(stable=True)
     return places, torch.searchsorted(numbers, torch.arange(count, device=numbers.device), right=True)
 
 
