@@ -2,7 +2,8 @@
 
     python benchmarks/kernel.py OUT.json [--shapes 8B.o,8B.qkv] [--batches 1,16,64] [--as 8.0]
 
-What `marlin-convert bench kernel` measures, as JSON, and with vLLM's kernels where vLLM is not installed:
+What `marlin-convert bench kernel` measures, as JSON, and which part of its time a product takes at the
+rates of memory and tensor cores; with vLLM's kernels where vLLM is not installed:
 VLLM_C names its _C_stable_libtorch.abi3.so, out of its wheel; Humming's wheel is unpacked on PYTHONPATH.
 `--as` runs the kernels that a GPU of another compute capability would be given: those of mma.sync run on any.
 """
@@ -19,7 +20,7 @@ from marlin_convert.bench.kernel import BATCHES
 from marlin_convert.bench.measurements import cell_line, means
 from marlin_convert.bench.multipliers import ours, peers
 from marlin_convert.bench.shapes import LAYERS, find
-from marlin_convert.bench.timing import Cell, measure
+from marlin_convert.bench.timing import Cell, ceilings, measure
 from marlin_convert.kernels.configurations import choose
 
 GROUP = 128
@@ -54,7 +55,13 @@ def main() -> None:
         device = torch.cuda.get_device_name()
         chosen.out.write_text(json.dumps({"device": device, "torch": torch.__version__, "us": us}, indent=1))
     print("geometric mean of the speed-ups over cuBLAS float16 (least-most)")
-    print("\n".join(means(cells, [one.name for one in (*mine, *others)])))
+    names = [one.name for one in (*mine, *others)]
+    print("\n".join(means(cells, names)))
+    reached = ceilings()
+    print(
+        f"share of the floor, at {reached.bandwidth / 1e12:.2f} TB/s and {reached.compute / 1e12:.0f} TFLOP/s"
+    )
+    print("\n".join(means(cells, names, reached.share)))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch
 from matplotlib.axes import Axes
 
 from marlin_convert.bench import figures, kernel, measurements, multipliers, shapes, sustained, timing
-from marlin_convert.bench.measurements import Measurements
+from marlin_convert.bench.measurements import Measurements, means
 from marlin_convert.bench.shapes import LAYERS, MODELS, Shape
 from marlin_convert.bench.sustained import Reading, Slice
 from marlin_convert.bench.timing import Ceilings, Cell
@@ -565,6 +565,19 @@ def test_peak_of_both_kernels():
     # 3.125 bits a weight, and twice the operations a second
     assert lines["marlin-convert 2:4 at most"][1] == pytest.approx([5.12, 2], abs=1e-2)
     assert lines["marlin-convert at most"][1] == pytest.approx([3.878, 1], abs=1e-3)
+
+
+def test_the_share_of_the_floor():
+    """By hand: 4.125 bits a weight and 16 of activations at 4 TB/s, or 800 TFLOP/s, twice that of 2:4."""
+    few, many = (Cell(shapes.find("4096x4096"), 128, batch, {}, {}, {}) for batch in (1, 4096))
+    least = (4096 * 4096 * 4.125 / 8 + 2 * (4096 + 4096)) / 4e12 * 1e6
+    assert CEILINGS.least(few, "marlin-convert") == pytest.approx(least)
+    assert CEILINGS.least(many, "marlin-convert") == pytest.approx(2 * 4096**3 / 800e12 * 1e6)
+    assert CEILINGS.least(many, "marlin-convert 2:4") == pytest.approx(4096**3 / 800e12 * 1e6)
+    few.us["marlin-convert"] = 2 * least
+    assert CEILINGS.share(few, "marlin-convert") == pytest.approx(0.5)
+    assert CEILINGS.share(few, "vllm-marlin") is None
+    assert "0.50" in means([few], ["marlin-convert", "vllm-marlin"], CEILINGS.share)[-1]
 
 
 def test_models():

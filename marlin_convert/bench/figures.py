@@ -33,13 +33,8 @@ def peak(cells: Sequence[Cell], names: Sequence[str], ceilings: Ceilings, device
 
 
 def possible(cell: Cell, name: str, ceilings: Ceilings) -> float:
-    """The speed-up of a multiplier over cuBLAS if both ran at the ceilings; 2:4 has twice the rate."""
-
-    def least(name: str) -> float:
-        rate = 2 if name == SPARSE.name else 1
-        return max(cell.nbytes(name) / ceilings.bandwidth, cell.operations / (rate * ceilings.compute))
-
-    return least(CUBLAS.name) / least(name)
+    """The speed-up of a multiplier over cuBLAS if both ran at the ceilings."""
+    return ceilings.least(cell, CUBLAS.name) / ceilings.least(cell, name)
 
 
 def models(

@@ -1,7 +1,7 @@
 """What a run of `bench kernel` has found, as rows of CSV files, tables and JSON."""
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -185,18 +185,22 @@ def _cells(cells: Sequence[Cell], names: Sequence[str]) -> list[str]:
     return table(["shape", "batch", *names], rows)
 
 
-def means(cells: Sequence[Cell], names: Sequence[str]) -> list[str]:
-    """A table of the geometric means of the speed-ups over the layers, by batch size and multiplier."""
+def means(
+    cells: Sequence[Cell],
+    names: Sequence[str],
+    value: Callable[[Cell, str], float | None] = Cell.speedup,
+) -> list[str]:
+    """A table of the geometric means of speed-ups, or another value, over layers: by batch and multiplier."""
     rows = []
     for batch in dict.fromkeys(cell.batch for cell in cells):
         row = [str(batch)]
         for name in names:
-            found = [cell.speedup(name) for cell in cells if cell.batch == batch]
-            speedups = [one for one in found if one]
-            partly = f" of {len(speedups)}" if len(speedups) < len(found) else ""
+            found = [value(cell, name) for cell in cells if cell.batch == batch]
+            known = [one for one in found if one]
+            partly = f" of {len(known)}" if len(known) < len(found) else ""
             row.append(
-                f"{statistics.geometric_mean(speedups):.2f} ({min(speedups):.2f}-{max(speedups):.2f}){partly}"
-                if speedups
+                f"{statistics.geometric_mean(known):.2f} ({min(known):.2f}-{max(known):.2f}){partly}"
+                if known
                 else "-"
             )
         rows.append(row)

@@ -58,6 +58,15 @@ class Ceilings:
     bandwidth: float
     compute: float
 
+    def least(self, cell: Cell, name: str) -> float:
+        """Microseconds of a multiplier that runs at these; 2:4 has twice the operations."""
+        compute = self.compute * (2 if name == SPARSE.name else 1)
+        return 1e6 * max(cell.nbytes(name) / self.bandwidth, cell.operations / compute)
+
+    def share(self, cell: Cell, name: str) -> float | None:
+        """What part of its time a multiplier would take if it ran at these; None where it failed."""
+        return self.least(cell, name) / cell.us[name] if name in cell.us else None
+
 
 def capture(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     """A CUDA graph of the calls, one after the other."""
