@@ -51,7 +51,8 @@ def test_the_seconds_are_of_the_right_size(units, tinypy, tmp_path) -> None:
 
 
 # Shapes and tokens that were timed on H100s (benchmarks/RESULTS.md), and the seconds of the work without the
-# imports: on two hosts; before the products of experts were made as one, and of the whole command.
+# imports: on two hosts; before the products of experts were made as one, and of the whole command. Last what
+# the plan says.
 MEASURED = {
     "four layers of Qwen3-30B-A3B": (
         "qwen3_moe",
@@ -60,7 +61,7 @@ MEASURED = {
             "num_experts_per_tok": 8, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
             "num_hidden_layers": 4,
         },
-        256, 15.9, 24.0,
+        256, 15.9, 24.0, 20.0,
     ),
     "a layer of DeepSeek-V3": (
         "deepseek_v3",
@@ -71,7 +72,7 @@ MEASURED = {
             "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128,
             "first_k_dense_replace": 0, "num_hidden_layers": 1,
         },
-        64, 40.8, 51.2,
+        64, 40.8, 51.2, 37.4,
     ),
 }  # fmt: skip
 # Multiply-adds a second of bfloat16 on an H100, as large products reach them.
@@ -80,10 +81,11 @@ H100 = 3.5e14
 
 @pytest.mark.parametrize("case", MEASURED)
 def test_the_seconds_of_measured_mixtures(case, tmp_path) -> None:
-    """Between what was seen, or 10 % less; the rate is that of such a card."""
-    model_type, shape, samples, least, most = MEASURED[case]
+    """Between what was seen, or 10 % less, and what CHANGELOG says; the rate is that of such a card."""
+    model_type, shape, samples, least, most, said = MEASURED[case]
     config = CONFIG_MAPPING[model_type](**shape, vocab_size=4096, dtype="bfloat16")
     source = tiny_models.headers_only(config, tmp_path)
     settings = {"samples": samples, "sequence_length": 2048, "format": "compressed-tensors"}
     plan = make_plan(Weights(Checkpoint.open(source)), recipe.load(recipe.DEFAULT).changed(settings))
     assert 0.9 * least < on_gpu(plan, H100) < most
+    assert on_gpu(plan, H100) == pytest.approx(said, rel=0.01)

@@ -1,6 +1,7 @@
 """Mixtures of experts: taken apart, calibrated one by one, written one by one, and named where in doubt."""
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from marlin_convert import chunks, solve
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.checks.divergence import log_probabilities
-from marlin_convert.codes import pack, pack_as_one
+from marlin_convert.codes import pack, pack_all, pack_as_one
 from marlin_convert.commands.quantize import Job, plan_job
+from marlin_convert.errors import FormatError
 from marlin_convert.hub import Source
 from marlin_convert.models import experts as module_of_experts
 from marlin_convert.models import hidden, routing
@@ -643,7 +645,12 @@ def test_a_gpu_multiplies_many_experts_at_once(model_type: str, dtype: torch.dty
 
 
 @pytest.mark.parametrize(
-    "layout, bits", [("marlin", 4), ("marlin-24", 4), ("gptq", 4), ("gptq", 8), ("compressed-tensors", 8)]
+    "layout, bits",
+    [
+        ("marlin", 4),
+        ("marlin-24", 4),
+        *((name, bits) for name in ("gptq", "compressed-tensors") for bits in (4, 8)),
+    ],
 )
 @pytest.mark.parametrize("group_size", [-1, 128])
 def test_experts_are_packed_side_by_side_as_each_alone(
@@ -682,6 +689,8 @@ def test_experts_are_packed_side_by_side_as_each_alone(
     assert [row["scales"] for _, row in together] == ["positive"] * 2 + ["signed"] + ["positive"] * 2
     matrices[3][1].scales[0, 5] = 0
     assert pack_as_one(matrices, plan) == []
+    with pytest.raises(FormatError, match=re.escape(matrices[3][0].name)):
+        list(pack_all(matrices, plan))
 
 
 def test_what_is_2_4_and_what_is_not_are_dequantized_as_one() -> None:

@@ -87,14 +87,14 @@ class Experts(nn.Module):
 
     def _answers(self, first: int, ends: Tensor, x: Tensor) -> Tensor:
         """The answers of experts from the `first` on to x (rows, k), in which the rows of each end there."""
-        each = ends.diff(prepend=ends.new_zeros(1))
+        offsets = ends.to(torch.int32)
 
         def product(role: str, x: Tensor) -> Tensor:
             linears = [self.linear(first + number, role) for number in range(len(ends))]
-            weights = torch.stack([one.weight for one in linears])
-            y = grouped_mm(x, weights.mT, offs=ends.to(torch.int32))
+            y = grouped_mm(x, torch.stack([one.weight for one in linears]).mT, offs=offsets)
             if self.has_bias:
-                y += torch.stack([one.bias for one in linears]).repeat_interleave(each, 0, output_size=len(x))
+                biases = torch.stack([one.bias for one in linears])
+                y += biases.repeat_interleave(_sizes(ends), 0, output_size=len(x))
             return y
 
         *outer, last = self.roles
@@ -174,7 +174,7 @@ def routed(top_k_index: Tensor, count: int) -> list[tuple[Tensor, Tensor]]:
     top_k_index (tokens, choices); what is no number of one of the `count` experts goes nowhere.
     """
     places, ends = _by_expert(top_k_index, count)
-    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    sizes = _sizes(ends).tolist()
     places = places[: sum(sizes)]
     tokens, choices = places % len(top_k_index), places // len(top_k_index)
     return list(zip(tokens.split(sizes), choices.split(sizes), strict=True))
@@ -185,6 +185,11 @@ def _by_expert(top_k_index: Tensor, count: int) -> tuple[Tensor, Tensor]:
     chosen = top_k_index.T.flatten()
     numbers, places = torch.where(chosen < 0, count, chosen).sort(stable=True)
     return places, torch.searchsorted(numbers, torch.arange(count, device=numbers.device), right=True)
+
+
+def _sizes(ends: Tensor) -> Tensor:
+    """How many are in each of some pieces that follow one another, by where they end."""
+    return ends.diff(prepend=ends.new_zeros(1))
 
 
 def take_apart(model: PreTrainedModel) -> None:
