@@ -1,6 +1,7 @@
 """Peak memory of `quantize` as the number of layers grows: flat, as one block is in memory at a time.
 
-usage: python benchmarks/memory.py [--shape small] [--layers 2,4] [--device cpu|cuda] [--directory DIR]
+usage: python benchmarks/memory.py [--shape small] [--layers 2,4] [--device cpu|cuda] [--text 16x512]
+       [--directory DIR]
 
 Random Llamas, written layer by layer: `small` (hidden 1024, MLP 4096, 33 MB a layer, 16 x 512 tokens), and
 with 2 x 512 tokens Llama-3's `8b` and `70b` (0.4 and 1.7 GB a layer, 2.1 and 4.2 GB beside). A process of its
@@ -86,9 +87,10 @@ def peak() -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
-def convert(model: Path, output: Path, device: torch.device, samples: int) -> dict[str, Any]:
+def convert(model: Path, output: Path, device: torch.device, text: str) -> dict[str, Any]:
     """What the process of one conversion has to say."""
-    settings = {"samples": samples, "sequence_length": 512, "format": "compressed-tensors"}
+    samples, length = map(int, text.split("x"))
+    settings = {"samples": samples, "sequence_length": length, "format": "compressed-tensors"}
     source = Source(model, model.name, None)
     job = Job(source, output, recipe.load(recipe.DEFAULT).changed(settings), device)
     peaks = []
@@ -116,12 +118,14 @@ def main() -> None:
     parser.add_argument("--shape", default="small", choices=SHAPES)
     parser.add_argument("--layers")
     parser.add_argument("--device", default="cpu", type=torch.device)
+    parser.add_argument("--text", help="samples x tokens of each")
     parser.add_argument("--directory", type=Path, help="where models and checkpoints are put for the while")
     parser.add_argument("--one", nargs=2, type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     _, counts, samples = SHAPES[chosen.shape]
+    text = chosen.text or f"{samples}x512"
     if chosen.one:
-        print(json.dumps(convert(*chosen.one, chosen.device, samples)))
+        print(json.dumps(convert(*chosen.one, chosen.device, text)))
         return
     columns = ("shape", "device", "layers", "model GB", "host peak GB", "in each layer and after",
                "GPU peak GB", "the plan said GB", "seconds")  # fmt: skip
@@ -130,9 +134,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=chosen.directory) as temporary:
             model = Path(temporary) / "model"
             size = make_model(chosen.shape, layers, model, chosen.device)
-            words = ["--shape", chosen.shape, "--device", str(chosen.device), "--one", str(model)]
+            words = ["--shape", chosen.shape, "--device", str(chosen.device)]
             done = subprocess.run(
-                [sys.executable, __file__, *words, f"{model}-marlin"],
+                [sys.executable, __file__, *words, "--text", text, "--one", model, f"{model}-marlin"],
                 stdout=subprocess.PIPE, text=True, check=True,
             )  # fmt: skip
         found = json.loads(done.stdout.splitlines()[-1])
