@@ -20,6 +20,7 @@ import marlin_convert.solvers.factor as factor
 import marlin_convert.solvers.gptq as gptq
 import marlin_convert.stage_solver as stage_solver
 from marlin_convert.models.blocks import BlockModel
+from marlin_convert.models.experts import Experts
 from marlin_convert.models.hidden import HiddenStates
 from marlin_convert.models.stages import BlockWalk
 from marlin_convert.quantized import QuantizedLinear
@@ -28,6 +29,8 @@ from marlin_convert.solvers.hessian import Hessian
 
 PARTS: tuple[tuple[Any, str, str], ...] = (
     (HiddenStates, "forward", "forwards"),
+    (Experts, "sum_of", "experts answer"),
+    (Experts, "inner", "experts up to their last linear"),
     (HiddenStates, "divergence", "divergence"),
     (Hessian, "add", "hessians: products"),
     (Hessian, "mean", "hessians: mirror"),
@@ -55,7 +58,7 @@ PARTS: tuple[tuple[Any, str, str], ...] = (
     (story.ShardWriter, "close", "wait for disk"),
 )
 MEETINGS = (
-    (Ranks, "sum", "ranks: sums"),
+    (Ranks, "_wait_for", "ranks: sums, inputs of experts"),
     (Ranks, "exchange", "ranks: codes, packed tensors"),
     (Ranks, "all_say", "ranks: words"),
 )
@@ -83,8 +86,8 @@ class Times:
         reach = BlockWalk.reach
 
         def steps(*args: Any, **kwargs: Any) -> Iterator[Any]:
-            walk = reach(*args, **kwargs)
-            while (one := self._timed("walk: rest", lambda: next(walk, None))) is not None:
+            walk, end = reach(*args, **kwargs), object()
+            while (one := self._timed("walk: rest", lambda: next(walk, end))) is not end:
                 yield one
 
         BlockWalk.reach = steps  # type: ignore[method-assign]

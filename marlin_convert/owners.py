@@ -1,12 +1,10 @@
-"""Which rank solves and packs what, and how the others learn what it has found.
+"""How ranks share a stage that all of them have: the sums, the solving, the packing.
 
-Of experts each rank solves some, and only it needs what their inputs sum up to. A linear that is alone cannot
-be shared so: the ranks have the sums, and each solves some of its outputs, which do not depend on the others.
-Then all have the codes, for the text goes on through all of them, and any rank can pack any matrix; the first
-gets what is packed, and writes it.
+Each solves some of the outputs, which do not depend on the others. Then all have the codes, for the text goes
+on through all of them, and any rank can pack any matrix; the first gets what is packed, and writes it.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +12,7 @@ from torch import Tensor
 
 from marlin_convert.codes import Packed
 from marlin_convert.quantized import QuantizedLinear, side_by_side
-from marlin_convert.ranks import Ranks, Share
+from marlin_convert.ranks import Ranks
 from marlin_convert.sums import Sums
 
 T = TypeVar("T")
@@ -24,48 +22,24 @@ T = TypeVar("T")
 Found = tuple[QuantizedLinear | Tensor, dict[str, Any], Tensor]
 
 
-class Owners:
-    """How so many stages that are alike are shared by ranks."""
+def sum_up(ranks: Ranks, sums: Sums) -> None:
+    """Make the sums of a stage those of all ranks."""
+    ranks.sum(sums.of_all(sum(ranks.all_say(sums.tokens))))
 
-    def __init__(self, ranks: Ranks, stages: int):
-        self._ranks = ranks
-        self._count = stages
-        self._whole = stages >= ranks.count
 
-    @property
-    def outputs(self) -> Share:
-        """What of the outputs of its stages this rank solves."""
-        return Share() if self._whole else self._ranks.share
-
-    def stages(self, rank: int) -> range:
-        """The stages that a rank solves, or a part of them."""
-        return Share(rank, self._ranks.count).range(self._count) if self._whole else range(self._count)
-
-    def sum_up(self, sums: Sequence[Sums]) -> None:
-        """Make the sums of every stage those of all ranks, where they are wanted."""
-        owner = {stage: rank for rank in range(self._ranks.count) for stage in self.stages(rank)}
-        _, counts = self._ranks.counted(torch.tensor([(one.tokens, one.routed or 0) for one in sums]))
-        terms: list[Tensor] = []
-        owners: list[int] = []
-        for stage, (one, (tokens, routed)) in enumerate(zip(sums, counts.tolist(), strict=True)):
-            of_one = one.of_all(tokens, routed)
-            terms += of_one
-            owners += [owner[stage]] * len(of_one)
-        self._ranks.sum(terms, owners if self._whole else None)
-
-    def exchange(self, found: Sequence[Found], device: torch.device) -> list[Found]:
-        """What all ranks have found, whole, in one order for all."""
-        # fetched at once: a GPU would be waited for every time
-        of_all = torch.stack([energies for *_, energies in found]).tolist() if found else []
-        said = [(row, _named(what), energies) for (what, row, _), energies in zip(found, of_all, strict=True)]
-        tensors = [tensor for what, _, _ in found for tensor in _tensors(what)]
-        pieces: dict[str, list[Found]] = {}
-        for words, sent in self._ranks.exchange(said, tensors, device):
-            left = iter(sent)
-            for row, named, energies in words:
-                piece = _made(named, left), row, torch.tensor(energies, dtype=torch.float64)
-                pieces.setdefault(row["name"], []).append(piece)
-        return [_whole(of_one) for of_one in pieces.values()]
+def exchange(ranks: Ranks, found: Sequence[Found], device: torch.device) -> list[Found]:
+    """What all ranks have found of the outputs, whole, in one order for all."""
+    # fetched at once: a GPU would be waited for every time
+    of_all = torch.stack([energies for *_, energies in found]).tolist() if found else []
+    said = [(row, _named(what), energies) for (what, row, _), energies in zip(found, of_all, strict=True)]
+    tensors = [tensor for what, _, _ in found for tensor in _tensors(what)]
+    pieces: dict[str, list[Found]] = {}
+    for words, sent in ranks.exchange(said, tensors, device):
+        left = iter(sent)
+        for row, named, energies in words:
+            piece = _made(named, left), row, torch.tensor(energies, dtype=torch.float64)
+            pieces.setdefault(row["name"], []).append(piece)
+    return [_whole(of_one) for of_one in pieces.values()]
 
 
 def _tensors(what: QuantizedLinear | Tensor) -> list[Tensor]:
@@ -97,32 +71,29 @@ def _whole(pieces: Sequence[Found]) -> Found:
     return side_by_side(found), row, sum(energies)
 
 
-def packed_by_all(
-    ranks: Ranks,
-    matrices: Sequence[T],
-    sizes: Sequence[int],
-    pack: Callable[[list[T]], Iterable[Packed]],
-    device: torch.device,
-) -> list[Packed]:
-    """Matrices of these sizes, packed; all ranks have all of them, and pack some.
+def packed_here(ranks: Ranks, matrices: Sequence[T], sizes: Sequence[int]) -> list[T]:
+    """Those that this rank packs, of matrices of these sizes that all ranks have."""
+    packers = _evenly(sizes, ranks.count)
+    return [one for one, rank in zip(matrices, packers, strict=True) if rank == ranks.rank]
 
-    The first rank is given the tensors of all, in their order, the others nothing. They go to all ranks,
-    which takes no longer: the first rank's link limits it, and gloo does not say when one send is done.
+
+def collected(ranks: Ranks, packed: Sequence[Packed], device: torch.device) -> list[Packed]:
+    """What all ranks have packed, at the first of them; the others get nothing.
+
+    Tensors go to all ranks, which takes no longer: the first rank's link limits it, and gloo does not say
+    when one send is done.
     """
-    packer = _evenly(sizes, ranks.count)
-    mine = list(pack([one for one, rank in zip(matrices, packer, strict=True) if rank == ranks.rank]))
-    said = [(list(tensors), row) for tensors, row in mine]
-    sent = ranks.exchange(said, [tensor for tensors, _ in mine for tensor in tensors.values()], device)
+    said = [(list(tensors), row) for tensors, row in packed]
+    sent = ranks.exchange(said, [tensor for tensors, _ in packed for tensor in tensors.values()], device)
     if not ranks.first:
         return []
-    of_ranks = [(iter(words), iter(tensors)) for words, tensors in sent]
-    packed = []
-    for rank in packer:
-        words, tensors = of_ranks[rank]
-        names, row = next(words)
-        # copies: they came as one with all that the rank has packed, which would stay as long as any of it
-        packed.append(({name: next(tensors).clone() for name in names}, row))
-    return packed
+    # copies: they came as one with all that a rank has packed, which would stay as long as any of it
+    return [
+        ({name: next(left).clone() for name in names}, row)
+        for words, tensors in sent
+        for left in [iter(tensors)]
+        for names, row in words
+    ]
 
 
 def _evenly(sizes: Sequence[int], ranks: int) -> list[int]:

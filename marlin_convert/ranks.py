@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -161,11 +162,6 @@ class Ranks:
                 said, hint = stopped_by
                 raise ConvertError(f"rank {rank}: {said}" if rank else said, hint)
 
-    def counted(self, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """Of integers, of one shape at every rank, the sums over the ranks before this one, and over all."""
-        every = torch.tensor(self.all_say(counts.tolist()), dtype=counts.dtype)
-        return every[: self.rank].sum(0), every.sum(0)
-
     def mean(self, values: Tensor) -> float:
         """The mean of all values (n,) that the ranks have."""
         if self.alone:
@@ -173,20 +169,42 @@ class Ranks:
         said = self.all_say((values.double().sum().item(), len(values)))
         return sum(total for total, _ in said) / sum(count for _, count in said)
 
-    def sum(self, tensors: Sequence[Tensor], owners: Sequence[int] | None = None) -> None:
-        """Sum tensors up over all ranks, in place: each at the rank that owns it, or all of them at all.
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        """Sum tensors up over all ranks, in place at all of them; they have the same shapes everywhere.
 
-        They have the same shapes everywhere; where a tensor is not owned its contents are undefined after.
         Terms are added in an order that the number of ranks tells.
         """
         from torch import distributed
 
-        # all are begun before the first is waited for: those of experts are many, and small
-        if owners is None:
-            works = [distributed.all_reduce(one, async_op=True) for one in tensors]
-        else:
-            pairs = zip(tensors, owners, strict=True)
-            works = [distributed.reduce(one, owner, async_op=True) for one, owner in pairs]
+        self._wait_for([distributed.all_reduce(one, async_op=True) for one in tensors])
+
+    def begin_sum(self, tensors: Sequence[Tensor], owners: Sequence[int]) -> Callable[[], None]:
+        """Begin to do so for each at the rank that owns it; what is returned waits until it is done.
+
+        At the other ranks the contents of a tensor are undefined after.
+        """
+        from torch import distributed
+
+        pairs = zip(tensors, owners, strict=True)
+        return partial(
+            self._wait_for, [distributed.reduce(one, owner, async_op=True) for one, owner in pairs]
+        )
+
+    def gathered(self, own: Tensor) -> tuple[Tensor, list[int]]:
+        """The tensors (rows, ...) of all ranks as one, in their order, and how many rows each has."""
+        from torch import distributed
+
+        rows = self.all_say(len(own))
+        whole = own.new_empty(sum(rows), *own.shape[1:])
+        pieces = whole.split(rows)
+        pieces[self.rank].copy_(own)
+        # as bytes, which all that carry them know
+        sent = [(piece.view(-1).view(torch.uint8), rank) for rank, piece in enumerate(pieces) if len(piece)]
+        self._wait_for([distributed.broadcast(piece, rank, async_op=True) for piece, rank in sent])
+        return whole, rows
+
+    def _wait_for(self, works: Sequence[Any]) -> None:
+        # all were begun before the first is waited for: some are many, and small
         for work in works:
             self._wait(work)
 

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from marlin_convert.models.hidden import HiddenStates
 from marlin_convert.models.memory import memory_for_activations
 from marlin_convert.models.stages import BlockWalk, Reached
 from marlin_convert.models.structure import Stage
-from marlin_convert.owners import Found, Owners, packed_by_all
+from marlin_convert.owners import Found, collected, exchange, packed_here, sum_up
 from marlin_convert.plan import Plan
 from marlin_convert.quantized import dequantized
 from marlin_convert.ranks import Ranks, Share
@@ -59,9 +60,12 @@ class Solve:
         self._ranks = ranks
         self._kept = directory / CHUNKS
         self._recipe = plan.recipe
-        self._model = BlockModel(weights, device, dtype=plan.dtype, trust_remote_code=trust_remote_code)
+        self._model = BlockModel(
+            weights, device, dtype=plan.dtype, trust_remote_code=trust_remote_code,
+            experts=ranks.share.range,
+        )  # fmt: skip
         claimed = set(weights.sparse_linears(manifests.load(weights.checkpoint.directory)))
-        self._solver = StageSolver(plan, self._model, claimed, put=ranks.alone)
+        self._solver = StageSolver(plan, self._model, claimed)
         ids = calibration.ids[ranks.share.slice(len(calibration.ids))]
         room = directory if ranks.first else None
         self._hidden = HiddenStates(self._model, ids, room)
@@ -81,15 +85,25 @@ class Solve:
             log.debug("block %d was finished before, running the text through it", number)
             block = self._model.load(number)
             if self._original:
-                self._original.advance(block, number)
+                self._go_through(self._original, block, number)
             for fate in plan.worked_on_in(number):
                 found = None if weight is None else weight(fate).to(self._model.dtype)
                 if not ranks.alone:
                     found = ranks.given(found, self._model.device)
                 assert found is not None
-                self._model.replace(fate.name, found)
-            self._hidden.advance(block, number)
+                if self._has(fate):
+                    self._model.replace(fate.name, found)
+            self._go_through(self._hidden, block, number)
             self._model.unload(number)
+
+    def _has(self, fate: Fate) -> bool:
+        """Whether this rank has a matrix of the loaded block: of experts each has some."""
+        return not self._model.model.get_parameter(f"{fate.name}.weight").is_meta
+
+    def _go_through(self, hidden: HiddenStates, block: nn.Module, number: int) -> None:
+        """Take hidden states through a block as it is."""
+        for _ in self._walk(hidden, block, number, None).reach((), hidden.put):
+            pass
 
     def block(self, number: int) -> Iterator[Packed]:
         """Every matrix of a block that is worked on, solved and packed, or as an earlier run has kept it.
@@ -111,27 +125,46 @@ class Solve:
                 chunks.add(packed)
 
     def _block_of_all(self, number: int) -> Iterator[Packed]:
-        """The same of several ranks: what is packed together is so much that it divides evenly among them."""
+        """The same of several ranks.
+
+        What all of them have is packed when there is so much that it divides evenly among them; of experts
+        each packs its own.
+        """
+        ranks, device = self._ranks, self._model.device
         waiting: list[Solved] = []
         packed: list[Packed] = []
 
-        def gather(alike: list[Solved]) -> None:
+        def pack_waiting() -> None:
+            here = packed_here(ranks, waiting, [one.fate.k * one.fate.n for one in waiting])
+            waiting.clear()
+            packed.extend(collected(ranks, list(self._packed(here)), device))
+
+        def gather(alike: list[Solved], divided: bool) -> None:
+            if divided:
+                of_all = collected(ranks, list(self._packed(alike)), device)
+                for _, row in of_all:
+                    self._say(row)
+                packed.extend(of_all)
+                return
             waiting.extend(alike)
             if sum(one.fate.k * one.fate.n for one in waiting) > PACKED_AT_ONCE:
-                packed.extend(self._packed_by_all(waiting))
+                pack_waiting()
 
         for _ in self.solved(number, then=gather):
             yield from packed
             packed.clear()
-        packed.extend(self._packed_by_all(waiting))
+        pack_waiting()
         yield from packed
 
-    def _packed_by_all(self, waiting: list[Solved]) -> list[Packed]:
-        """Pack what waits to be; nothing of it waits any more."""
-        sizes = [one.fate.k * one.fate.n for one in waiting]
-        packed = packed_by_all(self._ranks, waiting, sizes, self._packed, self._model.device)
-        waiting.clear()
-        return packed
+    def _say(self, row: dict[str, Any]) -> None:
+        """Log what the manifest says of a matrix; warn if it did not go with the damping that was asked."""
+        name, asked = row["name"], self._recipe.damping
+        damping = row.get("damping", asked)
+        if damping is None:
+            log.warning("%s: its Hessian could not be factorised; weights are rounded to nearest", name)
+        elif damping > asked:
+            log.warning("%s: its Hessian needed damping %g, not %g", name, damping, asked)
+        log.debug("%s: relative output error %.4f", name, row["error"])
 
     def _packed(self, solved: list[Solved]) -> Iterator[Packed]:
         """Pack what was solved, which is taken from the list: codes leave the device while others follow."""
@@ -143,13 +176,14 @@ class Solve:
         self,
         number: int,
         earlier: Iterable[Packed] = (),
-        then: Callable[[list[Solved]], None] = lambda alike: None,
+        then: Callable[[list[Solved], bool], None] = lambda alike, divided: None,
     ) -> Iterator[list[Solved]]:
         """Solve the block stage by stage, with the inputs that the stages before leave it.
 
         Those that are solved at once come together. The matrices that an `earlier` run has solved are taken
         as they are: they must be those that are solved first. `then` is given what comes as soon as it is
-        solved, which is at the same place among the calls of all ranks; it comes when the text goes on.
+        solved, which is at the same place among the calls of all ranks, and whether it is `divided` among
+        them or all have it; it comes when the text goes on.
         """
         model = self._model
         block = model.load(number)
@@ -160,15 +194,20 @@ class Solve:
 
         def solve(alike: Sequence[Stage]) -> None:
             fates = [[self._plan.fates[f"{model.name(number)}.{name}"] for name in stage] for stage in alike]
-            for stage, (fate, *_) in zip(alike, fates, strict=True):
-                if stage not in sums:  # an expert that no token of this rank goes to
-                    sums[stage] = Sums(None)
-                    sums[stage].begin(fate.k, model.device, beside=self._original is not None)
-            solved.append(list(self._solve(fates, [sums.pop(stage) for stage in alike])))
-            then(solved[-1])
+            of_alike = [sums.pop(stage) for stage in alike]
+            # of experts that are divided a rank may have none
+            divided = not self._ranks.alone and all(self._is_of_expert(stage) for stage in fates)
+            if self._ranks.alone or divided:
+                found = self._solve(fates, of_alike)
+            else:
+                found = self._solve_together(fates[0], of_alike[0])
+            solved.append(_with_errors(list(found)))
+            for one in () if divided else solved[-1]:
+                self._say(one.row)
+            then(solved[-1], divided)
 
         walk = self._walk(self._hidden, block, number, solve)
-        both: Iterable[tuple[Reached, Reached | None]]
+        both: Iterable[tuple[Reached | None, Reached | None]]
         if self._original is None or original is None:
             both = ((one, None) for one in walk.reach(stages, self._hidden.put))
         else:
@@ -179,6 +218,8 @@ class Solve:
         for one, before in both:
             while solved:
                 yield solved.pop(0)
+            if one is None:
+                continue
             if one.stage not in sums:
                 linear = block.get_submodule(one.stage[0])
                 assert isinstance(linear, nn.Linear)
@@ -222,57 +263,41 @@ class Solve:
             block, model.structure.parts[number], len(hidden), lambda i: hidden.forward(i, block, number),
             solve, keep_bytes=memory_for_activations(model.device) // share, dtype=model.dtype,
             at_once=experts_at_once(self._plan, number, model.device), beside=beside,
-            counted=None if self._ranks.alone else self._ranks.counted,
+            processes=None if self._ranks.alone else self._ranks,
         )  # fmt: skip
 
-    def _solve(self, stages: list[list[Fate]], sums: list[Sums]) -> Iterator[Solved]:
-        """Solve the linears of stages that are alike and put what they have become into the model.
+    def _is_of_expert(self, stage: list[Fate]) -> bool:
+        return self._plan.structure.part_of_experts(stage[0].name) is not None
 
-        Of several ranks each solves its part, and learns what the others have found.
-        """
-        if self._ranks.alone:
+    def _solve(self, stages: list[list[Fate]], sums: list[Sums]) -> Iterator[Solved]:
+        """Solve the linears of stages that are alike, if any, and put what they become into the model."""
+        if stages:
             for some in self._solver.find(stages, sums, Share()):
-                yield from _with_errors(some, self._recipe.damping)
-            return
-        owners = Owners(self._ranks, len(stages))
-        owners.sum_up(sums)
-        mine = owners.stages(self._ranks.rank)
-        sums[:] = [sums[number] for number in mine]
+                yield from some
+
+    def _solve_together(self, stage: list[Fate], sums: Sums) -> Iterator[Solved]:
+        """The same of a stage that all ranks have: each solves a part, and learns what others have found."""
+        sum_up(self._ranks, sums)
         found: list[Found] = []
-        for some in self._solver.find([stages[number] for number in mine], sums, owners.outputs):
+        for some in self._solver.find([stage], [sums], self._ranks.share):
             found += [(one.found, one.row, one.energies) for one in some]
         of_all = {
             row["name"]: (whole, row, energies)
-            for whole, row, energies in owners.exchange(found, self._model.device)
+            for whole, row, energies in exchange(self._ranks, found, self._model.device)
         }
         # one kind after another, as one process solves them
-        every = [
-            Solved(fate, *of_all[fate.name])
-            for fate in sorted((fate for fates in stages for fate in fates), key=kind_of)
-        ]
+        every = [Solved(fate, *of_all[fate.name]) for fate in sorted(stage, key=kind_of)]
         weights = dequantized([one.found for one in every if not isinstance(one.found, Tensor)])
         for one in reversed(every):
             weight = one.found if isinstance(one.found, Tensor) else weights.pop()
             self._model.replace(one.fate.name, weight.to(self._model.dtype))
-        yield from _with_errors(every, self._recipe.damping)
+        yield from every
 
 
-def _with_errors(solved: list[Solved], asked: float) -> Iterator[Solved]:
-    """What was solved with its error, the root of what `_energies` gives as a share, to six digits.
-
-    What did not go with the damping that was asked for is said.
-    """
+def _with_errors(solved: list[Solved]) -> list[Solved]:
+    """What was solved with its error, the root of what `_energies` gives as a share, to six digits."""
     # fetched at once: a GPU would be waited for every time
-    energies = torch.stack([one.energies for one in solved]).tolist()
+    energies = torch.stack([one.energies for one in solved]).tolist() if solved else []
     for one, (error, energy) in zip(solved, energies, strict=True):
-        share = float(f"{(max(error, 0.0) / energy) ** 0.5:.6g}") if energy > 0 else 0.0
-        damping = one.row.get("damping", asked)
-        if damping is None:
-            log.warning(
-                "%s: its Hessian could not be factorised; weights are rounded to nearest", one.fate.name
-            )
-        elif damping > asked:
-            log.warning("%s: its Hessian needed damping %g, not %g", one.fate.name, damping, asked)
-        log.debug("%s: relative output error %.4f", one.fate.name, share)
-        one.row["error"] = share
-        yield one
+        one.row["error"] = float(f"{(max(error, 0.0) / energy) ** 0.5:.6g}") if energy > 0 else 0.0
+    return solved

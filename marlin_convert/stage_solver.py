@@ -39,19 +39,20 @@ class Solved:
 class StageSolver:
     """Solves stages, the linears of each as one matrix, and puts what was found into the model.
 
-    `claimed` are the linears that the source says are 2:4. With `put` false nothing is put: of several ranks
-    none has all of a matrix.
+    `claimed` are the linears that the source says are 2:4.
     """
 
-    def __init__(self, plan: Plan, model: BlockModel, claimed: set[str], *, put: bool):
+    def __init__(self, plan: Plan, model: BlockModel, claimed: set[str]):
         self._plan = plan
         self._recipe = plan.recipe
         self._model = model
         self._claimed = claimed
-        self._puts = put
 
     def find(self, stages: list[list[Fate]], sums: list[Sums], share: Share) -> Iterator[list[Solved]]:
-        """Solve a share of the outputs of linears: one kind of them after another."""
+        """Solve a share of the outputs of linears: one kind of them after another.
+
+        What is found of a share only is not put into the model.
+        """
         hessians = _batch([one.hessian() for one in sums])
         finite = hessians.isfinite().flatten(1).all(1).tolist()
         if not all(finite):
@@ -78,8 +79,8 @@ class StageSolver:
         weights = [self._model.model.get_parameter(f"{fate.name}.weight") for fate in fates]
         return [weight[share.slice(len(weight))] for weight in weights]
 
-    def _put(self, fate: Fate, written: Tensor) -> None:
-        if self._puts:
+    def _put(self, fate: Fate, written: Tensor, share: Share) -> None:
+        if share == Share():
             self._model.replace(fate.name, written.to(self._model.dtype))
 
     def _targets(
@@ -154,7 +155,7 @@ class StageSolver:
             start = outputs.stop
             for number, of_all in enumerate(found):
                 fate, layer = stages[number][place], layers[number][place]
-                self._put(fate, written[number])
+                self._put(fate, written[number], share)
                 row = fate.row() | {"error": None} | _damping(of_all)
                 if sums[number].routed is not None:
                     row["tokens"] = sums[number].routed
@@ -202,7 +203,7 @@ class StageSolver:
         for fates, own, pruned, hessian in zip(stages, weights, found, hessians, strict=True):
             for fate, old, new in zip(fates, own, pruned.split([len(one) for one in own]), strict=True):
                 written = new.to(getattr(torch, fate.layout.dtype)).contiguous()
-                self._put(fate, written)
+                self._put(fate, written, share)
                 (energies,) = _energies(hessian[None], old[None], written[None])
                 solved.append(Solved(fate, written, fate.row(), energies))
         return solved

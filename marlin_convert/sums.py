@@ -2,7 +2,6 @@
 
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from marlin_convert.models.stages import Reached
@@ -48,16 +47,9 @@ class Sums:
             self._products = Products(x.shape[-1], wanted.shape[-1], x.device, bf16_units=bf16_units)
         self._products.add(x, wanted.to(x.dtype))
 
-    def begin(self, k: int, device: torch.device, *, beside: bool) -> None:
-        """Be zero, for an expert with k inputs that no token goes to; `beside` the original, or alone."""
-        self._hessian = Hessian(k, device)
-        self._products = Products(k, k, device) if beside else None
-        self.routed = 0
-
-    def of_all(self, tokens: int, routed: int) -> list[Tensor]:
+    def of_all(self, tokens: int) -> list[Tensor]:
         """The sums, to be made those of all ranks in place: these had so many tokens."""
         self.tokens = tokens
-        self.routed = None if self.routed is None else routed
         summed = [one for one in (self._hessian, self._products) if one is not None]
         for one in summed:
             one.tokens = tokens

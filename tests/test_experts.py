@@ -174,22 +174,6 @@ def test_others_are_evenly_spaced_and_as_many_as_are_missing() -> None:
     assert everyone.tokens.tolist() == list(range(100)) and not everyone.own
 
 
-def test_pieces_of_a_text_calibrate_an_expert_as_all_of_it_does() -> None:
-    x, own = torch.arange(1000.0).reshape(100, 10), torch.tensor([3, 50, 51])
-    whole = routing.Entering(x, [own])
-    pieces = []
-    for start, stop in ((0, 51), (51, 52), (52, 100)):
-        here = own[(own >= start) & (own < stop)] - start
-        pieces.append(routing.Entering(x[start:stop], [here], start, (100, 3)))
-
-    def rows(entering: routing.Entering) -> list[tuple[float, float]]:
-        found = routing.chosen(entering, 0)
-        return [(row, piece.weight) for piece in found for row in entering.x[piece.tokens, 0].tolist()]
-
-    assert len(rows(whole)) == 10
-    assert sorted(rows(whole)) == sorted(row for piece in pieces for row in rows(piece))
-
-
 def test_many_tokens_come_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(routing.ROWS, "cpu", 40)
     entering = routing.Entering(torch.zeros(120, 110), [torch.arange(10, 110), torch.arange(0)])
@@ -617,7 +601,11 @@ def test_products_of_many_experts_are_those_of_each(
     with torch.no_grad():
         expected = experts(x, index, shares)
         assert expected.abs().max() > 1e-3
-        torch.testing.assert_close(experts.in_groups(x, index, shares), expected, atol=1e-6, rtol=1e-5)
+        for parts in ([range(experts.count)], [range(2), range(2, experts.count)]):
+            found = sum(experts.in_groups(numbers, x, index, shares) for numbers in parts)
+            torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+            one_by_one = sum(experts.sum_of(numbers, x, index, shares) for numbers in parts)
+            torch.testing.assert_close(one_by_one, expected, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.gpu

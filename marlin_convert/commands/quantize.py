@@ -250,14 +250,18 @@ def _convert(
         names = iter(writer.order[done["tensors"] :])
         name = next(names, None)
         packed: dict[str, Tensor] = {}
+        place = {fate: number for number, fate in enumerate(plan.fates)}
         for number in walk:
+            of_block: list[dict[str, Any]] = []
             for tensors, row in codes.block(number):
                 packed |= tensors
-                rows.append(row)
+                of_block.append(row)
                 while name in packed or (name is not None and name not in plan.owner):
                     tensor = packed.pop(name) if name in packed else _dense(weights, plan, codes, name)
                     writer.write(name, tensor)
                     name = next(names, None)
+            # ranks solve experts in another order than one process does
+            rows += sorted(of_block, key=lambda row: place[row["name"]])
             if codes.divergence is not None:
                 divergence.append(codes.divergence)
             finished = {"blocks": number + 1, "matrices": list(rows), "divergence": list(divergence)}

@@ -43,7 +43,8 @@ class BlockModel:
 
     `weights` gives the parameters as floats whatever they are stored as. On `device` there is the block
     that is loaded and, from its first use to `unload_outside`, what is outside of the blocks: embedding,
-    norms and, for logits, the output projection.
+    norms and, for logits, the output projection. Of experts, so many in a module, there are those whose
+    numbers `experts` gives.
 
     `dtype` is the model's own type unless another is given, and that of the hidden states between blocks. A
     GPU computes in it, a CPU in float32 (which is faster there, and rounds less). With `fast`, linears on a
@@ -61,6 +62,7 @@ class BlockModel:
         dtype: torch.dtype | None = None,
         fast: bool = True,
         trust_remote_code: bool = False,
+        experts: Callable[[int], range] = range,
     ):
         self.weights = weights
         self.device = device
@@ -74,6 +76,11 @@ class BlockModel:
         blocks = self.model.get_submodule(self.structure.blocks)
         assert isinstance(blocks, nn.ModuleList)
         self.blocks = blocks
+        self._elsewhere = {
+            f"{path}.{number}"
+            for path, count in self.structure.experts.items()
+            for number in set(range(count)) - set(experts(count))
+        }
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="block-reader")
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ahead: dict[int, Future[dict[tuple[str, str], Tensor]]] = {}
@@ -219,6 +226,8 @@ class BlockModel:
         stream = self._stream
         with torch.cuda.stream(stream):
             for path, module in self.blocks[i].named_modules():
+                if f"{self.name(i)}.{path}".rpartition(".")[0] in self._elsewhere:
+                    continue
                 for name, parameter in module._parameters.items():
                     if parameter is not None:
                         full_name = ".".join(part for part in (self.name(i), path, name) if part)

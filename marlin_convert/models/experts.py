@@ -55,35 +55,46 @@ class Experts(nn.Module):
         top_k_index (tokens, choices) says which experts those are, top_k_weights (tokens, choices) how large
         the shares.
         """
-        total = torch.zeros_like(hidden_states)
         if isinstance(hidden_states, FakeTensor):  # nobody knows who goes where; all experts are of one shape
-            return total + self.answer(0, hidden_states)
+            return torch.zeros_like(hidden_states) + self.answer(0, hidden_states)
+        total = self.sum_of(range(self.count), hidden_states, top_k_index, top_k_weights)
+        return total.to(hidden_states.dtype)
+
+    def sum_of(
+        self, numbers: range, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor:
+        """What experts of these numbers have in that sum, (tokens, k) float32."""
         if _multiplies_groups(hidden_states) and self._aligned():
-            return self.in_groups(hidden_states, top_k_index, top_k_weights)
-        for number, (tokens, choices) in enumerate(routed(top_k_index, self.count)):
+            return self.in_groups(numbers, hidden_states, top_k_index, top_k_weights)
+        total = torch.zeros_like(hidden_states, dtype=torch.float32)
+        every = routed(top_k_index, self.count)
+        for number in numbers:
+            tokens, choices = every[number]
             if len(tokens):
                 answer = self.answer(number, hidden_states[tokens])
                 shares = top_k_weights[tokens, choices]
-                total.index_add_(0, tokens, (answer * shares[:, None]).to(total.dtype))
+                total.index_add_(0, tokens, (answer * shares[:, None]).float())
         return total
 
-    def in_groups(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """What `forward` gives, with the products of many experts as one, which a GPU need not wait for."""
+    def in_groups(
+        self, numbers: range, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor:
+        """What `sum_of` gives, with the products of many experts as one, which a GPU need not wait for."""
         tokens, choices = top_k_index.shape
         places, ends = _by_expert(top_k_index, self.count)
         shares = top_k_weights.T.flatten()
         answers = hidden_states.new_zeros(choices * tokens, hidden_states.shape[1])
         at_once = max(1, GROUPED // self.linear(0, self.roles[0]).weight.nbytes)
         stops = ends.tolist()
-        for first in range(0, self.count, at_once):
-            last = min(first + at_once, self.count) - 1
+        for first in numbers[::at_once]:
+            last = min(first + at_once, numbers.stop) - 1
             start = stops[first - 1] if first else 0
             here = places[start : stops[last]]
             if len(here):
                 answer = self._answers(first, ends[first : last + 1] - start, hidden_states[here % tokens])
                 answers[here] = answer.mul_(shares[here, None])
         # every token's choices one after another: added up in the same order every time
-        return answers.view(choices, *hidden_states.shape).sum(0)
+        return answers.view(choices, *hidden_states.shape).sum(0, dtype=torch.float32)
 
     def _answers(self, first: int, ends: Tensor, x: Tensor) -> Tensor:
         """The answers of experts from the `first` on to x (rows, k), in which the rows of each end there."""

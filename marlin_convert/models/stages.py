@@ -14,7 +14,8 @@ micro-batch that does not fit is run again from the block's input; the numbers a
 Experts are walked some at a time, with all of the text that goes to them and not by micro-batches: what
 enters them is kept together, so that an expert's tokens are picked out of it at once. Their outputs are
 computed again when all are solved, by micro-batches as in any forward: the numbers are those of a run that
-was stopped after the block and goes on.
+was stopped after the block and goes on. Where several processes take pieces of a text through a model the
+experts are divided among them (divided.py), and each walks its own, with the text of all.
 
 Compared before choosing (forwards per block, of an 8B model): replay alone 2.1; suspending every
 micro-batch's forward on a thread of its own 1.0, but a stopped forward holds every local of the frames it is
@@ -31,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from marlin_convert.errors import SourceError
+from marlin_convert.models.divided import Called, Processes, answered, gathered, rounds
 from marlin_convert.models.experts import HANDED, Experts, routed
 from marlin_convert.models.routing import Chosen, Entering, chosen
 from marlin_convert.models.structure import Part, Stage
@@ -46,8 +48,8 @@ class _BrokenOff(BaseException):
 class _Entered(BaseException):
     """Breaks off a forward at the experts: with what they are called with, and their output if they ran."""
 
-    def __init__(self, x: Tensor, index: Tensor, output: Tensor | None):
-        self.x, self.index, self.output = x, index, output
+    def __init__(self, called: Called, output: Tensor | None):
+        self.called, self.output = called, output
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,9 @@ class BlockWalk:
     activations are kept, in `dtype`; what enters experts is kept beyond that, and what those of an unchanged
     block give.
 
-    Where others walk with other pieces of a text, `counted` gives of counts (n,) the sums over those before
-    this one, and over all.
+    Where other `processes` walk with other pieces of a text, each has the weights of some experts only. The
+    walks of all come to the same places in the same order: `solve` is called as often for experts, of none
+    where one has fewer.
     """
 
     def __init__(
@@ -94,7 +97,7 @@ class BlockWalk:
         dtype: torch.dtype,
         at_once: int = 1,
         beside: "BlockWalk | None" = None,
-        counted: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
+        processes: Processes | None = None,
     ):
         self.block = block
         self.parts = parts
@@ -106,25 +109,28 @@ class BlockWalk:
         self._dtype = dtype
         self._at_once = at_once
         self._beside = beside
-        self._counted = counted
+        self._processes = processes
         self._entering: Entering | None = None
         self._computed = dtype
+        self._rows: list[int] = []  # of every micro-batch that enters the experts
         self._current = 0
         self._stages: Sequence[Stage] = ()
         self._inputs: dict[int, Tensor] = {}  # of the last stage of the part being walked, by micro-batch
         self._outputs: dict[tuple[str, int], Tensor] = {}  # of finished parts
 
     @torch.no_grad()
-    def reach(self, stages: Sequence[Stage], finish: Callable[[int, Tensor], None]) -> Iterator[Reached]:
+    def reach(
+        self, stages: Sequence[Stage], finish: Callable[[int, Tensor], None]
+    ) -> Iterator[Reached | None]:
         """What every micro-batch brings to every one of `stages`, in order.
 
         `finish(i, output)` takes the block's output of every micro-batch. Two blocks can be walked side by
-        side.
+        side: None comes where both must be before either goes on.
         """
         self._stages = stages
         with self._finished_parts() as finished:
             for part in self.parts:
-                if part.experts and any(stage in self._stages for stage in part.stages):
+                if part.experts and (self._processes or any(stage in stages for stage in part.stages)):
                     yield from self._walk_experts(part)
                     finished(part)
                     continue
@@ -175,22 +181,45 @@ class BlockWalk:
         if self._solve is not None:
             self._solve([stage])
 
-    def _walk_experts(self, part: Part) -> Iterator[Reached]:
+    def _walk_experts(self, part: Part) -> Iterator[Reached | None]:
         """Solve some experts after others, each with all the tokens that go to it."""
         experts = self.block.get_submodule(part.module)
         assert isinstance(experts, Experts)
-        entering = self._entering = self._enter(experts, part.module)
+        called, outputs = self._called(experts, part.module)
+        entering = self._entering = Entering(
+            called.x, [own for own, _ in routed(called.index, experts.count)]
+        )
+        if self._processes and self._solve is None:
+            outputs = self._answered(experts, called)
+        if self._processes:
+            yield None
         ways = self._beside._entering if self._beside else entering
         assert ways is not None
-        for start in range(0, part.experts, self._at_once):
-            numbers = range(start, min(start + self._at_once, part.experts))
+        for numbers in self._some_at_a_time(part):
             first, last = ({number: part.stages[2 * number + i] for number in numbers} for i in (0, 1))
-            if any(stage in self._stages for stage in (*first.values(), *last.values())):
+            if self._processes or any(stage in self._stages for stage in (*first.values(), *last.values())):
                 yield from self._walk_some(experts, ways, first, last)
             if self._solve is None:
                 for number in numbers:
                     experts.get_submodule(str(number)).to("meta")
         self._entering = None
+        if self._processes and self._solve is not None:
+            outputs = self._answered(experts, called)
+        self._outputs.update(((part.module, i), output) for i, output in enumerate(outputs))
+
+    def _some_at_a_time(self, part: Part) -> Iterable[range]:
+        """The numbers of the experts that are walked at once, if any are."""
+        if not any(stage in self._stages for stage in part.stages):
+            return ()
+        if self._processes:
+            return rounds(self._processes, part.experts, self._at_once)
+        every = range(part.experts)
+        return (every[start : start + self._at_once] for start in every[:: self._at_once])
+
+    def _answered(self, experts: Experts, called: Called) -> Sequence[Tensor]:
+        """What experts that are divided answer to every micro-batch of this process."""
+        assert self._processes
+        return answered(self._processes, experts, called, self._computed).split(self._rows)
 
     def _walk_some(
         self, experts: Experts, ways: Entering, first: dict[int, Stage], last: dict[int, Stage]
@@ -215,46 +244,51 @@ class BlockWalk:
     def _solve_of(self, experts: Iterable[Stage]) -> None:
         """Solve the stages of experts, but for those that are passed over."""
         stages = [stage for stage in experts if stage in self._stages]
-        if self._solve is not None and stages:
+        if self._solve is not None and (stages or self._processes):
             self._solve(stages)
 
     def _of_expert(self, stage: Stage, x: Tensor, piece: Chosen) -> Reached:
         return Reached(stage, x if piece.own else x * piece.weight, routed=len(x) if piece.own else 0)
 
-    def _enter(self, experts: Experts, path: str) -> Entering:
-        """What enters the experts with all micro-batches; what they answer is kept if they do not change."""
+    def _called(self, experts: Experts, path: str) -> tuple[Called, Sequence[Tensor]]:
+        """What experts are called with, all micro-batches as one; their answers to each if they are final.
+
+        Where they are divided it is what all processes call theirs with, and nothing is answered yet.
+        """
+        answers = self._solve is None and not self._processes
 
         def broken_off(_: nn.Module, args: Any, kwargs: Any, output: Tensor | None = None) -> NoReturn:
             given = dict(zip(HANDED, args, strict=False)) | kwargs
-            raise _Entered(given["hidden_states"], given["top_k_index"], output)
+            raise _Entered(Called(*(given[name] for name in HANDED)), output)
 
-        if self._solve is None:
+        if answers:
             hook = experts.register_forward_hook(broken_off, with_kwargs=True)
         else:
             hook = experts.register_forward_pre_hook(broken_off, with_kwargs=True)
-        x, indices, tokens = torch.empty(0), [], 0
+        x, ways, outputs, tokens = torch.empty(0), [], [], 0
+        self._rows = []
         try:
             for i in range(self.batches):
                 self._current = i
                 entered = self._broken_off_at_experts(i, path)
+                called = entered.called
                 if i == 0:  # the others are of its size, but for the last
                     self._computed, size = (
-                        entered.x.dtype,
-                        (self.batches * len(entered.x), *entered.x.shape[1:]),
+                        called.x.dtype,
+                        (self.batches * len(called.x), *called.x.shape[1:]),
                     )
-                    x = entered.x.new_empty(size, dtype=self._dtype)
-                x[tokens : tokens + len(entered.x)] = entered.x
-                tokens += len(entered.x)
-                indices.append(entered.index)
+                    x = called.x.new_empty(size, dtype=self._dtype)
+                x[tokens : tokens + len(called.x)] = called.x
+                tokens += len(called.x)
+                self._rows.append(len(called.x))
+                ways.append((called.index, called.shares))
                 if entered.output is not None:
-                    self._outputs[path, i] = entered.output
+                    outputs.append(entered.output)
         finally:
             hook.remove()
-        x, own = x[:tokens], [own for own, _ in routed(torch.cat(indices), experts.count)]
-        if self._counted is None:
-            return Entering(x, own)
-        before, of_all = self._counted(torch.tensor([tokens, *map(len, own)]))
-        return Entering(x, own, int(before[0]), tuple(of_all.tolist()))
+        index, shares = (torch.cat(of_all) for of_all in zip(*ways, strict=True))
+        called = Called(x[:tokens], index, shares)
+        return (gathered(self._processes, called) if self._processes else called), outputs
 
     def _broken_off_at_experts(self, i: int, path: str) -> _Entered:
         try:
