@@ -21,7 +21,7 @@ from marlin_convert.cli.torchrun import advise
 from marlin_convert.ranks import Share
 
 MIXTURE_IN_PIECES: dict[str, Any] = {
-    "marlin_convert.chunks:AT_ONCE": {"cpu": 12 << 20},  # three experts at once
+    "marlin_convert.chunks:AT_ONCE": {"cpu": 6 << 20},  # an expert at once
     "marlin_convert.models.hidden:TOKENS": {"cpu": 192},
 }
 
@@ -109,10 +109,7 @@ def test_codes_are_those_of_one_process(
 def test_so_are_those_of_a_mixture_and_they_are_the_same_twice(
     start: StartRanks, start_alone: Start, words: list[object], tmp_path: Path
 ) -> None:
-    """Of the last of its four experts, which is alone in its chunk, every rank solves some outputs.
-
-    Four ranks do so with the three of the other chunk as well.
-    """
+    """Of its four experts two ranks have two, and solve one after the other; four ranks have one."""
     model = diverse_models.build("qwen3_moe", vocab_size=4096, num_hidden_layers=2)
     source = tiny_models.save(model, tmp_path / "source")
     command = [words[0], source, *words[2:]]
@@ -126,6 +123,22 @@ def test_so_are_those_of_a_mixture_and_they_are_the_same_twice(
     status, log = start(4, *command, "-o", tmp_path / "four", constants=MIXTURE_IN_PIECES)
     assert status == 0, log
     check_near(tmp_path / "four", tmp_path / "alone", same_codes=0.98)
+
+def test_more_ranks_than_experts_and_a_mixture_that_goes_on(
+    start: StartRanks, words: list[object], tmp_path: Path
+) -> None:
+    """Of two experts one of three ranks has none, the first, which is killed after a block."""
+    model = diverse_models.build("qwen3_moe", vocab_size=4096, num_hidden_layers=3, num_experts=2)
+    command = [words[0], tiny_models.save(model, tmp_path / "source"), *words[2:]]
+    status, log = start(3, *command, "-o", tmp_path / "whole")
+    assert status == 0, log
+    stop = (0, "marlin_convert.models.hidden:HiddenStates.divergence", 2, "kill")
+    status, log = start(3, *command, "-o", tmp_path / "out", stop=stop)
+    assert status == 1 and "has ended without a word" in log, log
+    assert blocks_done(tmp_path / "out") in (1, 2)
+    status, log = start(3, *command, "-o", tmp_path / "out", "--resume")
+    assert status == 0 and log.count("resuming at block") == 1, log
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_a_rank_without_tokens_for_an_expert_packs_when_the_others_do(

@@ -191,10 +191,10 @@ class BlockWalk:
         )
         if self._processes and self._solve is None:
             outputs = self._answered(experts, called)
-        if self._processes:
-            yield None
         ways = self._beside._entering if self._beside else entering
         assert ways is not None
+        if self._processes:  # which may have no experts to stay with
+            yield None
         for numbers in self._some_at_a_time(part):
             first, last = ({number: part.stages[2 * number + i] for number in numbers} for i in (0, 1))
             if self._processes or any(stage in self._stages for stage in (*first.values(), *last.values())):
