@@ -124,6 +124,7 @@ def test_so_are_those_of_a_mixture_and_they_are_the_same_twice(
     assert status == 0, log
     check_near(tmp_path / "four", tmp_path / "alone", same_codes=0.98)
 
+
 def test_more_ranks_than_experts_and_a_mixture_that_goes_on(
     start: StartRanks, words: list[object], tmp_path: Path
 ) -> None:
