@@ -1,7 +1,7 @@
 """A conversion with every part of its work timed: the GPU is waited for around each.
 
 Of several ranks each has its times. Before they tell each other something they meet, so that waiting for the
-others is one part and what moves another.
+others is one part and what moves another; sums that overlap with other work are waited for too.
 """
 
 import time

@@ -178,17 +178,14 @@ class Ranks:
 
         self._wait_for([distributed.all_reduce(one, async_op=True) for one in tensors])
 
-    def begin_sum(self, tensors: Sequence[Tensor], owners: Sequence[int]) -> Callable[[], None]:
-        """Begin to do so for each at the rank that owns it; what is returned waits until it is done.
+    def begin_sum(self, tensor: Tensor, owner: int) -> Callable[[], None]:
+        """Begin to sum a tensor up over all ranks, in place at its owner; what is returned waits for it.
 
-        At the other ranks the contents of a tensor are undefined after.
+        It has the same shape everywhere; at the other ranks its contents are undefined after.
         """
         from torch import distributed
 
-        pairs = zip(tensors, owners, strict=True)
-        return partial(
-            self._wait_for, [distributed.reduce(one, owner, async_op=True) for one, owner in pairs]
-        )
+        return partial(self._wait_for, [distributed.reduce(tensor, owner, async_op=True)])
 
     def gathered(self, own: Tensor) -> tuple[Tensor, list[int]]:
         """The tensors (rows, ...) of all ranks as one, in their order, and how many rows each has."""
@@ -204,7 +201,7 @@ class Ranks:
         return whole, rows
 
     def _wait_for(self, works: Sequence[Any]) -> None:
-        # all were begun before the first is waited for: some are many, and small
+        # all were begun before the first is waited for
         for work in works:
             self._wait(work)
 

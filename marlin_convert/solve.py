@@ -20,16 +20,17 @@ from marlin_convert.models.hidden import HiddenStates
 from marlin_convert.models.memory import memory_for_activations
 from marlin_convert.models.stages import BlockWalk, Reached
 from marlin_convert.models.structure import Stage
-from marlin_convert.owners import Found, collected, exchange, packed_here, sum_up
 from marlin_convert.plan import Plan
 from marlin_convert.quantized import dequantized
 from marlin_convert.ranks import Ranks, Share
 from marlin_convert.stage_solver import Solved, StageSolver, kind_of
 from marlin_convert.sums import Sums
+from marlin_convert.together import Found, collected, exchange, packed_here, sum_up
 
 log = logging.getLogger("marlin_convert")
 
-# Weights whose codes are packed by all ranks at once: those of a block, if it is no larger.
+# Weights whose codes are packed by all ranks at once: those of a block but its experts,
+# if they are no more.
 PACKED_AT_ONCE = 1 << 28
 
 
@@ -102,6 +103,9 @@ class Solve:
 
     def _go_through(self, hidden: HiddenStates, block: nn.Module, number: int) -> None:
         """Take hidden states through a block as it is."""
+        if self._ranks.alone:
+            hidden.advance(block, number)
+            return
         for _ in self._walk(hidden, block, number, None).reach((), hidden.put):
             pass
 
@@ -141,6 +145,8 @@ class Solve:
 
         def gather(alike: list[Solved], divided: bool) -> None:
             if divided:
+                if waiting:  # the first rank writes it before any expert
+                    pack_waiting()
                 of_all = collected(ranks, list(self._packed(alike)), device)
                 for _, row in of_all:
                     self._say(row)

@@ -260,7 +260,7 @@ def _convert(
                     tensor = packed.pop(name) if name in packed else _dense(weights, plan, codes, name)
                     writer.write(name, tensor)
                     name = next(names, None)
-            # ranks solve experts in another order than one process does
+            # as they stand in the model: in which order they are solved depends on the ranks
             rows += sorted(of_block, key=lambda row: place[row["name"]])
             if codes.divergence is not None:
                 divergence.append(codes.divergence)

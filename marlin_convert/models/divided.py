@@ -39,8 +39,8 @@ class Processes(Protocol):
     def gathered(self, own: Tensor) -> tuple[Tensor, list[int]]:
         """The tensors (rows, ...) of all processes as one, in their order; how many rows each has."""
 
-    def begin_sum(self, tensors: Sequence[Tensor], owners: Sequence[int]) -> Callable[[], None]:
-        """Begin to sum tensors up over all processes, each for its owner; what is returned waits for it."""
+    def begin_sum(self, tensor: Tensor, owner: int) -> Callable[[], None]:
+        """Begin to sum a tensor up over all processes for its owner; what is returned waits for it."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def answered(processes: Processes, experts: Experts, called: Called, dtype: torc
             x = called.x[rows].to(dtype)
             part = experts.sum_of(numbers, x, called.index[rows], called.shares[rows])
             mine = processes.shares[owner] == processes.share
-            begun.append((processes.begin_sum([part], [owner]), part if mine else None))
+            begun.append((processes.begin_sum(part, owner), part if mine else None))
             if len(begun) > 1:  # one is summed up while the next is computed
                 end()
         start += count

@@ -64,9 +64,11 @@ class Experts(nn.Module):
         self, numbers: range, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
     ) -> Tensor:
         """What experts of these numbers have in that sum, (tokens, k) float32."""
+        total = torch.zeros_like(hidden_states, dtype=torch.float32)
+        if not numbers:
+            return total
         if _multiplies_groups(hidden_states) and self._aligned():
             return self.in_groups(numbers, hidden_states, top_k_index, top_k_weights)
-        total = torch.zeros_like(hidden_states, dtype=torch.float32)
         every = routed(top_k_index, self.count)
         for number in numbers:
             tokens, choices = every[number]
@@ -84,7 +86,7 @@ class Experts(nn.Module):
         places, ends = _by_expert(top_k_index, self.count)
         shares = top_k_weights.T.flatten()
         answers = hidden_states.new_zeros(choices * tokens, hidden_states.shape[1])
-        at_once = max(1, GROUPED // self.linear(0, self.roles[0]).weight.nbytes)
+        at_once = max(1, GROUPED // self.linear(numbers.start, self.roles[0]).weight.nbytes)
         stops = ends.tolist()
         for first in numbers[::at_once]:
             last = min(first + at_once, numbers.stop) - 1

@@ -15,7 +15,8 @@ Experts are walked some at a time, with all of the text that goes to them and no
 enters them is kept together, so that an expert's tokens are picked out of it at once. Their outputs are
 computed again when all are solved, by micro-batches as in any forward: the numbers are those of a run that
 was stopped after the block and goes on. Where several processes take pieces of a text through a model the
-experts are divided among them (divided.py), and each walks its own, with the text of all.
+experts are divided among them (divided.py): each walks its own, with the text of all, and outputs are
+computed of all of it at once and kept.
 
 Compared before choosing (forwards per block, of an 8B model): replay alone 2.1; suspending every
 micro-batch's forward on a thread of its own 1.0, but a stopped forward holds every local of the frames it is
@@ -78,7 +79,7 @@ class BlockWalk:
     Without `solve` the block stays as it is but for its experts: they see the tokens that go to them in the
     walk `beside` it, and their weights are given up one after another. At most about `keep_bytes` of
     activations are kept, in `dtype`; what enters experts is kept beyond that, and what those of an unchanged
-    block give.
+    block give, or any that are divided.
 
     Where other `processes` walk with other pieces of a text, each has the weights of some experts only. The
     walks of all come to the same places in the same order: `solve` is called as often for experts, of none
