@@ -24,8 +24,8 @@ from marlin_convert.codes import pack, pack_all, pack_as_one
 from marlin_convert.commands.quantize import Job, plan_job
 from marlin_convert.errors import FormatError
 from marlin_convert.hub import Source
+from marlin_convert.models import divided, hidden, routing
 from marlin_convert.models import experts as module_of_experts
-from marlin_convert.models import hidden, routing
 from marlin_convert.models.blocks import BlockModel
 from marlin_convert.models.experts import experts_of, routed
 from marlin_convert.models.hidden import HiddenStates
@@ -34,6 +34,7 @@ from marlin_convert.models.structure import Stage
 from marlin_convert.models.tree import module_tree
 from marlin_convert.plan import make_plan
 from marlin_convert.quantized import QuantizedLinear, dequantized_as_one
+from marlin_convert.ranks import Ranks
 from marlin_convert.recipe import Recipe
 from marlin_convert.solvers import gptq
 
@@ -606,6 +607,36 @@ def test_products_of_many_experts_are_those_of_each(
             torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
             one_by_one = sum(experts.sum_of(numbers, x, index, shares) for numbers in parts)
             torch.testing.assert_close(one_by_one, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "llama4_text"])
+def test_what_divided_experts_answer_adds_up(model_type: str, source, monkeypatch) -> None:
+    """Of three processes with 13, 1 and 26 tokens, a few at a time; tests/test_ranks.py has real ones."""
+    monkeypatch.setattr(divided, "TOKENS", 5)
+    model = BlockModel(Weights(Checkpoint.open(source(model_type))), torch.device("cpu"))
+    number = next(i for i, parts in enumerate(model.structure.parts) if any(part.experts for part in parts))
+    ((_, experts),) = experts_of(model.load(number))
+    draw = torch.Generator().manual_seed(1)
+    index = torch.rand(40, experts.count, generator=draw).argsort(1)[:, :2]
+    x = torch.randn(40, experts.linear(0, experts.roles[0]).weight.shape[1], generator=draw)
+    called = divided.Called(x, index, torch.rand(40, 2, generator=draw), [13, 1, 26])
+    found = []
+
+    class Process(Ranks):
+        def begin_sum(self, tensor: torch.Tensor, owner: int):
+            parts[owner].append(tensor)
+            return lambda: None
+
+    with torch.no_grad():
+        for rank in range(3):
+            parts: dict[int, list[torch.Tensor]] = {0: [], 1: [], 2: []}
+            answers = divided.answered(Process(rank, 3), experts, called, torch.float32)
+            assert torch.equal(answers, torch.cat(parts[rank]))
+            found.append(torch.cat([part for owner in range(3) for part in parts[owner]]))
+        expected = experts(x, index, called.shares)
+    assert expected.abs().max() > 1e-3
+    torch.testing.assert_close(sum(found), expected, atol=1e-6, rtol=1e-5)
+    assert all(not torch.allclose(one, expected, atol=1e-4) for one in found)
 
 
 @pytest.mark.gpu

@@ -146,7 +146,11 @@ def test_more_ranks_than_experts_and_a_mixture_that_goes_on(
 
 @pytest.mark.parametrize(
     ("model_type", "more"),
-    [("gpt_oss", ["--effort", "fast"]), ("llama4_text", ["--format", "compressed-tensors"]), ("qwen3_moe", ["--skip", "experts"])],
+    [
+        ("gpt_oss", ["--effort", "fast"]),
+        ("llama4_text", ["--format", "compressed-tensors"]),
+        ("qwen3_moe", ["--skip", "experts"]),
+    ],
     ids=["biases", "scores on inputs", "left dense"],
 )
 def test_other_experts(
