@@ -8,7 +8,7 @@ import os
 import pickle
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -207,20 +207,23 @@ class Ranks:
 
     def given(self, tensor: Tensor | None, device: torch.device) -> Tensor:
         """The first rank's tensor, at every rank, on its device."""
-        ((_, (found,)), *_) = self._broadcast(
+        ((_, (found,)),) = self._broadcast(
             None, [] if tensor is None else [tensor.to(device)], device, senders=[0]
         )
         return found
 
     def exchange(
         self, said: Any, tensors: Sequence[Tensor], device: torch.device
-    ) -> list[tuple[Any, list[Tensor]]]:
-        """What every rank says, with its tensors, in the order of ranks; on this rank's device."""
+    ) -> Sequence[tuple[Any, Iterable[Tensor]]]:
+        """What every rank says, with its tensors, in the order of ranks; on this rank's device.
+
+        All of one rank are in one piece of memory.
+        """
         return self._broadcast(said, tensors, device, senders=range(self.count))
 
     def _broadcast(
         self, said: Any, tensors: Sequence[Tensor], device: torch.device, senders: Sequence[int]
-    ) -> list[tuple[Any, list[Tensor]]]:
+    ) -> Sequence[tuple[Any, Iterable[Tensor]]]:
         from torch import distributed
 
         everyone = self.all_say((said, [(tensor.shape, tensor.dtype) for tensor in tensors]))
@@ -231,7 +234,7 @@ class Ranks:
             if sender == self.rank:
                 parcel.put(tensors)
             self._wait(distributed.broadcast(parcel.data, sender, async_op=True))
-            found.append((words, parcel.tensors))
+            found.append((words, parcel))
         return found
 
     def _wait(self, work: Any) -> None:
@@ -295,22 +298,24 @@ class Ranks:
         return f"{who} ended without a word: killed, or out of memory."
 
 
-class _Parcel:
+class _Parcel(Iterable[Tensor]):
     """Tensors of these shapes and types that go as one, of bytes."""
 
     def __init__(self, kinds: Sequence[tuple[torch.Size, torch.dtype]], device: torch.device):
+        self._kinds = kinds
         size = sum(_aligned(shape.numel() * dtype.itemsize) for shape, dtype in kinds)
         self.data = torch.empty(size, dtype=torch.uint8, device=device)
-        self.tensors = []
+
+    def __iter__(self) -> Iterator[Tensor]:
         start = 0
-        for shape, dtype in kinds:
+        for shape, dtype in self._kinds:
             end = start + shape.numel() * dtype.itemsize
-            self.tensors.append(self.data[start:end].view(dtype).view(shape))
+            yield self.data[start:end].view(dtype).view(shape)
             start = _aligned(end)
 
     def put(self, tensors: Sequence[Tensor]) -> None:
         """Fill it."""
-        for place, tensor in zip(self.tensors, tensors, strict=True):
+        for place, tensor in zip(self, tensors, strict=True):
             place.copy_(tensor)
 
 

@@ -87,9 +87,8 @@ def collected(ranks: Ranks, packed: Sequence[Packed], device: torch.device) -> l
     sent = ranks.exchange(said, [tensor for tensors, _ in packed for tensor in tensors.values()], device)
     if not ranks.first:
         return []
-    # copies: they came as one with all that a rank has packed, which would stay as long as any of it
     return [
-        ({name: next(left).clone() for name in names}, row)
+        ({name: next(left) for name in names}, row)
         for words, tensors in sent
         for left in [iter(tensors)]
         for names, row in words

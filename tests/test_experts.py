@@ -607,6 +607,17 @@ def test_products_of_many_experts_are_those_of_each(
             torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
             one_by_one = sum(experts.sum_of(numbers, x, index, shares) for numbers in parts)
             torch.testing.assert_close(one_by_one, expected, atol=1e-6, rtol=1e-5)
+        of_each = [tokens for tokens, _ in routed(index, experts.count)]
+        pieces = [(number, piece) for number, own in enumerate(of_each) for piece in own.split(5)]
+        expected = experts.inner(x, pieces, torch.float32)
+        for rows in (1, 17, 1000):
+            monkeypatch.setattr(
+                module_of_experts, "GROUPED", max(rows * x[0].nbytes, at_once * weight.nbytes)
+            )
+            found = experts.inner_in_groups(x, pieces, torch.float32)
+            assert max(one.abs().max() for one in expected if len(one)) > 1e-3
+            for one, another in zip(found, expected, strict=True):
+                torch.testing.assert_close(one, another, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "llama4_text"])

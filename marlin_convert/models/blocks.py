@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from marlin_convert.checkpoint.linears import Weights, is_finite
 from marlin_convert.errors import SourceError
 from marlin_convert.models.discover import discover
+from marlin_convert.models.experts import Unfilled
 from marlin_convert.models.memory import free_memory, give_back
 from marlin_convert.models.tree import config_errors, module_tree
 
@@ -249,6 +250,8 @@ class BlockModel:
         """A copy of a loaded block with the tensors that it has now, whatever `replace` gives it later."""
         kept: list[Any] = [*block.parameters(), *block.buffers()]
         kept += [module.config for module in block.modules() if hasattr(module, "config")]
+        # experts that other processes have, which nothing replaces
+        kept += [one for one in block.modules() if isinstance(one, Unfilled) and one.weight.is_meta]
         return copy.deepcopy(block, {id(one): one for one in kept})
 
     def unload(self, i: int) -> None:

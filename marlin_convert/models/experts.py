@@ -6,7 +6,7 @@ uses its experts interface (https://huggingface.co/docs/transformers/experts_int
 a linear for each of its weights, so that what is true of linears is true of experts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from inspect import signature
 from typing import Any
 
@@ -28,7 +28,8 @@ GATE_UP = "gate_up_proj"
 # What the interface hands to a module of experts.
 HANDED = ("hidden_states", "top_k_index", "top_k_weights")
 
-# Bytes of weights of one role that are multiplied as one: they are copied beside each other for it.
+# Bytes of weights of one role, and of inputs, that are multiplied as one: they are copied beside each other
+# for it.
 GROUPED = 1 << 28
 
 
@@ -67,7 +68,7 @@ class Experts(nn.Module):
         total = torch.zeros_like(hidden_states, dtype=torch.float32)
         if not numbers:
             return total
-        if _multiplies_groups(hidden_states) and self._aligned():
+        if self._can_group(hidden_states.device, hidden_states.dtype):
             return self.in_groups(numbers, hidden_states, top_k_index, top_k_weights)
         every = routed(top_k_index, self.count)
         for number in numbers:
@@ -86,7 +87,7 @@ class Experts(nn.Module):
         places, ends = _by_expert(top_k_index, self.count)
         shares = top_k_weights.T.flatten()
         answers = hidden_states.new_zeros(choices * tokens, hidden_states.shape[1])
-        at_once = max(1, GROUPED // self.linear(numbers.start, self.roles[0]).weight.nbytes)
+        at_once = self._at_once(numbers.start)
         stops = ends.tolist()
         for first in numbers[::at_once]:
             last = min(first + at_once, numbers.stop) - 1
@@ -100,32 +101,69 @@ class Experts(nn.Module):
 
     def _answers(self, first: int, ends: Tensor, x: Tensor) -> Tensor:
         """The answers of experts from the `first` on to x (rows, k), in which the rows of each end there."""
-        offsets = ends.to(torch.int32)
+        return self._normed(self._products(self.roles[-1], first, ends, self._inner(first, ends, x)))
 
-        def product(role: str, x: Tensor) -> Tensor:
-            linears = [self.linear(first + number, role) for number in range(len(ends))]
-            y = grouped_mm(x, torch.stack([one.weight for one in linears]).mT, offs=offsets)
-            if self.has_bias:
-                biases = torch.stack([one.bias for one in linears])
-                y += biases.repeat_interleave(_sizes(ends), 0, output_size=len(x))
-            return y
+    def _inner(self, first: int, ends: Tensor, x: Tensor) -> Tensor:
+        """What their last linears read."""
+        return self._activated([self._products(role, first, ends, x) for role in self.roles[:-1]])
 
-        *outer, last = self.roles
-        return self._normed(product(last, self._activated([product(role, x) for role in outer])))
+    def _products(self, role: str, first: int, ends: Tensor, x: Tensor) -> Tensor:
+        """What their linears of a role give."""
+        linears = [self.linear(first + number, role) for number in range(len(ends))]
+        y = grouped_mm(x, torch.stack([one.weight for one in linears]).mT, offs=ends.to(torch.int32))
+        if self.has_bias:
+            biases = torch.stack([one.bias for one in linears])
+            y += biases.repeat_interleave(_sizes(ends), 0, output_size=len(x))
+        return y
+
+    def _can_group(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether what is done `in_groups` can be done so, for inputs of this type."""
+        return _multiplies_groups(device, dtype) and self._aligned()
 
     def _aligned(self) -> bool:
-        """Whether `in_groups` can do it: experts are dense, and their rows begin at multiples of 16 bytes."""
+        """Whether experts are dense, and their rows begin at multiples of 16 bytes."""
         linears = [self.linear(0, role) for role in self.roles]
         return all(
             type(one) is Unfilled and not any(size % 8 for size in one.weight.shape) for one in linears
         )
 
+    def _at_once(self, number: int) -> int:
+        """How many experts are multiplied as one, by the weights of this one."""
+        return max(1, GROUPED // int(self.linear(number, self.roles[0]).weight.nbytes))
+
     def linear(self, number: int, role: str) -> Any:
         """The linear of an expert by its role, dense or packed."""
         return getattr(getattr(self, str(number)), role)
 
-    def inner(self, number: int, x: Tensor) -> Tensor:
-        """What the last linear of an expert reads, for inputs x (tokens, k)."""
+    def inner(self, x: Tensor, pieces: Sequence[tuple[int, Tensor]], dtype: torch.dtype) -> list[Tensor]:
+        """What the last linears of experts read, in the type of x (rows, k), computed in `dtype`.
+
+        It is given for pieces of x: of each the number of its expert, in ascending order, and its rows.
+        """
+        if self._can_group(x.device, dtype):
+            return self.inner_in_groups(x, pieces, dtype)
+        return [self._inner_of(number, x[rows].to(dtype)).to(x.dtype) for number, rows in pieces]
+
+    def inner_in_groups(
+        self, x: Tensor, pieces: Sequence[tuple[int, Tensor]], dtype: torch.dtype
+    ) -> list[Tensor]:
+        """What `inner` gives, with the products of many experts as one."""
+        found: list[Tensor] = []
+        at_once = self._at_once(pieces[0][0]) if pieces else 1
+        for some in _batches(pieces, at_once, rows=GROUPED // (x.shape[1] * dtype.itemsize)):
+            sizes = [len(rows) for _, rows in some]
+            first, last = some[0][0], some[-1][0]
+            of_each = [0] * (last + 1 - first)
+            for (number, _), size in zip(some, sizes, strict=True):
+                of_each[number - first] += size
+            # not waited for, so that the host goes on
+            ends = torch.tensor(of_each).cumsum(0).to(x.device, non_blocking=True)
+            rows = torch.cat([rows for _, rows in some])
+            found += self._inner(first, ends, x[rows].to(dtype)).to(x.dtype).split(sizes)
+        return found
+
+    def _inner_of(self, number: int, x: Tensor) -> Tensor:
+        """The same of one expert, for inputs x (tokens, k)."""
         return self._activated([self.linear(number, role)(x) for role in self.roles[:-1]])
 
     def _activated(self, outputs: list[Tensor]) -> Tensor:
@@ -138,17 +176,17 @@ class Experts(nn.Module):
 
     def answer(self, number: int, x: Tensor) -> Tensor:
         """An expert's answer to x (tokens, k)."""
-        return self._normed(self.linear(number, self.roles[-1])(self.inner(number, x)))
+        return self._normed(self.linear(number, self.roles[-1])(self._inner_of(number, x)))
 
     def _normed(self, answer: Tensor) -> Tensor:
         return self.post_expert_norm(answer) if self.has_post_expert_norm else answer
 
 
-def _multiplies_groups(x: Tensor) -> bool:
-    """Whether torch has a kernel for grouped products of x: without one it does them one after another."""
-    return (
-        x.is_cuda and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
-    )
+def _multiplies_groups(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch has a kernel for grouped products: without one it does them one after another."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return False
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 class Unfilled(nn.Linear):
@@ -196,8 +234,24 @@ def routed(top_k_index: Tensor, count: int) -> list[tuple[Tensor, Tensor]]:
 def _by_expert(top_k_index: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Places of top_k_index (tokens, choices), a choice after another, by expert; where those of each end."""
     chosen = top_k_index.T.flatten()
-    numbers, places = torch.where(chosen < 0, count, chosen).sort(stable=True)
-    return places, torch.searchsorted(numbers, torch.arange(count, device=numbers.device), right=True)
+    # few bits are sorted in few passes
+    numbers, places = torch.where(chosen < 0, count, chosen).to(torch.int16).sort(stable=True)
+    every = torch.arange(count, dtype=torch.int16, device=numbers.device)
+    return places, torch.searchsorted(numbers, every, right=True)
+
+
+def _batches(
+    pieces: Sequence[tuple[int, Tensor]], most: int, *, rows: int
+) -> Iterator[list[tuple[int, Tensor]]]:
+    """Pieces, some after others: `most` of them and so many rows at most, or one."""
+    some: list[tuple[int, Tensor]] = []
+    for piece in pieces:
+        if some and (len(some) == most or sum(len(own) for _, own in (*some, piece)) > rows):
+            yield some
+            some = []
+        some.append(piece)
+    if some:
+        yield some
 
 
 def _sizes(ends: Tensor) -> Tensor:

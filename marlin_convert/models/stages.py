@@ -233,10 +233,9 @@ class BlockWalk:
             if first[number] in self._stages:
                 yield self._of_expert(first[number], entering.x[piece.tokens], piece)
         self._solve_of(first.values())
-        inner = [
-            experts.inner(number, entering.x[piece.tokens].to(self._computed)).to(self._dtype)
-            for number, piece in pieces
-        ]
+        inner = experts.inner(
+            entering.x, [(number, piece.tokens) for number, piece in pieces], self._computed
+        )
         for (number, piece), x in zip(pieces, inner, strict=True):
             if last[number] in self._stages:
                 yield self._of_expert(last[number], x, piece)

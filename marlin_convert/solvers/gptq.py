@@ -123,7 +123,8 @@ def _descent(hessians: Tensor, damping: list[float | None]) -> Tensor:
     Where no damping helps there is no descent, and all is zero.
     """
     diagonal = diagonals(hessians)
-    shares = torch.tensor([share or 0.0 for share in damping], device=hessians.device)
+    # not waited for: the GPU is still busy with the weights
+    shares = torch.tensor([share or 0.0 for share in damping]).to(hessians.device, non_blocking=True)
     diagonal = diagonal + shares[:, None] * diagonal.mean(-1, keepdim=True)
     feedback = hessians / diagonal[:, None]
     diagonals(feedback).zero_()
