@@ -1,9 +1,11 @@
 """`bench latency`: batches through transformers on this machine, and what cannot be measured."""
 
 import json
+from importlib.util import find_spec
 
 import pytest
 import tiny_models
+import torch
 
 from marlin_convert.bench.batches import Latencies, Latency, table
 from marlin_convert.bench.latency import Job, measure
@@ -36,8 +38,6 @@ def test_the_first_token_is_not_counted():
     """An engine that takes 30 ms to its first token and 2 ms for every one after it."""
     import time
 
-    import torch
-
     asked = []
 
     def answer(prompts, tokens):
@@ -61,6 +61,25 @@ def test_the_table():
     assert found.speedups() == {1: 2.5}
     lines = table(found).splitlines()
     assert "2.50x" in lines[2] and lines[3].split() == ["8", "9.00", "4.000", "2000"]
+
+
+def test_gpus_that_are_not_there_are_refused(model, cli):
+    """Before anything is loaded; vLLM takes no GPU but the first it sees."""
+    result = cli("bench", "latency", model, "--device", "cpu", "--tensor-parallel-size", 2)
+    assert result.exit_code == 1 and "--tensor-parallel-size 2 is vLLM's" in result.output
+    assert cli("bench", "latency", model, "--tensor-parallel-size", 0).exit_code == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.skipif(not find_spec("vllm"), reason="needs vLLM")
+def test_vllm_has_as_many_gpus_as_are_asked_for(model, cli):
+    found = torch.cuda.device_count()
+    result = cli("bench", "latency", model, "--tensor-parallel-size", found + 1)
+    assert result.exit_code == 1 and f"there are {found} GPUs" in result.output
+    if found > 1:
+        result = cli("bench", "latency", model, "--device", "cuda:1")
+        assert result.exit_code == 1 and "CUDA_VISIBLE_DEVICES=1" in result.output
 
 
 def test_what_cannot_be_measured(model, tmp_path, cli):

@@ -41,7 +41,10 @@ Answer = Callable[[torch.Tensor, int], None]
 
 @dataclass(frozen=True)
 class Job:
-    """What to measure: a checkpoint, and perhaps the model it is compared with, both directories."""
+    """What to measure: a checkpoint, and perhaps the model it is compared with, both directories.
+
+    vLLM divides every layer among `tensor_parallel_size` GPUs.
+    """
 
     checkpoint: Path
     baseline: Path | None
@@ -49,6 +52,7 @@ class Job:
     batch_sizes: tuple[int, ...] = BATCHES
     input_len: int = 64
     output_len: int = 64
+    tensor_parallel_size: int = 1
 
 
 def run(job: Job, output: Path | None = None, overwrite: bool = False) -> Latencies:
@@ -74,12 +78,10 @@ def run(job: Job, output: Path | None = None, overwrite: bool = False) -> Latenc
 def _run(job: Job) -> Latencies:
     directories = (job.checkpoint, job.baseline)
     vocabularies = {one: _vocabulary(one, job) for one in directories if one is not None}
-    engine, load = (
-        ("vllm", _vllm)
-        if find_spec("vllm") and job.device.type == "cuda"
-        else ("transformers", _transformers)
-    )
+    engine, load = _engine(job)
     device = "cpu" if job.device.type == "cpu" else torch.cuda.get_device_name(job.device)
+    if job.tensor_parallel_size > 1:
+        device = f"{job.tensor_parallel_size} x {device}"
     found = Latencies(f"{engine} {_version(engine)}", device, job.input_len, job.output_len)
     for directory, rows in zip(directories, (found.checkpoint, found.baseline), strict=True):
         if directory is None:
@@ -100,6 +102,30 @@ def _run(job: Job) -> Latencies:
             if job.device.type == "cuda":
                 torch.cuda.empty_cache()
     return found
+
+
+def _engine(job: Job) -> tuple[str, Callable[[Path, Job], Answer]]:
+    """The engine there is, and what loads a model; ConvertError where it has not the GPUs asked for."""
+    wanted = job.tensor_parallel_size
+    if find_spec("vllm") is None or job.device.type != "cuda":
+        if wanted > 1:
+            where = "is not installed" if job.device.type == "cuda" else "is not used on a CPU"
+            raise ConvertError(
+                f"--tensor-parallel-size {wanted} is vLLM's, which {where}.",
+                f"install it on a machine with {wanted} GPUs, or measure on one.",
+            )
+        return "transformers", _transformers
+    if job.device.index:
+        raise ConvertError(
+            f"vLLM takes the first GPU it sees, not {job.device}.",
+            f"CUDA_VISIBLE_DEVICES={job.device.index} and --device auto.",
+        )
+    if wanted > torch.cuda.device_count():
+        raise ConvertError(
+            f"--tensor-parallel-size {wanted}, and there are {torch.cuda.device_count()} GPUs.",
+            "ask for as many as there are.",
+        )
+    return "vllm", _vllm
 
 
 def _version(package: str) -> str:
@@ -169,7 +195,10 @@ def _transformers(directory: Path, job: Job) -> Answer:
 def _vllm(directory: Path, job: Job) -> Answer:
     from vllm import LLM, SamplingParams
 
-    engine = LLM(str(directory), max_model_len=job.input_len + job.output_len, enable_prefix_caching=False)
+    engine = LLM(
+        str(directory), max_model_len=job.input_len + job.output_len, enable_prefix_caching=False,
+        tensor_parallel_size=job.tensor_parallel_size,
+    )  # fmt: skip
 
     def answer(prompts: torch.Tensor, tokens: int) -> None:
         wanted = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)

@@ -33,6 +33,13 @@ from marlin_convert.options import pick_device
 @click.option(
     "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute."
 )
+@click.option(
+    "--tensor-parallel-size",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="GPUs that vLLM divides a model among.",
+)
 @click.option("-o", "--output", type=Place(path_type=Path), help="Directory to write. Must not exist.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier output once this is complete.")
 @output_options
@@ -43,6 +50,7 @@ def bench_latency(
     input_len: int,
     output_len: int,
     device: str,
+    tensor_parallel_size: int,
     output: Path | None,
     overwrite: bool,
     as_json: bool,
@@ -67,6 +75,7 @@ def bench_latency(
         batch_sizes=batch_sizes,
         input_len=input_len,
         output_len=output_len,
+        tensor_parallel_size=tensor_parallel_size,
     )
     done = story.run(job, output, overwrite)
     if as_json:
