@@ -14,8 +14,11 @@ from torch import Tensor
 
 from marlin_convert.models.experts import Experts
 
-# Tokens that are answered at once.
-TOKENS = 16384
+# Tokens that are answered at once: as each process has some of the experts only, more than a micro-batch.
+TOKENS = 32768
+
+# Sums that may be on their way while the next is computed, so that nobody waits for who has more to do in one.
+AHEAD = 2
 
 
 class Piece(Protocol):
@@ -94,7 +97,7 @@ def answered(processes: Processes, experts: Experts, called: Called, dtype: torc
             part = experts.sum_of(numbers, x, called.index[rows], called.shares[rows])
             mine = processes.shares[owner] == processes.share
             begun.append((processes.begin_sum(part, owner), part if mine else None))
-            if len(begun) > 1:  # one is summed up while the next is computed
+            if len(begun) > AHEAD:
                 end()
         start += count
     while begun:
