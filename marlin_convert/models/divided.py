@@ -17,7 +17,7 @@ from marlin_convert.models.experts import Experts
 # Tokens that are answered at once: as each process has some of the experts only, more than a micro-batch.
 TOKENS = 32768
 
-# Sums that may be on their way while the next is computed, so that nobody waits for who has more to do in one.
+# Sums that may be on their way while the next is computed: nobody waits for who has more to do in one.
 AHEAD = 2
 
 
