@@ -4,7 +4,8 @@
 
 Greedy, from pieces of the builtin text; an engine in processes of its own for each number of GPUs. Sums in
 another order may turn a near tie: where a run chose another token first, the table has how far that one was
-behind in the run by one GPU, at most, and how far log-probabilities are apart until there.
+behind in the first run, at most (inf: not among its five likeliest), and how far log-probabilities are apart
+until there.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import json
 import subprocess
 import sys
 import time
+from math import inf
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,7 +25,7 @@ PROMPT, TOKENS, PROMPTS = 64, 128, 32
 
 
 def generate(checkpoint: str, ranks: int, out: Path) -> None:
-    """Write tokens, their log-probabilities and how far the second was behind, and seconds a step."""
+    """Write the tokens of every answer, the log-probabilities of the likeliest, and seconds a step."""
     from vllm import LLM, SamplingParams
 
     from marlin_convert import builtin_text
@@ -34,32 +36,31 @@ def generate(checkpoint: str, ranks: int, out: Path) -> None:
     tokenizer = engine.get_tokenizer()
     pieces = itertools.islice(builtin_text.pieces(), PROMPTS)
     prompts = [{"prompt_token_ids": tokenizer(piece)["input_ids"][:PROMPT]} for piece in pieces]
-    greedy = SamplingParams(temperature=0, max_tokens=TOKENS, logprobs=2, ignore_eos=True)
+    greedy = SamplingParams(temperature=0, max_tokens=TOKENS, logprobs=5, ignore_eos=True)
     engine.generate(prompts, greedy, use_tqdm=False)
     begin = time.perf_counter()
     answers = engine.generate(prompts, greedy, use_tqdm=False)
     seconds = (time.perf_counter() - begin) / TOKENS
     rows = []
     for [chosen] in (answer.outputs for answer in answers):
-        tokens = list(chosen.token_ids)
-        own = [at[token].logprob for token, at in zip(tokens, chosen.logprobs, strict=True)]
-        ahead = [min((mine - other.logprob for name, other in at.items() if name != token), default=0.0)
-                 for mine, token, at in zip(own, tokens, chosen.logprobs, strict=True)]  # fmt: skip
-        rows.append({"tokens": tokens, "logprobs": own, "ahead": ahead})
+        likely = [{str(name): one.logprob for name, one in at.items()} for at in chosen.logprobs]
+        rows.append({"tokens": [str(name) for name in chosen.token_ids], "likely": likely})
     out.write_text(json.dumps({"rows": rows, "seconds": seconds}))
 
 
 def compared(first: dict[str, Any], other: dict[str, Any]) -> str:
-    """The cells of a row, beside the run by one."""
+    """The cells of a row, beside the first run."""
     same, equal, ties, apart = 0, 0, [], 0.0
     for a, b in zip(first["rows"], other["rows"], strict=True):
-        pairs = zip(a["tokens"], b["tokens"], strict=True)
-        until = next((i for i, (x, y) in enumerate(pairs) if x != y), TOKENS)
-        same += until == TOKENS
-        equal += until
-        ties += a["ahead"][until : until + 1]
-        pairs = zip(a["logprobs"][:until], b["logprobs"][:until], strict=True)
-        apart = max([apart, *(abs(x - y) for x, y in pairs)])
+        places = zip(a["tokens"], b["tokens"], a["likely"], b["likely"], strict=True)
+        for token, another, before, now in places:
+            if token != another:
+                ties.append(before[token] - before.get(another, -inf))
+                break
+            equal += 1
+            apart = max(apart, abs(before[token] - now[token]))
+        else:
+            same += 1
     turned = f"{max(ties):.4f}" if ties else "none"
     step = f"{1e3 * other['seconds']:.2f}"
     return f"{same} of {PROMPTS} | {equal} of {PROMPTS * TOKENS} | {turned} | {apart:.4f} | {step}"

@@ -88,11 +88,16 @@ def collected(ranks: Ranks, packed: Sequence[Packed], device: torch.device) -> l
     if not ranks.first:
         return []
     return [
-        ({name: next(left) for name in names}, row)
+        ({name: _kept_alone(next(left)) for name in names}, row)
         for words, tensors in sent
         for left in [iter(tensors)]
         for names, row in words
     ]
+
+
+def _kept_alone(tensor: Tensor) -> Tensor:
+    """A tensor as it came, or a copy: of odd size it is written last, and would keep all it came with."""
+    return tensor.clone() if tensor.nbytes % 8 else tensor
 
 
 def _evenly(sizes: Sequence[int], ranks: int) -> list[int]:

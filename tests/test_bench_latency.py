@@ -1,14 +1,17 @@
 """`bench latency`: batches through transformers on this machine, and what cannot be measured."""
 
 import json
-from importlib.util import find_spec
+import sys
+from types import SimpleNamespace
 
 import pytest
 import tiny_models
 import torch
 
+from marlin_convert.bench import latency
 from marlin_convert.bench.batches import Latencies, Latency, table
 from marlin_convert.bench.latency import Job, measure
+from marlin_convert.errors import ConvertError
 
 
 @pytest.fixture(scope="module")
@@ -64,22 +67,41 @@ def test_the_table():
 
 
 def test_gpus_that_are_not_there_are_refused(model, cli):
-    """Before anything is loaded; vLLM takes no GPU but the first it sees."""
+    """Before anything is loaded."""
     result = cli("bench", "latency", model, "--device", "cpu", "--tensor-parallel-size", 2)
     assert result.exit_code == 1 and "--tensor-parallel-size 2 is vLLM's" in result.output
     assert cli("bench", "latency", model, "--tensor-parallel-size", 0).exit_code == 2
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.skipif(not find_spec("vllm"), reason="needs vLLM")
-def test_vllm_has_as_many_gpus_as_are_asked_for(model, cli):
-    found = torch.cuda.device_count()
-    result = cli("bench", "latency", model, "--tensor-parallel-size", found + 1)
-    assert result.exit_code == 1 and f"there are {found} GPUs" in result.output
-    if found > 1:
-        result = cli("bench", "latency", model, "--device", "cuda:1")
-        assert result.exit_code == 1 and "CUDA_VISIBLE_DEVICES=1" in result.output
+def test_vllm_is_given_the_gpus_that_are_asked_for(model, monkeypatch):
+    """On a machine with two GPUs and vLLM, as it seems here."""
+    engines = []
+
+    class Engine:
+        def __init__(self, directory, **settings):
+            engines.append((directory, settings))
+
+        def generate(self, prompts, *_, **__):
+            assert prompts
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=Engine, SamplingParams=dict))
+    monkeypatch.setattr(latency, "find_spec", lambda name: name == "vllm")
+    monkeypatch.setattr(latency, "_version", lambda name: "1.0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+
+    def found(device: str, size: int) -> Latencies:
+        return latency.run(Job(model, None, torch.device(device), (1,), tensor_parallel_size=size))
+
+    assert [found(device, size).device for device, size in (("cuda", 2), ("cuda:0", 1))] == ["2 x GPU", "GPU"]
+    assert [settings["tensor_parallel_size"] for _, settings in engines] == [2, 1]
+    with pytest.raises(ConvertError, match="--tensor-parallel-size 3, and there are 2 GPUs"):
+        found("cuda", 3)
+    with pytest.raises(ConvertError, match="the first GPU it sees, not cuda:1") as refused:
+        found("cuda:1", 1)
+    assert "CUDA_VISIBLE_DEVICES" in refused.value.hint
+    assert len(engines) == 2
 
 
 def test_what_cannot_be_measured(model, tmp_path, cli):

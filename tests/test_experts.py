@@ -158,6 +158,9 @@ def test_tokens_are_divided_as_transformers_walks_them() -> None:
         where = torch.where(torch.nn.functional.one_hot(index, 6).permute(2, 1, 0)[number])
         assert torch.equal(choices, where[0]) and torch.equal(tokens, where[1])
     assert [len(one) for one, _ in routed(torch.zeros(4, 1, dtype=torch.long), 3)] == [4, 0, 0]
+    index = torch.tensor([[299, 150], [300, -1], [40000, 65537], [2**31, 0]])
+    found = {number: tokens.tolist() for number, (tokens, _) in enumerate(routed(index, 300))}
+    assert {number: tokens for number, tokens in found.items() if tokens} == {0: [3], 150: [0], 299: [0]}
 
 
 def test_others_are_evenly_spaced_and_as_many_as_are_missing() -> None:
@@ -610,20 +613,46 @@ def test_products_of_many_experts_are_those_of_each(
         of_each = [tokens for tokens, _ in routed(index, experts.count)]
         pieces = [(number, piece) for number, own in enumerate(of_each) for piece in own.split(5)]
         expected = experts.inner(x, pieces, torch.float32)
-        for rows in (1, 17, 1000):
-            monkeypatch.setattr(
-                module_of_experts, "GROUPED", max(rows * x[0].nbytes, at_once * weight.nbytes)
-            )
-            found = experts.inner_in_groups(x, pieces, torch.float32)
-            assert max(one.abs().max() for one in expected if len(one)) > 1e-3
-            for one, another in zip(found, expected, strict=True):
-                torch.testing.assert_close(one, another, atol=1e-6, rtol=1e-5)
+        found = experts.inner_in_groups(x, pieces, torch.float32)
+        assert max(one.abs().max() for one in expected if len(one)) > 1e-3
+        for one, another in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, another, atol=1e-6, rtol=1e-5)
+
+
+def test_what_is_picked_out_for_many_experts_is_limited() -> None:
+    """By pieces and by rows; a piece that is larger comes alone, and one of no rows with others."""
+    pieces = [(number, torch.arange(rows)) for number, rows in enumerate([3, 0, 4, 9, 9, 20, 1])]
+
+    def sizes(most: int, rows: int) -> list[list[int]]:
+        found = list(module_of_experts._batches(pieces, most, rows=rows))
+        assert [number for some in found for number, _ in some] == list(range(len(pieces)))
+        return [[len(own) for _, own in some] for some in found]
+
+    assert sizes(100, 10) == [[3, 0, 4], [9], [9], [20], [1]]
+    assert sizes(2, 100) == [[3, 0], [4, 9], [9, 20], [1]]
+    assert sizes(100, 100) == [[3, 0, 4, 9, 9, 20, 1]]
+    assert list(module_of_experts._batches([], 1, rows=1)) == []
+
+
+def test_experts_of_other_processes_are_not_copied_with_a_block(source) -> None:
+    """And what is replaced of the others is what it was in the copy."""
+    weights = Weights(Checkpoint.open(source("qwen3_moe")))
+    model = BlockModel(weights, torch.device("cpu"), experts=lambda count: range(1, count, 2))
+    ((path, experts),) = experts_of(model.load(1))
+    ((_, copied),) = experts_of(model.unchanging(model.blocks[1]))
+    role = experts.roles[0]
+    for number in range(experts.count):
+        shared = copied.linear(number, role) is experts.linear(number, role)
+        assert shared == experts.linear(number, role).weight.is_meta == (number % 2 == 0)
+    own = experts.linear(1, role).weight
+    model.replace(f"{model.name(1)}.{path}.1.{role}", torch.zeros_like(own))
+    assert torch.equal(copied.linear(1, role).weight, own) and not experts.linear(1, role).weight.any()
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "llama4_text"])
 def test_what_divided_experts_answer_adds_up(model_type: str, source, monkeypatch) -> None:
     """Of three processes with 13, 1 and 26 tokens, a few at a time; tests/test_ranks.py has real ones."""
-    monkeypatch.setattr(divided, "TOKENS", 5)
+    monkeypatch.setitem(divided.TOKENS, "cpu", 5)
     model = BlockModel(Weights(Checkpoint.open(source(model_type))), torch.device("cpu"))
     number = next(i for i, parts in enumerate(model.structure.parts) if any(part.experts for part in parts))
     ((_, experts),) = experts_of(model.load(number))

@@ -18,12 +18,13 @@ from several_ranks import StartRanks, ranks_starter, torchrun
 
 from marlin_convert.checkpoint.manifest import VERIFIED
 from marlin_convert.cli.torchrun import advise
-from marlin_convert.ranks import Share
+from marlin_convert.ranks import Ranks, Share, _Parcel
+from marlin_convert.together import collected
 
 MIXTURE_IN_PIECES: dict[str, Any] = {
     "marlin_convert.chunks:AT_ONCE": {"cpu": 6 << 20},  # an expert at once
     "marlin_convert.models.hidden:TOKENS": {"cpu": 192},
-    "marlin_convert.models.divided:TOKENS": 100,
+    "marlin_convert.models.divided:TOKENS": {"cpu": 100},
 }
 
 
@@ -406,6 +407,25 @@ def test_shares_are_in_order_and_differ_by_one() -> None:
     shares = [Share(number, 3).range(8) for number in range(3)]
     assert [number for share in shares for number in share] == list(range(8))
     assert sorted(map(len, shares)) == [2, 3, 3]
+
+
+def test_what_is_written_last_does_not_keep_what_it_came_with() -> None:
+    """A tensor of odd size waits for the end of the model, and others of its rank need not."""
+    packed = [({"a": torch.ones(512), "b": torch.full((33,), 2.0)}, {"name": "one"})]
+
+    class Two(Ranks):
+        def exchange(self, said: Any, tensors: Any, device: torch.device) -> Any:
+            parcel = _Parcel([(one.shape, one.dtype) for one in tensors], device)
+            parcel.put(tensors)
+            return [(said, parcel), (said, parcel)]
+
+    found = collected(Two(0, 2), packed, torch.device("cpu"))
+    assert [row for _, row in found] == [{"name": "one"}] * 2
+    for tensors, _ in found:
+        assert all(torch.equal(tensors[name], one) for name, one in packed[0][0].items())
+        assert tensors["b"].untyped_storage().nbytes() == 33 * 4
+        assert tensors["a"].untyped_storage().nbytes() > 512 * 4
+    assert collected(Two(1, 2), packed, torch.device("cpu")) == []
 
 
 @pytest.mark.parametrize(

@@ -112,13 +112,13 @@ def _engine(job: Job) -> tuple[str, Callable[[Path, Job], Answer]]:
             where = "is not installed" if job.device.type == "cuda" else "is not used on a CPU"
             raise ConvertError(
                 f"--tensor-parallel-size {wanted} is vLLM's, which {where}.",
-                f"install it on a machine with {wanted} GPUs, or measure on one.",
+                f"measure where it is, with {wanted} GPUs, or without this option.",
             )
         return "transformers", _transformers
     if job.device.index:
         raise ConvertError(
             f"vLLM takes the first GPU it sees, not {job.device}.",
-            f"CUDA_VISIBLE_DEVICES={job.device.index} and --device auto.",
+            "let it see the GPUs that are meant alone, with CUDA_VISIBLE_DEVICES, and --device auto.",
         )
     if wanted > torch.cuda.device_count():
         raise ConvertError(

@@ -257,9 +257,11 @@ def _convert(
                 packed |= tensors
                 of_block.append(row)
                 while name in packed or (name is not None and name not in plan.owner):
-                    tensor = packed.pop(name) if name in packed else _dense(weights, plan, codes, name)
-                    writer.write(name, tensor)
+                    writer.write(
+                        name, packed.pop(name) if name in packed else _dense(weights, plan, codes, name)
+                    )
                     name = next(names, None)
+            tensors = {}  # all that it came with is not to stay for the next block
             # as they stand in the model: in which order they are solved depends on the ranks
             rows += sorted(of_block, key=lambda row: place[row["name"]])
             if codes.divergence is not None:

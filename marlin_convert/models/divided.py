@@ -15,7 +15,7 @@ from torch import Tensor
 from marlin_convert.models.experts import Experts
 
 # Tokens that are answered at once: as each process has some of the experts only, more than a micro-batch.
-TOKENS = 32768
+TOKENS = {"cpu": 8192, "cuda": 32768}
 
 # Sums that may be on their way while the next is computed: nobody waits for who has more to do in one.
 AHEAD = 2
@@ -90,9 +90,10 @@ def answered(processes: Processes, experts: Experts, called: Called, dtype: torc
             answers.append(part.to(dtype))
 
     numbers, start = processes.share.range(experts.count), 0
+    at_once = TOKENS[called.x.device.type]
     for owner, count in enumerate(called.of_each):
-        for first in range(start, start + count, TOKENS):
-            rows = slice(first, min(first + TOKENS, start + count))
+        for first in range(start, start + count, at_once):
+            rows = slice(first, min(first + at_once, start + count))
             x = called.x[rows].to(dtype)
             part = experts.sum_of(numbers, x, called.index[rows], called.shares[rows])
             mine = processes.shares[owner] == processes.share

@@ -28,8 +28,8 @@ GATE_UP = "gate_up_proj"
 # What the interface hands to a module of experts.
 HANDED = ("hidden_states", "top_k_index", "top_k_weights")
 
-# Bytes of weights of one role, and of inputs, that are multiplied as one: they are copied beside each other
-# for it.
+# Bytes of weights of one role that are multiplied as one, and of inputs that are picked out for it: they are
+# copied beside each other.
 GROUPED = 1 << 28
 
 
@@ -235,7 +235,8 @@ def _by_expert(top_k_index: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Places of top_k_index (tokens, choices), a choice after another, by expert; where those of each end."""
     chosen = top_k_index.T.flatten()
     # few bits are sorted in few passes
-    numbers, places = torch.where(chosen < 0, count, chosen).to(torch.int16).sort(stable=True)
+    numbers = torch.where(chosen < 0, count, chosen).clamp(max=count).to(torch.int16)
+    numbers, places = numbers.sort(stable=True)
     every = torch.arange(count, dtype=torch.int16, device=numbers.device)
     return places, torch.searchsorted(numbers, every, right=True)
 
