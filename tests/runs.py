@@ -86,6 +86,41 @@ for line in sys.stdin:
 )
 
 
+# The same of command lines as a shell has them, in an environment of their own: of what is imported before
+# nothing heeds it.
+BEGINNER = """
+import atexit, json, os, runpy, sys, tempfile, traceback
+import torch._dynamo, torch.distributed.tensor, torch.onnx
+
+print("ready", flush=True)
+for line in sys.stdin:
+    order = json.loads(line)
+    child = os.fork()
+    if not child:
+        os.chdir(order["directory"])
+        os.environ.clear()
+        os.environ.update(order["environment"])
+        tempfile.tempdir = None
+        for number, path in enumerate((os.devnull, order["stdout"], order["stderr"])):
+            os.dup2(os.open(path, os.O_WRONLY if number else os.O_RDONLY), number)
+        sys.argv = ["marlin_convert", *order["words"]]
+        status = 0
+        try:
+            runpy.run_module("marlin_convert", run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            status = end.code
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    _, status = os.waitpid(child, 0)
+    print(os.waitstatus_to_exitcode(status), flush=True)
+"""
+
+
 @dataclass(frozen=True)
 class Fault:
     """What failing_disk.c is told; the calls are in the file `trace` then, a line each."""
@@ -178,3 +213,43 @@ def blocks_done(output: Path) -> int:
         return json.loads((partial(output) / "progress.json").read_text())["done"]["blocks"]
     except FileNotFoundError:
         return 0
+
+
+class Begin(Protocol):
+    """Runs a command line in a directory and an environment, to its end."""
+
+    def __call__(
+        self, *words: object, directory: Path, environment: dict[str, str]
+    ) -> subprocess.CompletedProcess[str]: ...
+
+
+@contextmanager
+def beginner(log: Path) -> Iterator[Begin]:
+    """A process that forks for every command line, as `python -m marlin_convert` with torch imported."""
+    with subprocess.Popen(
+        [sys.executable, "-c", BEGINNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"},  # as the command itself has it
+    ) as server:  # fmt: skip
+        assert server.stdin and server.stdout
+        server.stdout.readline()
+
+        def begin(
+            *words: object, directory: Path, environment: dict[str, str]
+        ) -> subprocess.CompletedProcess[str]:
+            said = {name: log / name for name in ("stdout", "stderr")}
+            for path in said.values():
+                path.write_text("")
+            order = {
+                "words": [str(word) for word in words],
+                "directory": str(directory),
+                "environment": environment,
+                **{name: str(path) for name, path in said.items()},
+            }
+            print(json.dumps(order), file=server.stdin, flush=True)
+            status = int(server.stdout.readline())
+            return subprocess.CompletedProcess(
+                order["words"], status, *(path.read_text() for path in said.values())
+            )
+
+        yield begin
+        server.stdin.close()

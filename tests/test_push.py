@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import yaml
 from fake_hub import LFS, Commit, Fault, Hub, Repository, User, fake_hub
+from runs import Begin, beginner
 
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.manifest import MANIFEST, VERIFIED
@@ -54,20 +55,20 @@ def command(*words: object) -> list[str]:
     return [sys.executable, "-m", "marlin_convert", *map(str, words)]
 
 
+@pytest.fixture(scope="module")
+def begin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Begin]:
+    with beginner(tmp_path_factory.mktemp("said")) as begin:
+        yield begin
+
+
 @pytest.fixture
-def run(hub: Hub, tmp_path: Path) -> Push:
+def run(hub: Hub, begin: Begin, tmp_path: Path) -> Push:
     """Runs a command line in a process, and looks for the token in all that it says and leaves."""
     home = tmp_path / "home"
     home.mkdir()
 
     def run(*words: object, **changes: str | None) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            command(*words),
-            capture_output=True,
-            text=True,
-            env=environment(hub, home, **changes),
-            cwd=tmp_path,
-        )
+        done = begin(*words, directory=tmp_path, environment=environment(hub, home, **changes))
         said = done.stdout + done.stderr
         token = changes.get("HF_TOKEN", TOKEN)
         assert token is None or token not in said
