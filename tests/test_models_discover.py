@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImage
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.errors import SourceError
+from marlin_convert.models import discover as module_of_discover
 from marlin_convert.models import hidden as hidden_module
 from marlin_convert.models.blocks import BlockModel
 from marlin_convert.models.discover import NOT_FOR_TEXT, discover
@@ -61,6 +62,32 @@ def on_meta(model: PreTrainedModel) -> PreTrainedModel:
         same = type(model)(model.config).eval()
     take_apart(same)
     return same
+
+
+def test_a_model_like_an_earlier_one_is_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that has another config, or computes otherwise, is; a few are kept."""
+    ran: list[str] = []
+    run = module_of_discover._run
+
+    def counted(model: PreTrainedModel, *others: Any) -> Any:
+        ran.append(model.config.model_type)
+        return run(model, *others)
+
+    monkeypatch.setattr(module_of_discover, "_run", counted)
+    monkeypatch.setattr(module_of_discover, "_found", {})
+    built = diverse_models.build("qwen3_moe")
+    assert discover(on_meta(built)) is discover(on_meta(built))
+    assert ran == ["qwen3_moe"]
+    fewer = discover(on_meta(diverse_models.build("qwen3_moe", num_hidden_layers=1)))
+    assert len(fewer.parts) == 1 and ran == ["qwen3_moe"] * 2
+    attention = type(built.model.layers[0].self_attn)
+    forward = attention.forward
+    monkeypatch.setattr(attention, "forward", lambda self, *args, **kwargs: forward(self, *args, **kwargs))
+    discover(on_meta(built))
+    assert ran == ["qwen3_moe"] * 3
+    for layers in range(2, 8):
+        discover(on_meta(tiny_models.build("llama", num_hidden_layers=layers)))
+    assert len(module_of_discover._found) == module_of_discover.KEPT
 
 
 def structure(model_type: str) -> Structure:

@@ -6,7 +6,7 @@ whatever the model's size. Storages tell which linears read one input, and what 
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -45,6 +45,10 @@ Modules = Mapping[str, nn.Module]  # all of a model, by their paths
 
 NOT_FOR_TEXT = "never sees text: of a tower for pictures or sound, or of its projector"
 OUTSIDE = "outside of the blocks"
+
+# Structures that are kept: a command asks for those of a model and of its source several times.
+KEPT = 4
+_found: dict[Hashable, Structure] = {}
 
 # Of what cannot be taken block by block.
 WAY_OUT = "serve it as it is, or let an engine round it while it loads it."
@@ -142,6 +146,29 @@ def discover(model: PreTrainedModel) -> Structure:
 
     SourceError for one that cannot be taken block by block, and why.
     """
+    known = _made_of(model)
+    if known not in _found:
+        found = _discover(model)
+        while len(_found) >= KEPT:
+            del _found[next(iter(_found))]
+        _found[known] = found
+    return _found[known]
+
+
+def _made_of(model: PreTrainedModel) -> Hashable:
+    """All that a structure depends on: of models that are alike in it the second is not run."""
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    first = {id(tensor): number for number, (_, tensor) in reversed([*enumerate(tensors)])}
+    return (
+        model.config.to_json_string(),
+        model.config._attn_implementation,
+        NARROW,
+        tuple((path, type(module), type(module).forward) for path, module in model.named_modules()),
+        tuple((name, tensor.shape, tensor.dtype, first[id(tensor)]) for name, tensor in tensors),
+    )
+
+
+def _discover(model: PreTrainedModel) -> Structure:
     refuse_others(model, WAY_OUT)
     modules = dict(model.named_modules())
     experts = {path: module for path, module in modules.items() if isinstance(module, Experts)}

@@ -7,6 +7,7 @@ a linear for each of its weights, so that what is true of linears is true of exp
 """
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from inspect import signature
 from typing import Any
 
@@ -288,7 +289,7 @@ def _adapt(model: PreTrainedModel) -> None:
         handed = tuple(signature(module.forward).parameters)
         around: Any = model.get_submodule(path.rpartition(".")[0])
         if handed == HANDED[:1] and around._modules.keys() == {"experts", "router", "shared_expert"}:
-            around.__class__ = type("ScoresOnInputs", (ScoresOnInputs, type(around)), {})
+            around.__class__ = _as_well(ScoresOnInputs, around.__class__)
         elif handed != HANDED or not hasattr(module, "_apply_gate"):
             continue
         first, last = module._parameters.values()
@@ -314,8 +315,7 @@ def _take_apart(path: str, module: Any, known: list[WeightConverter]) -> None:
         Stacked(f"{path}.{first}_bias", names[:-1], (n,), not module.is_concatenated, False),
         Stacked(f"{path}.{last}_bias", names[-1:], (outputs,), False, False),
     )
-    gate = {} if hasattr(module, "_apply_gate") else {"_apply_gate": _default_apply_gate}
-    module.__class__ = type("Experts", (Experts, type(module)), gate)
+    module.__class__ = _as_well(Experts, module.__class__)
     module._is_hf_initialized = True  # _init_weights looks for what was stacked
     for number in range(count):
         expert = nn.Module()
@@ -323,6 +323,13 @@ def _take_apart(path: str, module: Any, known: list[WeightConverter]) -> None:
             expert.add_module(role, Unfilled(k, inner, bias=module.has_bias, device="meta"))
         expert.add_module(names[-1], Unfilled(inner, outputs, bias=module.has_bias, device="meta"))
         module.add_module(str(number), expert)
+
+
+@cache
+def _as_well(ours: Any, theirs: Any) -> Any:
+    """The class of a module of theirs that is one of ours too: the same for all that are alike."""
+    gate = ours is Experts and not hasattr(theirs, "_apply_gate")
+    return type(ours.__name__, (ours, theirs), {"_apply_gate": _default_apply_gate} if gate else {})
 
 
 def _names(path: str, stacked: str, known: list[WeightConverter], usual: tuple[str, ...]) -> tuple[str, ...]:
