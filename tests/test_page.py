@@ -2,10 +2,10 @@
 
 import html as markup
 import json
+import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
+from runs import beginner
 
 from marlin_convert.plot import Point, curves
 
@@ -46,16 +47,16 @@ class Elements(HTMLParser):
 def pages(tinypy: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Those of a conversion and of its verification."""
 
-    def run(*words: object) -> None:
-        command = [sys.executable, "-m", "marlin_convert", *map(str, words)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-
     directory = tmp_path_factory.mktemp("pages")
     made, verified = directory / "made.html", directory / "verified.html"
     sizes = ("--samples", 4, "--sequence-length", 128, "-q")
-    run("quantize", tinypy, "-o", directory / "out", "--report", made, *sizes)
-    run("verify", directory / "out", "--source", tinypy, "--report", verified, *sizes)
+    with beginner(tmp_path_factory.mktemp("said")) as begin:
+        for words in (
+            ("quantize", tinypy, "-o", directory / "out", "--report", made, *sizes),
+            ("verify", directory / "out", "--source", tinypy, "--report", verified, *sizes),
+        ):
+            done = begin(*words, directory=directory, environment=dict(os.environ))
+            assert done.returncode == 0, done.stderr
     return made, verified
 
 

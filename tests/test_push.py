@@ -93,19 +93,23 @@ def push(run: Push) -> Push:
     return push
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def checkpoints(
-    tinypy: Path, quantized: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+    tinypy: Path, quantized: Callable[[str], Path], begin: Begin, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path]:
     """Two verified checkpoints of the same model that differ in every linear; not to be changed."""
     directory = tmp_path_factory.mktemp("verified")
     one, other = directory / "one", directory / "other"
     shutil.copytree(quantized("marlin"), one)
     quick = ("--samples", 8, "--sequence-length", 256, "--seed", 7, "-q")
-    subprocess.run(command("quantize", tinypy, "-o", other, *quick), check=True)
     text = ("--source", tinypy, "--samples", 1, "--sequence-length", 256, "-q")
-    for path in (one, other):
-        subprocess.run(command("verify", path, *text), check=True)
+    for words in (
+        ("quantize", tinypy, "-o", other, *quick),
+        ("verify", one, *text),
+        ("verify", other, *text),
+    ):
+        done = begin(*words, directory=directory, environment=dict(os.environ))
+        assert done.returncode == 0, done.stderr
     return one, other
 
 
