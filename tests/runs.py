@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -151,15 +151,32 @@ class Start(Protocol):
 
 
 @contextmanager
-def starter(directory: Path, **environment: str) -> Iterator[Start]:
-    """A process that forks for every command line; `directory` is for its log."""
-    log = directory / "log.txt"
+def forks(program: str, **environment: str) -> Iterator[Callable[[dict[str, Any]], int]]:
+    """A process that forks for every order; what is yielded gives one, and waits for its exit status.
+
+    The `program` says a line when it is ready, and the exit status of every order.
+    """
     with subprocess.Popen(
-        [sys.executable, "-c", STARTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"} | environment,  # as the command itself has it
     ) as server:  # fmt: skip
         assert server.stdin and server.stdout
-        server.stdout.readline()
+        asked, answers = server.stdin, server.stdout
+        answers.readline()
+
+        def status(order: dict[str, Any]) -> int:
+            print(json.dumps(order), file=asked, flush=True)
+            return int(answers.readline())
+
+        yield status
+        asked.close()
+
+
+@contextmanager
+def starter(directory: Path, **environment: str) -> Iterator[Start]:
+    """A process that forks for every command line; `directory` is for its log."""
+    log = directory / "log.txt"
+    with forks(STARTER, **environment) as status:
 
         def start(
             *words: object,
@@ -176,12 +193,9 @@ def starter(directory: Path, **environment: str) -> Iterator[Start]:
                 "fault": fault and asdict(fault),
                 "constants": constants or {},
             }
-            print(json.dumps(order), file=server.stdin, flush=True)
-            status = int(server.stdout.readline())
-            return status, log.read_text()
+            return status(order), log.read_text()
 
         yield start
-        server.stdin.close()
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -226,12 +240,7 @@ class Begin(Protocol):
 @contextmanager
 def beginner(log: Path) -> Iterator[Begin]:
     """A process that forks for every command line, as `python -m marlin_convert` with torch imported."""
-    with subprocess.Popen(
-        [sys.executable, "-c", BEGINNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"},  # as the command itself has it
-    ) as server:  # fmt: skip
-        assert server.stdin and server.stdout
-        server.stdout.readline()
+    with forks(BEGINNER) as status:
 
         def begin(
             *words: object, directory: Path, environment: dict[str, str]
@@ -245,11 +254,7 @@ def beginner(log: Path) -> Iterator[Begin]:
                 "environment": environment,
                 **{name: str(path) for name, path in said.items()},
             }
-            print(json.dumps(order), file=server.stdin, flush=True)
-            status = int(server.stdout.readline())
-            return subprocess.CompletedProcess(
-                order["words"], status, *(path.read_text() for path in said.values())
-            )
+            ended = status(order)
+            return subprocess.CompletedProcess(words, ended, *(path.read_text() for path in said.values()))
 
         yield begin
-        server.stdin.close()

@@ -1,6 +1,5 @@
 """Command lines in processes that torchrun starts, one of which may be killed or fail where it is told."""
 
-import json
 import os
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from runs import CHANGES
+from runs import CHANGES, forks
 
 # torchrun's own launcher, in a process that has imported everything and forks: for every line it is given a
 # launcher, which forks the ranks.
@@ -97,12 +96,7 @@ class StartRanks(Protocol):
 def ranks_starter(directory: Path, **environment: str) -> Iterator[StartRanks]:
     """A process that starts ranks for every command line; `directory` is for its log."""
     log = directory / "log.txt"
-    with subprocess.Popen(
-        [sys.executable, "-c", STARTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"} | environment,
-    ) as server:  # fmt: skip
-        assert server.stdin and server.stdout
-        server.stdout.readline()
+    with forks(STARTER, **environment) as status:
 
         def start(
             ranks: int,
@@ -117,12 +111,9 @@ def ranks_starter(directory: Path, **environment: str) -> Iterator[StartRanks]:
                 "stop": stop,
                 "constants": constants or {},
             }
-            print(json.dumps(order), file=server.stdin, flush=True)
-            status = int(server.stdout.readline())
-            return status, log.read_text()
+            return status(order), log.read_text()
 
         yield start
-        server.stdin.close()
 
 
 def torchrun(ranks: int, *words: object, **environment: str) -> subprocess.CompletedProcess[str]:
