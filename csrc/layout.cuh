@@ -17,8 +17,8 @@ __device__ __forceinline__ int place_of_scale(int feature) {
   const int r = feature % 32;
   return SPARSE ? feature : (feature & ~31) + 8 * (r % 8 / 2) + 2 * (r / 8) + r % 2;
 }
-// Where in a stage a step of codes, and a row of scales, of a column of 64 features are: rows of 256 features, or of
-// PAIRED's 128 of gate, and then those of up.
-constexpr int CODES_ROW = PAIRED ? 1024 : 2048, SCALES_ROW = PAIRED ? 256 : 512;
+// Where in a stage a step of codes, and a row of scales, of a column of 64 features are: rows of a tile's COLUMNS, or of
+// PAIRED's two of gate, and then those of up.
+constexpr int CODES_ROW = PAIRED ? 1024 : 512 * COLUMNS, SCALES_ROW = PAIRED ? 256 : 128 * COLUMNS;
 __device__ __forceinline__ int codes_at(int column) { return PAIRED ? column / 2 * (CODES / 2) + column % 2 * 512 : column * 512; }
 __device__ __forceinline__ int scales_at(int column) { return PAIRED ? column / 2 * (SCALES / 2) + column % 2 * 128 : column * 128; }

@@ -71,6 +71,10 @@ __device__ __forceinline__ void store_shared(u32 to, u32 v) { asm volatile("st.s
 __device__ __forceinline__ void store_shared(u32 to, float4 v) {
   asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
 }
+// Two numbers of 16 bits, so many bytes apart.
+__device__ __forceinline__ void store_shared_pair(u32 to, int apart, u32 v) {
+  asm volatile("{ .reg .b16 a, b;\nmov.b32 {a, b}, %2;\nst.shared.b16 [%0], a;\nst.shared.b16 [%1], b;\n}" ::"r"(to), "r"(to + apart), "r"(v) : "memory");
+}
 // Two or four 8 x 8 matrices, each transposed: lane l gives where row l % 8 of matrix l / 8 goes.
 #if __CUDA_ARCH__ >= 900
 __device__ __forceinline__ void store_matrices(u32 to, const u32 (&r)[4]) {

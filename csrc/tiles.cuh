@@ -9,7 +9,7 @@
 // PAIRED: a tile is 128 features of gate and the same ones of up, side by side; what is stored is silu(gate) * up.
 
 constexpr int TICKETS = 32;
-constexpr int FEATURES = PAIRED ? 128 : 256;  // of a tile's output
+constexpr int FEATURES = PAIRED ? 128 : 64 * COLUMNS;  // of a tile's output
 
 struct Schedule {
   int columns, token_tiles, chunks;

@@ -6,7 +6,10 @@ __device__ __forceinline__ u32 matrix(u32 address) { return 1 << 16 | address >>
 #define D8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define D16(i) D8(i), D8(i + 8)
 #define D32(i) D16(i), D16(i + 16)
-#define SUMS_8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define SUMS_4 "%0, %1, %2, %3"
+#define SUMS_8 SUMS_4 ", %4, %5, %6, %7"
+#define SUMS_12 SUMS_8 ", %8, %9, %10, %11"
 #define SUMS_16 SUMS_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define SUMS_24 SUMS_16 ", %16, %17, %18, %19, %20, %21, %22, %23"
 #define SUMS_32 SUMS_24 ", %24, %25, %26, %27, %28, %29, %30, %31"
@@ -27,13 +30,17 @@ __device__ __forceinline__ u32 matrix(u32 address) { return 1 << 16 | address >>
 template <int lanes>
 __device__ __forceinline__ void wgmma(float (&d)[TOKENS / 2], const u32 (&a)[4], u32 metadata, u32 matrix) {
   const u64 b = (u64)0x40000040 << 32 | matrix;
+#if TOKENS == 8
+  asm volatile(WGMMA("8") SUMS_4 INPUTS("{%4, %5, %6, %7}", "%8", "%9", "%10")
+      : D4(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b) METADATA_OPERANDS);
+#endif
 #if TOKENS == 16
   asm volatile(WGMMA("16") SUMS_8 INPUTS("{%8, %9, %10, %11}", "%12", "%13", "%14")
       : D8(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b) METADATA_OPERANDS);
 #endif
 #if TOKENS == 24
   asm volatile(WGMMA("24") SUMS_12 INPUTS("{%12, %13, %14, %15}", "%16", "%17", "%18")
-      : D8(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b) METADATA_OPERANDS);
+      : D8(0), D4(8) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b) METADATA_OPERANDS);
 #endif
 #if TOKENS == 32
   asm volatile(WGMMA("32") SUMS_16 INPUTS("{%16, %17, %18, %19}", "%20", "%21", "%22")

@@ -51,6 +51,7 @@ class Configuration:
     experts: bool = False
     paired: bool = False
     memory: int = HOPPER_MEMORY
+    columns: int = 4
 
     @property
     def entry(self) -> str:
@@ -68,10 +69,10 @@ class Configuration:
             "gather.cuh": self.experts,
             "stages.cuh": self.kernel != "mma",
             "load_experts.cuh": self.experts and self.on_hopper,
-            "wgmma_ptx.cuh": self.kernel == "wgmma",
-            "mma_ptx.cuh": self.kernel != "wgmma",
+            "wgmma_ptx.cuh": self.kernel in ("wgmma", "narrow"),
+            "mma_ptx.cuh": self.kernel not in ("wgmma", "narrow"),
             "registers.cuh": in_registers,
-            "mma_products.cuh": not in_registers,
+            "mma_products.cuh": self.kernel in ("mma", "stream"),
             f"{self.kernel}.cu": True,
         }
         return tuple(name for name, needed in files.items() if needed)
@@ -79,7 +80,7 @@ class Configuration:
     @property
     def on_hopper(self) -> bool:
         """Whether the copy engine loads."""
-        return self.kernel in ("stream", "wgmma")
+        return self.kernel in ("stream", "wgmma", "narrow")
 
     @property
     def threads(self) -> int:
@@ -87,14 +88,28 @@ class Configuration:
         return 128 * (self.teams + self.on_hopper)
 
     @property
+    def features(self) -> int:
+        """Features of a tile."""
+        return 64 * self.columns
+
+    @property
+    def rows(self) -> int:
+        """Rows of k of a chunk."""
+        return ROWS * FEATURES // self.features
+
+    def chunks(self, k: int) -> int:
+        """The chunks of a layer with k inputs, a multiple of 64."""
+        return -(-k // self.rows)
+
+    @property
     def scale_rows(self) -> int:
         """Rows of scales of a chunk."""
-        return ROWS // self.group if self.group else 1
+        return self.rows // self.group if self.group else 1
 
     @property
     def code_rows(self) -> int:
         """Rows of B or, where it is sparse, B_24 of a chunk."""
-        return ROWS // (32 if self.sparse else 16)
+        return self.rows // (32 if self.sparse else 16)
 
     @property
     def _pattern(self) -> int:
@@ -104,16 +119,17 @@ class Configuration:
     @cached_property
     def _stage(self) -> int:
         """Bytes of a stage: codes, activations and scales of a chunk, in whole swizzle patterns."""
-        codes = 8 * FEATURES * self.code_rows + (4096 if self.sparse else 0)
-        filled = codes + 256 * self.tokens + (512 * self.scale_rows if self.group else 0)
+        codes = 8 * self.features * self.code_rows + (4096 if self.sparse else 0)
+        scales = 2 * self.features * self.scale_rows if self.group else 0
+        filled = codes + 2 * self.rows * self.tokens + scales
         return -(-filled // self._pattern) * self._pattern
 
     @property
     def _beside(self) -> int:
         """Bytes of shared memory beside the stages: sums or staging, and what alignment takes."""
         sums = 4 * self.teams * self.tokens * (FEATURES + 4)
-        beside = {"mma": sums, "stream": sums + 2048, "wgmma": 2048 * self.teams + 2048, "multistage": 0}
-        return beside[self.kernel]
+        beside = {"mma": sums, "stream": sums + 2048, "wgmma": 2048 * self.teams + 2048, "narrow": 1024}
+        return beside.get(self.kernel, 0)
 
     @cached_property
     def stages(self) -> int:
@@ -149,6 +165,7 @@ class Configuration:
             "SPARSE": int(self.sparse),
             "EXPERTS": int(self.experts),
             "PAIRED": int(self.paired),
+            "COLUMNS": self.columns,
             "LARGEST_CLUSTER": LARGEST_CLUSTER,
             "LOADERS": 256 if self.kernel == "multistage" else 128,
             "PATTERN": self._pattern,
@@ -296,6 +313,11 @@ def schedule(configuration: Configuration, tiles: int, chunks: int, processors: 
     3072 x 3072: 5.7 us, 6.7 with 11 to a tile; 4096 x 1024: 5.4 with 32 blocks, 7.2 with 132).
     Returns blocks, whole, run, share, each and more.
     """
+    if configuration.kernel == "narrow":
+        share = min(4, processors // tiles, chunks)
+        if share > 2: share = max(2, min(share, int(0.88 * processors) // tiles))
+        if share < 2: return tiles, 1, 0, 1, 0, 0
+        return share * tiles, 0, chunks, share, chunks // share, chunks % share
     busy = (0.7 if configuration.sparse else 0.8) * processors
     whole = -(-tiles // processors)
     if tiles % whole == 0 and tiles // whole >= (busy if whole == 1 else 0.95 * processors):

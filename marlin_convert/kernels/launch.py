@@ -205,6 +205,8 @@ def _cluster(loaded: Loaded, blocks: int, chunks: int, plan: Sequence[int]) -> i
     """
     whole, run, share, each, _ = plan
     only = run == chunks and not whole and each
+    if loaded.configuration.kernel == "narrow":
+        return share
     if loaded.configuration.kernel != "wgmma" or not only or not 2 <= share <= LARGEST_CLUSTER:
         return 1
     return share if _clusters(loaded, share) * share >= blocks else 1
@@ -284,7 +286,8 @@ class Call:
         loaded = load(configuration, x.device.index)
         stream = torch.cuda.current_stream(x.device).cuda_stream
         parts, tickets = self._parts_and_tickets = workspace(x.device, stream, loaded, configuration.tokens)
-        columns, token_tiles, chunks = -(-n // FEATURES), -(-m // configuration.tokens), chunks_of(k)
+        columns, token_tiles = -(-n // configuration.features), -(-m // configuration.tokens)
+        chunks = configuration.chunks(k)
         blocks, *plan = schedule(configuration, columns * token_tiles, chunks, loaded.processors)
         cluster = _cluster(loaded, blocks, chunks, plan)
         problem = ctypes.create_string_buffer(
@@ -304,13 +307,13 @@ class Call:
             self._tiles = kind, m, k, (configuration.tokens, 64)
             # Boxes of whole chunks: what the last one has beyond k arrives as zeros. As metadata these are no
             # two rows of a quad, but of one that is zeros as well.
-            box = configuration.code_rows, FEATURES
+            box = configuration.code_rows, configuration.features
             maps.append(tensor_map(B.data_ptr(), UINT64, len(B), n, box, NO_SWIZZLE))
             if B_meta is None:
                 maps *= 2  # that of the metadata is not read then
             else:
                 maps.append(tensor_map(B_meta.data_ptr(), UINT32, len(B), n, (4, FEATURES), NO_SWIZZLE))
-            box = configuration.scale_rows, FEATURES
+            box = configuration.scale_rows, configuration.features
             maps.append(tensor_map(s.data_ptr(), FLOAT16, len(s), n, box, NO_SWIZZLE))
             arguments += [*(place for place, _ in maps), 0]
         self._pointers = (c_void_p * len(arguments))(*arguments)

@@ -1,0 +1,137 @@
+// W4A16 for few tokens on Hopper, where a tile of 256 features would be shared by many blocks: tiles of 64 or 128, that one
+// block or those of a cluster multiply by all of k, and no other tile. The copy engine loads, two warpgroups multiply by wgmma.
+//
+// A chunk is four pieces of 128 rows of k of 64 features, as the columns of wgmma.cu's are; here they are one or two
+// columns, and SEGMENTS of k. A warpgroup has two segments of a column, and sums for each.
+constexpr int PARTS = COLUMNS == 1 ? 2 : 1;  // warpgroups that have the same features
+constexpr int BLOCKS = 4;                    // of a cluster, at most
+constexpr int PITCH = 128 + 16;              // of a token of a column, in what is stored together
+static_assert(TOKENS * (512 + 2 * PITCH) <= STAGES * STAGE);
+
+// The sums of two segments become output, with those of the other warpgroup and of the other blocks of a cluster that have
+// the same features: each warpgroup of these stores some of the rows of eight tokens, summed up in the order of k.
+__device__ __forceinline__ void output_narrow(const Problem& p, const Tile& tile, const float (&sums)[TOKENS / 2], u32 memory, int column, int fragment) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, blocks = cluster_size();
+  const int group = warp / 4, all = blocks * PARTS, me = cluster_rank() * PARTS + group % PARTS;
+  auto place = [&](int row, int part) { return memory + ((row * 8 + (PARTS == 2 ? part * 4 : group * 4) + warp % 4) * 32 + lane) * 16; };
+  barrier(1, 256);  // the stages are read
+  if (all > 1) {
+#pragma unroll
+    for (int row = 0; row < TOKENS / 8; row++) store_shared(place(row, group % PARTS), make_float4(sums[4 * row], sums[4 * row + 1], sums[4 * row + 2], sums[4 * row + 3]));
+    if (blocks > 1) cluster_barrier(); else barrier(1, 256);
+  }
+  float factor[2], bias[2];
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    const int feature = min(tile.feature + column * 64, p.n - 64) + feature_in_column(fragment, h, lane);
+    factor[h] = GROUP ? 1.f : single_scale(p, tile, feature);
+    bias[h] = bias_of(p, tile, feature);
+  }
+  const u32 staging = memory + TOKENS * 512 + group * TOKENS * PITCH;
+  auto finish = [&](int row, float4 v) {
+    const u32 to = staging + (row * 8 + lane % 4 * 2) * PITCH + feature_in_column(fragment, 0, lane) * 2;
+    store_shared_pair(to, PITCH, pair(v.x * factor[0] + bias[0], v.y * factor[0] + bias[0]));
+    store_shared_pair(to + 16, PITCH, pair(v.z * factor[1] + bias[1], v.w * factor[1] + bias[1]));
+  };
+  if (all == 1) {
+#pragma unroll
+    for (int row = 0; row < TOKENS / 8; row++) finish(row, make_float4(sums[4 * row], sums[4 * row + 1], sums[4 * row + 2], sums[4 * row + 3]));
+  }
+  for (int row = me; all > 1 && row < TOKENS / 8; row += all) {
+    float4 v[BLOCKS * PARTS];
+#pragma unroll
+    for (int i = 0; i < BLOCKS * PARTS; i++)
+      if (i < all) v[i] = load_of_block(place(row, i % PARTS), i / PARTS);
+#pragma unroll
+    for (int i = 1; i < BLOCKS * PARTS; i++)
+      if (i < all) { v[0].x += v[i].x; v[0].y += v[i].y; v[0].z += v[i].z; v[0].w += v[i].w; }
+    finish(row, v[0]);
+  }
+  barrier(2 + group, 128);
+  const int feature = tile.feature + column * 64 + threadIdx.x % 8 * 8;
+  for (int t = threadIdx.x % 128 / 8; t < TOKENS; t += 16)
+    if ((all == 1 || t / 8 % all == me) && feature < p.n && tile.holds(p, tile.token + t))
+      *(uint4*)(p.y + (u64)(tile.token + t) * p.n + feature) = load_shared(staging + t * PITCH + threadIdx.x % 8 * 16);
+  if (blocks > 1) cluster_barrier();  // none ends whose sums another reads
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1)
+marlin_narrow(const __grid_constant__ Problem p, const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap, const __grid_constant__ TensorMap scales, const __grid_constant__ TensorMap x) {
+  extern __shared__ __align__(1024) unsigned char unaligned[];
+  const u32 stages = (shared_address(unaligned) + 1023) & ~1023u, full = stages + STAGES * STAGE, empty = full + 8 * STAGES;
+  const int count = uniform(p.plan.count());
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < STAGES; s++) {
+      flag_init(full + 8 * s, 1);
+      flag_init(empty + 8 * s, 8);
+    }
+    flags_ready();
+  }
+  __syncthreads();
+  if (warp >= 8) {
+    give_registers<GIVE>();
+    if (threadIdx.x != 256) return;
+    const Position first(p.plan, 0);
+    for (int i = 0, s = 0, phase = 1; i < count; i++) {
+      const u32 stage = stages + s * STAGE, flag = full + s * 8;
+      const int k = SEGMENTS * (first.k + i);  // in 128 rows
+      flag_wait(empty + s * 8, phase);
+      flag_expect(flag, FILLED);
+      copy_tile(stage, &weights, first.tile.feature, STEPS * k, flag);
+      if (GROUP) copy_tile(stage + CODES + ACTIVATIONS, &scales, first.tile.feature, GROUPS * k, flag);
+      if (i == 0) {
+        let_next_kernel_start();
+        wait_for_previous_kernel();
+      }
+#pragma unroll
+      for (int b = 0; b < 2 * SEGMENTS; b++) copy_tile(stage + CODES + b * TOKENS * 128, &x, 128 * k + 64 * b, first.tile.token, flag);
+      if (++s == STAGES) { s = 0; phase ^= 1; }
+    }
+    return;
+  }
+  take_registers<TAKE>();
+  // Which fragment of 16 features a lane has depends on its row too: so the words of a warp are in 32 different banks.
+  const int group = warp / 4, column = COLUMNS == 2 ? group : 0, segment = COLUMNS == 2 ? 0 : 2 * group;
+  const int fragment = (warp + lane / 8) % 4;
+  float acc[2][TOKENS / 2] = {};
+  const Tile tile = Position(p.plan, 0).tile;
+  u32 done = 0;  // the flag of the stage before, which the tensor cores still read
+  wait_for_previous_kernel();
+  for (int i = 0, s = 0, phase = 0; i < count; i++) {
+    const u32 stage = stages + s * STAGE;
+    const u32 codes = stage + segment * STEPS * CODES_ROW + column * 512 + lane * 16 + fragment * 4;
+    const u32 scale = stage + CODES + ACTIVATIONS + segment * GROUPS * SCALES_ROW + column * 128 + lane / 4 * 16 + fragment * 4;
+    const u32 tokens = uniform(matrix(stage + CODES + segment * TOKENS * 256));
+    flag_wait(full + s * 8, phase);
+    u32 words[2][STEPS], a[2][2][4];
+    Factor factor[2][2];
+#pragma unroll
+    for (int r = 0; r < STEPS; r++)
+#pragma unroll
+      for (int j = 0; j < 2; j++) words[j][r] = load_shared_word(codes + (j * STEPS + r) * CODES_ROW);
+#pragma unroll
+    for (int r = 0; r < STEPS; r++) {
+#pragma unroll
+      for (int j = 0; j < 2; j++) {
+        if (GROUP && r % GROUP_STEPS == 0) factors(load_shared_word(scale + (j * GROUPS + r / GROUP_STEPS) * SCALES_ROW), factor[j]);
+        unpack(words[j][r], a[r % 2][j]);
+        if (GROUP) multiply_by(factor[j], a[r % 2][j]);
+      }
+      const u32 rows = tokens + (r / 4 * (TOKENS * 128) + r % 4 * 32) / 16;
+      wgmma_fence();
+      wgmma<0>(acc[0], a[r % 2][0], 0, rows);
+      wgmma<0>(acc[1], a[r % 2][1], 0, rows + TOKENS * 256 / 16);
+      wgmma_commit();
+      wgmma_wait<1>();
+      if (r == 0 && done && lane == 0) flag_arrive(done);
+    }
+    done = empty + s * 8;
+    if (++s == STAGES) { s = 0; phase ^= 1; }
+  }
+  wgmma_wait<0>();
+  float sums[TOKENS / 2];
+#pragma unroll
+  for (int k = 0; k < TOKENS / 2; k++) sums[k] = acc[0][k] + acc[1][k];
+  output_narrow(p, tile, sums, stages, column, fragment);
+}
