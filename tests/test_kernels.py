@@ -28,6 +28,7 @@ from marlin_convert.formats import Scheme, marlin, marlin_24
 from marlin_convert.kernels import compile as compiling
 from marlin_convert.kernels import launch
 from marlin_convert.kernels.configurations import (
+    NARROW_TILES,
     SHARED_MEMORY,
     TILES,
     Beside,
@@ -43,7 +44,7 @@ from marlin_convert.quantized import QuantizedLinear
 GROUPS = (0, 32, 64, 128)
 SPARSE_GROUPS = (0, 128)
 # bytes a thread may spill: next to none on Hopper, some around the loops of mma.sync's large tiles
-SPILLS = {"stream": 0, "wgmma": 32, "mma": 900, "multistage": 32}
+SPILLS = {"stream": 0, "wgmma": 32, "narrow": 0, "mma": 900, "multistage": 32}
 
 
 def configurations(capability: tuple[int, int]) -> list[Configuration]:
@@ -53,10 +54,21 @@ def configurations(capability: tuple[int, int]) -> list[Configuration]:
         for group in SPARSE_GROUPS if sparse else GROUPS:
             for bfloat16 in (False, True):
                 few = (choose(m, 57344, 8192, group, bfloat16, capability, sparse) for m in (1, 9))
-                many = choose(64, 4096, 4096, group, bfloat16, capability, sparse)
+                many = choose(64, 57344, 8192, group, bfloat16, capability, sparse)
                 tiles = (replace(many, tokens=tokens) for tokens in TILES)
                 found |= dict.fromkeys([*few, *(one for one in tiles if one.fits)])
+                if capability == (9, 0) and not sparse:
+                    found |= dict.fromkeys(narrow_tiles(group, bfloat16))
     return list(found)
+
+
+def narrow_tiles(group: int, bfloat16: bool) -> list[Configuration]:
+    """All narrow tiles of one kind."""
+    return [
+        Configuration("narrow", tokens, 2, group, bfloat16, columns=columns)
+        for columns, tiles in NARROW_TILES.items()
+        for tokens in tiles
+    ]
 
 
 def for_experts(capability: tuple[int, int]) -> list[Configuration]:
@@ -174,21 +186,28 @@ def test_every_configuration_compiles(capability: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize(
-    "k, n, m, tokens",
+    "k, n, m, tile",
     [
-        (4096, 4096, 64, 32),  # each with the tile that was fastest when all were tried
-        (4096, 6144, 64, 64),
-        (4096, 6144, 128, 64),
-        (4096, 28672, 192, 96),
-        (8192, 57344, 256, 128),
-        (2048, 2048, 32, 16),
-        (2048, 3072, 64, 32),
-        (896, 1152, 128, 16),
-        (2048, 1024, 256, 32),
+        (4096, 4096, 1, ("stream", 8, 4)),  # each with the tile that was fastest when all were tried
+        (4096, 6144, 1, ("narrow", 8, 1)),
+        (4096, 28672, 16, ("stream", 16, 4)),
+        (8192, 8192, 16, ("narrow", 16, 1)),
+        (28672, 8192, 48, ("narrow", 48, 2)),
+        (4096, 4096, 64, ("narrow", 32, 1)),
+        (4096, 6144, 64, ("narrow", 64, 2)),
+        (4096, 4096, 128, ("narrow", 64, 2)),
+        (4096, 28672, 192, ("wgmma", 96, 4)),
+        (28672, 8192, 128, ("wgmma", 128, 4)),  # two stages would not do
+        (4096, 6144, 256, ("narrow", 128, 2)),  # and do
+        (8192, 57344, 256, ("wgmma", 128, 4)),
+        (2048, 2048, 32, ("narrow", 8, 1)),
+        (2048, 3072, 64, ("narrow", 32, 1)),
+        (2048, 2048, 4096, ("wgmma", 128, 4)),
     ],
 )
-def test_the_tile_with_the_least_cost(k: int, n: int, m: int, tokens: int) -> None:
-    assert choose(m, n, k, 128, False, (9, 0)).tokens == tokens
+def test_the_tile_with_the_least_cost(k: int, n: int, m: int, tile: tuple[str, int, int]) -> None:
+    chosen = choose(m, n, k, 128, False, (9, 0))
+    assert (chosen.kernel, chosen.tokens, chosen.columns) == tile
 
 
 def test_a_gpu_with_fewer_processors_gets_larger_tiles() -> None:
@@ -202,7 +221,7 @@ def test_a_gpu_with_fewer_processors_gets_larger_tiles() -> None:
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("m, expected", [(1, "HMMA"), (32, "HGMMA"), (64, "HGMMA"), (4096, "HGMMA")])
 def test_hopper_uses_its_tensor_cores(m: int, expected: str, sparse: bool) -> None:
-    configuration = choose(m, 8192, 28672, 128, False, (9, 0), sparse)
+    configuration = choose(m, 57344, 8192, 128, False, (9, 0), sparse)
     code = disassembled(compiling.compile(compiling.source(configuration), "sm_90a")[0])
     assert expected in code and "UTMALDG" in code
     assert (f"{expected}.SP" in code) == sparse
@@ -252,6 +271,7 @@ def test_an_unknown_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 MANY = Configuration("wgmma", 64, 2, 128, False)
 FEW = Configuration("stream", 8, 3, 128, False)
+NARROW = Configuration("narrow", 16, 2, 128, False, columns=1)
 
 
 def test_blocks_of_the_grid() -> None:
@@ -272,6 +292,20 @@ def test_blocks_of_the_grid() -> None:
 
 
 @pytest.mark.parametrize(
+    "tiles, chunks, blocks, share",
+    [
+        *((132, 8, 132, 1), (67, 8, 67, 1), (66, 8, 132, 2), (66, 1, 66, 1), (38, 8, 114, 3)),
+        *((39, 8, 78, 2), (29, 8, 116, 4), (1, 8, 4, 4), (1, 3, 3, 3)),
+    ],
+)
+def test_blocks_of_narrow_tiles(tiles: int, chunks: int, blocks: int, share: int) -> None:
+    """Clusters of two find room everywhere, those of three and four only if some processors are left."""
+    plan = schedule(NARROW, tiles, chunks, 132)
+    assert (plan[0], plan[3]) == (blocks, share)
+    assert plan[1] * chunks + plan[4] >= 1, "a cluster without chunks for all"
+
+
+@pytest.mark.parametrize(
     "configuration, plan, at_once, expected",
     [
         (MANY, (0, 32, 8, 4, 0), 15, 8),
@@ -282,6 +316,8 @@ def test_blocks_of_the_grid() -> None:
         (MANY, (1, 32, 8, 4, 0), 15, 1),  # another tile before
         (MANY, (0, 16, 8, 2, 0), 15, 1),  # runs that are not a tile
         (MANY, (0, 32, 8, 0, 4), 15, 1),  # some blocks without chunks
+        (NARROW, (0, 32, 4, 8, 0), 3, 4),  # there is no other way to sum up
+        (NARROW, (1, 0, 1, 0, 0), 3, 1),
     ],
 )
 def test_blocks_of_a_cluster(configuration, plan, at_once, expected, monkeypatch):
@@ -292,9 +328,12 @@ def test_blocks_of_a_cluster(configuration, plan, at_once, expected, monkeypatch
 
 @pytest.mark.parametrize("tiles", [1, 3, 40, 112, 131, 132, 133, 264, 300, 1792])
 @pytest.mark.parametrize("chunks", [1, 32, 224])
-@pytest.mark.parametrize("configuration", [FEW, MANY], ids=lambda one: one.kernel)
+@pytest.mark.parametrize("configuration", [FEW, MANY, NARROW], ids=lambda one: one.kernel)
 def test_every_chunk_belongs_to_one_block(configuration: Configuration, tiles: int, chunks: int) -> None:
     """What csrc/tiles.cuh reads from the schedule, in Python."""
+    if configuration == NARROW and tiles > 132:
+        assert configuration not in [choose(1, 64 * tiles, 512, 128, False, (9, 0))]
+        return
     blocks, whole, run, share, each, more = schedule(configuration, tiles, chunks, 132)
     done = [tile * chunks + k for tile in range(whole * blocks) for k in range(chunks)]
 
@@ -309,6 +348,7 @@ def test_every_chunk_belongs_to_one_block(configuration: Configuration, tiles: i
 
 def test_a_last_chunk_may_have_half_of_the_rows() -> None:
     assert [chunks_of(k) for k in (64, 128, 192, 576, 10944)] == [1, 1, 2, 5, 86]
+    assert [NARROW.chunks(k) for k in (64, 512, 576, 10944)] == [1, 1, 2, 22]
 
 
 @pytest.mark.parametrize("k", [64, 128, 192, 576])
@@ -325,7 +365,7 @@ def test_what_the_copy_engine_brings_fills_a_stage(k: int, driver: "Driver") -> 
         launch.Call(configuration, x, B, s, None, B_meta)(x.data_ptr(), 0)
         assert driver.boxes[B.data_ptr()] == 128 // step * 2048
         brought = sum(size for tensor, size in driver.boxes.items() if group or tensor != s.data_ptr())
-        brought += driver.boxes[x.data_ptr()]  # two boxes of 64 inputs
+        brought += driver.boxes[x.data_ptr()] * (configuration.rows // 64 - 1)  # boxes of 64 inputs
         assert -(-brought // 1024) * 1024 == configuration._stage
         launch._tensor_maps.clear()
 

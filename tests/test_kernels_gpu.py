@@ -13,7 +13,7 @@ import torch
 
 from marlin_convert.errors import KernelError
 from marlin_convert.formats import FORMATS, marlin, marlin_24
-from marlin_convert.kernels.configurations import TILES, Configuration, choose
+from marlin_convert.kernels.configurations import NARROW_TILES, TILES, Configuration, choose
 from marlin_convert.kernels.launch import Call
 from marlin_convert.quantized import QuantizedLinear
 
@@ -107,6 +107,36 @@ def test_every_edge(k: int, n: int, group_size: int, dtype: torch.dtype) -> None
             y = matmul(x, B, s, b)
             assert error(y, reference(x, one, b)) < TOLERANCE[dtype], (m, b is not None)
             assert torch.equal(y, matmul(x, B, s, b)), "not the same twice"
+
+
+@pytest.mark.parametrize("group_size", [128, 64, 32, -1])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_tile_of_hopper(dtype: torch.dtype, group_size: int) -> None:
+    """Whether it would be chosen or not; a narrow one by one to four blocks."""
+    from marlin_convert.kernels.matmul import reference
+
+    group, bfloat16 = max(group_size, 0), dtype == torch.bfloat16
+    tiles = [("stream", tokens, 3, 4) for tokens in (8, 16)] + [("wgmma", tokens, 2, 4) for tokens in TILES]
+    tiles += [("narrow", tokens, 2, columns) for columns in NARROW_TILES for tokens in NARROW_TILES[columns]]
+    every = [Configuration(*tile, group, bfloat16, columns=columns) for *tile, columns in tiles]
+    for k, n in ((128, 64), (1024, 320), (1536, 2432), (3072, 2560), (4096, 4160), *HALVES[:-1]):
+        if group_size == 128 and k % 128:
+            continue
+        one = layer(k, n, group_size)
+        B, s = packed(one)
+        bias = torch.randn(n, device="cuda", dtype=dtype)
+        for m in (1, 8, 17, 64, 130):
+            x = torch.randn(m, k, device="cuda", dtype=dtype)
+            expected = reference(x, one, bias)
+            for configuration in every:
+                if configuration.kernel == "narrow" and configuration.tiles(m, n) > 132:
+                    continue
+                answers = torch.full((2, m, n), float("nan"), device="cuda", dtype=dtype)
+                call = Call(configuration, x, B, s, bias)
+                for y in answers:
+                    call(x.data_ptr(), y.data_ptr())
+                assert error(answers[0], expected) < TOLERANCE[dtype], (k, n, m, configuration)
+                assert torch.equal(*answers), "not the same twice"
 
 
 @pytest.mark.parametrize("group_size", [128, 64, 32, -1])
@@ -430,13 +460,15 @@ def test_vllm_multiplies_the_same_bytes(group_size: int) -> None:
 PRODUCTS = """
 from importlib import import_module
 import torch
-from marlin_convert.kernels.configurations import choose
+from marlin_convert.kernels.configurations import NARROW_TILES, choose
 
 module = import_module("marlin_convert.kernels.matmul")
 matmul = module.matmul
 OTHER = None
 module.choose = lambda *given: choose(*given[:5], OTHER or given[5], *given[6:])
-for OTHER in (None, (8, 6)):
+for OTHER in (None, (9, 0), (8, 6)):
+  if OTHER == (9, 0):
+      NARROW_TILES.clear()  # wgmma.cu and stream.cu, of layers that would have narrow ones
   for k, n, groups in ((1024, 768, 8), (512, 320, 4), (192, 320, 1), (576, 768, 1)):
       s = torch.full((groups, n), 0.01, dtype=torch.half, device="cuda")
       B = torch.full((k // 16, 2 * n), 0x12345678, dtype=torch.int32, device="cuda")

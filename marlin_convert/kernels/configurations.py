@@ -1,7 +1,7 @@
 """Which kernel multiplies how many tokens, with what tiles: the heuristics, and what they rest on.
 
-A tile is 256 features by `tokens` tokens; every kernel works on chunks of 128 rows of k, the last of which
-may have 64 (csrc/tiles.cuh).
+A tile is 256 features by `tokens` tokens, and a chunk of it 128 rows of k, the last of which may have 64
+(csrc/tiles.cuh); narrow tiles are 64 or 128 features, and their chunks 512 or 256 rows (csrc/narrow.cu).
 """
 
 import math
@@ -26,6 +26,10 @@ MOST_STAGES = 3
 # Blocks that every GPU with clusters can run as one.
 LARGEST_CLUSTER = 8
 
+# Blocks that share a narrow tile at most, and what part of all multiprocessors may be busy with more than
+# two: an H100's groups of multiprocessors have room for so many clusters at once.
+NARROW_CLUSTER, IN_CLUSTERS = 4, 0.88
+
 # Bytes that kernels for experts have beside what is asked for: the problem, and the order of few tokens.
 STATIC = 2048
 
@@ -40,6 +44,7 @@ class Configuration:
     `group` is the rows of k per scale, 0 where one scale serves all of k. `teams` of four warps multiply.
     `sparse` is for the Sparse-MARLIN layout. `experts` takes the tokens of many experts; `paired` too, and
     multiplies by the weights of gate and up at once. A block may have `memory` bytes of shared memory.
+    A tile is of `columns` columns of 64 features.
     """
 
     kernel: str
@@ -96,6 +101,10 @@ class Configuration:
     def rows(self) -> int:
         """Rows of k of a chunk."""
         return ROWS * FEATURES // self.features
+
+    def tiles(self, m: int, n: int) -> int:
+        """The tiles of m tokens of a layer with n outputs."""
+        return -(-n // self.features) * -(-m // self.tokens)
 
     def chunks(self, k: int) -> int:
         """The chunks of a layer with k inputs, a multiple of 64."""
@@ -220,9 +229,22 @@ def chunks_of(k: int) -> int:
 # Tokens of the tiles that sums in registers are of.
 TILES = (16, 32, 48, 64, 96, 128)
 
+# The same of narrow tiles, by their columns of 64 features.
+NARROW_TILES = {1: (8, 16, 24, 32, 48, 64), 2: (8, 16, 24, *TILES[1:])}
+
 # What a tile's chunk takes whatever tokens it has, in tokens; and in chunks what it takes to sum up a tile
 # that several blocks share, and what more if their shares are no parts of one tile alone.
 OF_A_TILE, TO_SUM_UP, UNEVEN = 65, 10, 4
+
+# The same of narrow tiles: of a chunk by their columns, and of summing up in a cluster, each with what a
+# token takes; and how many times as long a chunk takes with only two stages.
+NARROW_CHUNK, TO_SUM_UP_NARROW, TWO_STAGES = {1: (45, 1.25), 2: (52, 0.9)}, (150, 1.4), 1.45
+
+# What `stream` takes to sum up a tile, with what each token takes.
+TO_SUM_UP_STREAM = 54, 28
+
+# What memory takes for a chunk of each block, in the same unit: no chunk takes less than all of them.
+FROM_MEMORY = 0.55
 
 
 def choose(
@@ -237,34 +259,50 @@ def choose(
 ) -> Configuration:
     """The configuration for m tokens of a layer with n outputs and k inputs, on so many multiprocessors.
 
-    From sweeps on an H100 (benchmarks/RESULTS.md), which can run all of these kernels. Up to 8 tokens, or 16
-    of a large layer, go to those whose teams of warps take chunks in turn: they wait least for one another.
-    For more the tile is the one with the least `cost`.
+    From sweeps on an H100 (benchmarks/RESULTS.md), which can run all of these kernels: the one with the least
+    `cost`. Of what has no narrow tiles up to 8 tokens, or 16 of a large layer, go to those whose teams of
+    warps take chunks in turn: they wait least for one another.
     """
-    columns, chunks = -(-n // FEATURES), chunks_of(k)
     hopper = capability == (9, 0)
-    if m <= 8 or (m <= 16 and columns * chunks > 3000 and not (hopper and sparse)):
-        tokens = 8 if m <= 8 else 16
-        if hopper:
-            return Configuration("stream", tokens, 2 if sparse else 3, group, bfloat16, sparse)
-        return Configuration("mma", tokens, 2, group, bfloat16, sparse)
+    few = Configuration("stream", 8 if m <= 8 else 16, 2 if sparse else 3, group, bfloat16, sparse)
+    large = -(-n // FEATURES) * chunks_of(k) > 3000
+    if hopper and not sparse:
+        found = [few] * (m <= 16) + [
+            one
+            for columns, tiles in NARROW_TILES.items()
+            for one in (
+                Configuration("narrow", tokens, 2, group, bfloat16, columns=columns) for tokens in tiles
+            )
+            if one.tiles(m, n) <= processors
+        ]
+    elif m <= 8 or (m <= 16 and large and not hopper):
+        return few if hopper else replace(few, kernel="mma", teams=2)
+    else:
+        found = []
     kernel, memory = "wgmma" if hopper else "multistage", SHARED_MEMORY[capability] * 1024
-    found = [Configuration(kernel, tokens, 2, group, bfloat16, sparse, memory=memory) for tokens in TILES]
-    return min(
-        (one for one in found if one.fits),
-        key=lambda one: cost(one, columns * -(-m // one.tokens), chunks, processors),
-    )
+    found += [Configuration(kernel, tokens, 2, group, bfloat16, sparse, memory=memory) for tokens in TILES]
+    return min((one for one in found if one.fits), key=lambda one: cost(one, m, n, k, processors))
 
 
-def cost(configuration: Configuration, tiles: int, chunks: int, processors: int) -> int:
-    """What the block with most to do takes for its part of so many tiles of so many chunks, in tokens.
+def cost(configuration: Configuration, m: int, n: int, k: int, processors: int) -> float:
+    """What the block with most to do takes for its part of m tokens of an (n, k) layer, in tokens.
 
-    That is the work of one chunk of one token; each chunk of a tile takes that of OF_A_TILE besides.
+    That is the work of one chunk of one token, 8 ns on an H100.
     """
-    _, whole, run, share, each, more = schedule(configuration, tiles, chunks, processors)
-    longest, tokens = whole * chunks + each + bool(more), configuration.tokens
-    sums = TO_SUM_UP + (run != chunks) * UNEVEN if run and (run != chunks or share > 1) else 0
-    return longest * (OF_A_TILE + tokens) + sums * tokens
+    tiles, chunks = configuration.tiles(m, n), configuration.chunks(k)
+    blocks, whole, run, share, each, more = schedule(configuration, tiles, chunks, processors)
+    longest, tokens, memory = whole * chunks + each + bool(more), configuration.tokens, FROM_MEMORY * blocks
+    uneven = bool(run) and run != chunks
+    shared = uneven or share > 1
+    if configuration.kernel == "narrow":
+        fixed, of_token = NARROW_CHUNK[configuration.columns]
+        chunk = (fixed + of_token * tokens) * (TWO_STAGES if configuration.stages == 2 else 1)
+        fixed, of_token = TO_SUM_UP_NARROW
+        return longest * max(chunk, memory) + shared * (fixed + of_token * tokens)
+    if configuration.kernel == "stream":
+        fixed, of_token = TO_SUM_UP_STREAM
+        return longest * memory + shared * (fixed + of_token * min(m, tokens))
+    return longest * (OF_A_TILE + tokens) + (shared * TO_SUM_UP + uneven * UNEVEN) * tokens
 
 
 # Kernel, tokens and teams of tiles of an expert's tokens: from a sweep on an H100 (benchmarks/RESULTS.md).
@@ -310,13 +348,16 @@ def schedule(configuration: Configuration, tiles: int, chunks: int, processors: 
     multiprocessors busy: 8B gate_up takes 112 blocks (24.3 us for 32 tokens, 29.0 with 132), 70B qkv 120
     (20.1 us, 24.3), 2:4 and 512 tokens of 8B qkv 96 (28.1 us, 30.4). Else one for each. What wgmma multiplies
     fast takes long to sum up: no more than a cluster share a tile then, however few are busy (16 tokens of
-    3072 x 3072: 5.7 us, 6.7 with 11 to a tile; 4096 x 1024: 5.4 with 32 blocks, 7.2 with 132).
+    3072 x 3072: 5.7 us, 6.7 with 11 to a tile; 4096 x 1024: 5.4 with 32 blocks, 7.2 with 132). There
+    are no more narrow tiles than processors, and a cluster's blocks share one.
     Returns blocks, whole, run, share, each and more.
     """
     if configuration.kernel == "narrow":
-        share = min(4, processors // tiles, chunks)
-        if share > 2: share = max(2, min(share, int(0.88 * processors) // tiles))
-        if share < 2: return tiles, 1, 0, 1, 0, 0
+        share = min(NARROW_CLUSTER, processors // tiles, chunks)
+        if share > 2:
+            share = max(2, min(share, int(IN_CLUSTERS * processors) // tiles))
+        if share == 1:
+            return tiles, 1, 0, 1, 0, 0
         return share * tiles, 0, chunks, share, chunks // share, chunks % share
     busy = (0.7 if configuration.sparse else 0.8) * processors
     whole = -(-tiles // processors)

@@ -27,7 +27,6 @@ from marlin_convert.kernels.configurations import (
     LARGEST_CLUSTER,
     Beside,
     Configuration,
-    chunks_of,
     schedule,
 )
 
@@ -201,7 +200,7 @@ def _launch(
 def _cluster(loaded: Loaded, blocks: int, chunks: int, plan: Sequence[int]) -> int:
     """Blocks that sum up through each other's shared memory: those that share a tile, if all run at once.
 
-    It is the only tile of each of them, and each has chunks of it.
+    It is the only tile of each of them, and each has chunks of it. Narrow tiles are summed up so always.
     """
     whole, run, share, each, _ = plan
     only = run == chunks and not whole and each
