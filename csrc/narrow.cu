@@ -5,6 +5,7 @@
 // columns, and SEGMENTS of k. A warpgroup has two segments of a column, and sums for each.
 constexpr int PARTS = COLUMNS == 1 ? 2 : 1;  // warpgroups that have the same features
 constexpr int BLOCKS = 4;                    // of a cluster, at most
+constexpr int METADATA_ROW = 256 * COLUMNS;   // bytes of a step
 constexpr int PITCH = 128 + 16;              // of a token of a column, in what is stored together
 static_assert(TOKENS * (512 + 2 * PITCH) <= STAGES * STAGE);
 
@@ -31,7 +32,7 @@ __device__ __forceinline__ void output_narrow(const Problem& p, const Tile& tile
   auto finish = [&](int row, float4 v) {
     const u32 to = staging + (row * 8 + lane % 4 * 2) * PITCH + feature_in_column(fragment, 0, lane) * 2;
     store_shared_pair(to, PITCH, pair(v.x * factor[0] + bias[0], v.y * factor[0] + bias[0]));
-    store_shared_pair(to + 16, PITCH, pair(v.z * factor[1] + bias[1], v.w * factor[1] + bias[1]));
+    store_shared_pair(to + (SPARSE ? 8 : 16), PITCH, pair(v.z * factor[1] + bias[1], v.w * factor[1] + bias[1]));
   };
   if (all == 1) {
 #pragma unroll
@@ -56,7 +57,7 @@ __device__ __forceinline__ void output_narrow(const Problem& p, const Tile& tile
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1)
-marlin_narrow(const __grid_constant__ Problem p, const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap, const __grid_constant__ TensorMap scales, const __grid_constant__ TensorMap x) {
+marlin_narrow(const __grid_constant__ Problem p, const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap metadata, const __grid_constant__ TensorMap scales, const __grid_constant__ TensorMap x) {
   extern __shared__ __align__(1024) unsigned char unaligned[];
   const u32 stages = (shared_address(unaligned) + 1023) & ~1023u, full = stages + STAGES * STAGE, empty = full + 8 * STAGES;
   const int count = uniform(p.plan.count());
@@ -79,13 +80,14 @@ marlin_narrow(const __grid_constant__ Problem p, const __grid_constant__ TensorM
       flag_wait(empty + s * 8, phase);
       flag_expect(flag, FILLED);
       copy_tile(stage, &weights, first.tile.feature, STEPS * k, flag);
-      if (GROUP) copy_tile(stage + CODES + ACTIVATIONS, &scales, first.tile.feature, GROUPS * k, flag);
+      if (SPARSE) copy_tile(stage + CODES, &metadata, first.tile.feature, 4 * k, flag);
+      if (GROUP) copy_tile(stage + WEIGHTS + ACTIVATIONS, &scales, first.tile.feature, GROUPS * k, flag);
       if (i == 0) {
         let_next_kernel_start();
         wait_for_previous_kernel();
       }
 #pragma unroll
-      for (int b = 0; b < 2 * SEGMENTS; b++) copy_tile(stage + CODES + b * TOKENS * 128, &x, 128 * k + 64 * b, first.tile.token, flag);
+      for (int b = 0; b < 2 * SEGMENTS; b++) copy_tile(stage + WEIGHTS + b * TOKENS * 128, &x, 128 * k + 64 * b, first.tile.token, flag);
       if (++s == STAGES) { s = 0; phase ^= 1; }
     }
     return;
@@ -94,6 +96,7 @@ marlin_narrow(const __grid_constant__ Problem p, const __grid_constant__ TensorM
   // Which fragment of 16 features a lane has depends on its row too: so the words of a warp are in 32 different banks.
   const int group = warp / 4, column = COLUMNS == 2 ? group : 0, segment = COLUMNS == 2 ? 0 : 2 * group;
   const int fragment = (warp + lane / 8) % 4;
+  u32 which[2][STEPS] = {};  // rows of four the codes of a step are
   float acc[2][TOKENS / 2] = {};
   const Tile tile = Position(p.plan, 0).tile;
   u32 done = 0;  // the flag of the stage before, which the tensor cores still read
@@ -101,15 +104,20 @@ marlin_narrow(const __grid_constant__ Problem p, const __grid_constant__ TensorM
   for (int i = 0, s = 0, phase = 0; i < count; i++) {
     const u32 stage = stages + s * STAGE;
     const u32 codes = stage + segment * STEPS * CODES_ROW + column * 512 + lane * 16 + fragment * 4;
-    const u32 scale = stage + CODES + ACTIVATIONS + segment * GROUPS * SCALES_ROW + column * 128 + lane / 4 * 16 + fragment * 4;
-    const u32 tokens = uniform(matrix(stage + CODES + segment * TOKENS * 256));
+    const u32 scale = stage + WEIGHTS + ACTIVATIONS + segment * GROUPS * SCALES_ROW + column * 128 + lane / 4 * 16 + fragment * 4;
+    // two lanes of each quad have a fragment's, here always the first two
+    const u32 metas = stage + CODES + segment * STEPS * METADATA_ROW + column * 256 + fragment / 2 * 128 + ((lane & ~2) | fragment % 2 * 2) * 4;
+    const u32 tokens = uniform(matrix(stage + WEIGHTS + segment * TOKENS * 256));
     flag_wait(full + s * 8, phase);
     u32 words[2][STEPS], a[2][2][4];
     Factor factor[2][2];
 #pragma unroll
     for (int r = 0; r < STEPS; r++)
 #pragma unroll
-      for (int j = 0; j < 2; j++) words[j][r] = load_shared_word(codes + (j * STEPS + r) * CODES_ROW);
+      for (int j = 0; j < 2; j++) {
+        words[j][r] = load_shared_word(codes + (j * STEPS + r) * CODES_ROW);
+        if (SPARSE && r < STEPS - 1) which[j][r] = load_shared_word(metas + (j * STEPS + r) * METADATA_ROW);
+      }
 #pragma unroll
     for (int r = 0; r < STEPS; r++) {
 #pragma unroll
@@ -118,12 +126,17 @@ marlin_narrow(const __grid_constant__ Problem p, const __grid_constant__ TensorM
         unpack(words[j][r], a[r % 2][j]);
         if (GROUP) multiply_by(factor[j], a[r % 2][j]);
       }
-      const u32 rows = tokens + (r / 4 * (TOKENS * 128) + r % 4 * 32) / 16;
+      constexpr int PER_ROWS = STEPS / 2;  // steps of 64 rows of k, the bytes of a swizzled token
+      const u32 rows = tokens + (r / PER_ROWS * (TOKENS * 128) + r % PER_ROWS * (128 / PER_ROWS)) / 16;
       wgmma_fence();
-      wgmma<0>(acc[0], a[r % 2][0], 0, rows);
-      wgmma<0>(acc[1], a[r % 2][1], 0, rows + TOKENS * 256 / 16);
+      wgmma<0>(acc[0], a[r % 2][0], which[0][r], rows);
+      wgmma<0>(acc[1], a[r % 2][1], which[1][r], rows + TOKENS * 256 / 16);
       wgmma_commit();
       wgmma_wait<1>();
+      // not before: the tensor cores read a register of metadata while they multiply (wgmma.cu)
+      if (SPARSE && r == 0)
+#pragma unroll
+        for (int j = 0; j < 2; j++) which[j][STEPS - 1] = load_shared_word(metas + (j * STEPS + STEPS - 1) * METADATA_ROW);
       if (r == 0 && done && lane == 0) flag_arrive(done);
     }
     done = empty + s * 8;

@@ -114,23 +114,26 @@ def test_every_edge(k: int, n: int, group_size: int, dtype: torch.dtype) -> None
             assert torch.equal(y, matmul(x, B, s, b)), "not the same twice"
 
 
-@pytest.mark.parametrize("group_size", [128, 64, 32, -1])
+@pytest.mark.parametrize(
+    "group_size, sparse", [*((size, False) for size in (128, 64, 32, -1)), (128, True), (-1, True)]
+)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_every_tile_of_hopper(dtype: torch.dtype, group_size: int) -> None:
+def test_every_tile_of_hopper(dtype: torch.dtype, group_size: int, sparse: bool) -> None:
     """Whether it would be chosen or not; a narrow one by one to four blocks."""
     from marlin_convert.kernels.matmul import reference
 
-    tiles = [("stream", tokens, 3, 4) for tokens in (8, 16)] + [("wgmma", tokens, 2, 4) for tokens in TILES]
+    tiles = [("stream", tokens, 2 if sparse else 3, 4) for tokens in (8, 16)]
+    tiles += [("wgmma", tokens, 2, 4) for tokens in TILES]
     tiles += [("narrow", tokens, 2, columns) for columns in NARROW_TILES for tokens in NARROW_TILES[columns]]
-    group = max(group_size, 0)
     every = [
-        Configuration(*tile, group, dtype == torch.bfloat16, columns=columns) for *tile, columns in tiles
+        Configuration(*tile, max(group_size, 0), dtype == torch.bfloat16, sparse, columns=columns)
+        for *tile, columns in tiles
     ]
     for k, n in ((256, 64), (1024, 320), (1536, 2432), (3072, 2560), (4096, 4160), *HALVES[1:-1]):
         if group_size == 128 and k % 128:
             continue
-        one = layer(k, n, group_size)
-        B, s = packed(one)
+        one = (sparse_layer if sparse else layer)(k, n, group_size)
+        *weights, s = (tensor.cuda() for tensor in (marlin_24 if sparse else marlin).pack(one).values())
         bias = torch.randn(n, device="cuda", dtype=dtype)
         for m in (1, 8, 17, 64, 130):
             x = torch.randn(m, k, device="cuda", dtype=dtype)
@@ -139,7 +142,7 @@ def test_every_tile_of_hopper(dtype: torch.dtype, group_size: int) -> None:
                 if configuration.kernel == "narrow" and configuration.tiles(m, n) > 132:
                     continue
                 answers = torch.full((2, m, n), float("nan"), device="cuda", dtype=dtype)
-                call = Call(configuration, x, B, s, bias)
+                call = Call(configuration, x, weights[0], s, bias, *weights[1:])
                 for y in answers:
                     call(x.data_ptr(), y.data_ptr())
                 assert error(answers[0], expected) < tolerance(answers[0]), (k, n, m, configuration)

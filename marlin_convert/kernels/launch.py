@@ -311,7 +311,7 @@ class Call:
             if B_meta is None:
                 maps *= 2  # that of the metadata is not read then
             else:
-                maps.append(tensor_map(B_meta.data_ptr(), UINT32, len(B), n, (4, FEATURES), NO_SWIZZLE))
+                maps.append(tensor_map(B_meta.data_ptr(), UINT32, len(B), n, box, NO_SWIZZLE))
             box = configuration.scale_rows, configuration.features
             maps.append(tensor_map(s.data_ptr(), FLOAT16, len(s), n, box, NO_SWIZZLE))
             arguments += [*(place for place, _ in maps), 0]
