@@ -57,18 +57,13 @@ def configurations(capability: tuple[int, int]) -> list[Configuration]:
                 many = choose(64, 57344, 8192, group, bfloat16, capability, sparse)
                 tiles = (replace(many, tokens=tokens) for tokens in TILES)
                 found |= dict.fromkeys([*few, *(one for one in tiles if one.fits)])
-                if capability == (9, 0) and not sparse:
-                    found |= dict.fromkeys(narrow_tiles(group, bfloat16))
+                if capability == (9, 0):
+                    found |= {
+                        Configuration("narrow", tokens, 2, group, bfloat16, sparse, columns=columns): None
+                        for columns, tiles in NARROW_TILES.items()
+                        for tokens in tiles
+                    }
     return list(found)
-
-
-def narrow_tiles(group: int, bfloat16: bool) -> list[Configuration]:
-    """All narrow tiles of one kind."""
-    return [
-        Configuration("narrow", tokens, 2, group, bfloat16, columns=columns)
-        for columns, tiles in NARROW_TILES.items()
-        for tokens in tiles
-    ]
 
 
 def for_experts(capability: tuple[int, int]) -> list[Configuration]:
@@ -179,7 +174,7 @@ def test_every_configuration_compiles(capability: tuple[int, int]) -> None:
         assert configuration.shared_memory + beside <= SHARED_MEMORY[capability] * 1024
         assert configuration.fits
         assert len(code) > 1000
-        if configuration.kernel == "wgmma" and configuration.sparse:
+        if configuration.kernel in ("wgmma", "narrow") and configuration.sparse:
             sass = disassembled(code)
             assert sass.count("HGMMA.SP") == 8, "two a step"
             assert not overwritten(sass)
@@ -227,12 +222,12 @@ def test_hopper_uses_its_tensor_cores(m: int, expected: str, sparse: bool) -> No
     assert (f"{expected}.SP" in code) == sparse
 
 
-def test_metadata_that_goes_too_early_is_seen() -> None:
+@pytest.mark.parametrize("kernel, columns", [("wgmma", 4), ("narrow", 2)])
+def test_metadata_that_goes_too_early_is_seen(kernel: str, columns: int) -> None:
     """The kernel as it was when the last step's was loaded with the others."""
-    configuration = Configuration("wgmma", 64, 2, 128, False, sparse=True)
-    source = compiling.source(configuration)
-    early = source.replace("if (SPARSE && r < STEPS - 1) which[r]", "if (SPARSE) which[r]")
-    early = early.replace("if (SPARSE && r == 0) which[STEPS - 1]", "if (false) which[0]")
+    early = source = compiling.source(Configuration(kernel, 64, 2, 128, False, sparse=True, columns=columns))
+    early = early.replace("if (SPARSE && r < STEPS - 1) which", "if (SPARSE) which")
+    early = early.replace("if (SPARSE && r == 0)", "if (false)")
     assert early.count("if (false)") == 1 and early != source
     assert overwritten(disassembled(compiling.compile(early, "sm_90a")[0]))
 

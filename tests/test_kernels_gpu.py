@@ -122,7 +122,7 @@ def test_every_tile_of_hopper(dtype: torch.dtype, group_size: int, sparse: bool)
     """Whether it would be chosen or not; a narrow one by one to four blocks."""
     from marlin_convert.kernels.matmul import reference
 
-    tiles = [("stream", tokens, 2 if sparse else 3, 4) for tokens in (8, 16)]
+    tiles = [("stream", 8, 2, 4)] if sparse else [("stream", 8, 3, 4), ("stream", 16, 3, 4)]
     tiles += [("wgmma", tokens, 2, 4) for tokens in TILES]
     tiles += [("narrow", tokens, 2, columns) for columns in NARROW_TILES for tokens in NARROW_TILES[columns]]
     every = [

@@ -237,8 +237,8 @@ NARROW_TILES = {1: (8, 16, 24, 32, 48, 64), 2: (8, 16, 24, *TILES[1:])}
 OF_A_TILE, TO_SUM_UP, UNEVEN = 65, 10, 4
 
 # The same of narrow tiles: of a chunk by their columns, and of summing up in a cluster, each with what a
-# token takes; and how many times as long a chunk takes with only two stages.
-NARROW_CHUNK, TO_SUM_UP_NARROW, TWO_STAGES = {1: (45, 1.25), 2: (52, 0.9)}, (150, 1.4), 1.45
+# token takes; and how many times as long a chunk takes with only two stages, dense and sparse.
+NARROW_CHUNK, TO_SUM_UP_NARROW, TWO_STAGES = {1: (45, 1.25), 2: (52, 0.9)}, (150, 1.4), (1.45, 2)
 
 # What `stream` takes to sum up a tile, with what each token takes.
 TO_SUM_UP_STREAM = 54, 28
@@ -260,28 +260,29 @@ def choose(
     """The configuration for m tokens of a layer with n outputs and k inputs, on so many multiprocessors.
 
     From sweeps on an H100 (benchmarks/RESULTS.md), which can run all of these kernels: the one with the least
-    `cost`. Of what has no narrow tiles up to 8 tokens, or 16 of a large layer, go to those whose teams of
+    `cost`. Where there is no Hopper up to 8 tokens, or 16 of a large layer, go to the one whose teams of
     warps take chunks in turn: they wait least for one another.
     """
-    hopper = capability == (9, 0)
-    few = Configuration("stream", 8 if m <= 8 else 16, 2 if sparse else 3, group, bfloat16, sparse)
-    large = -(-n // FEATURES) * chunks_of(k) > 3000
-    if hopper and not sparse:
-        found = [few] * (m <= 16) + [
-            one
-            for columns, tiles in NARROW_TILES.items()
-            for one in (
-                Configuration("narrow", tokens, 2, group, bfloat16, columns=columns) for tokens in tiles
-            )
-            if one.tiles(m, n) <= processors
-        ]
-    elif m <= 8 or (m <= 16 and large and not hopper):
-        return few if hopper else replace(few, kernel="mma", teams=2)
+    if capability == (9, 0):
+        teams = 2 if sparse else 3
+        tiles = [("stream", 8, teams, 4)] * (m <= 8) + [("stream", 16, teams, 4)] * (
+            8 < m <= 16 and not sparse
+        )
+        tiles += [("wgmma", tokens, 2, 4) for tokens in TILES]
+        tiles += [("narrow", tokens, 2, columns) for columns, of in NARROW_TILES.items() for tokens in of]
+    elif m <= 8 or (m <= 16 and -(-n // FEATURES) * chunks_of(k) > 3000):
+        tiles = [("mma", 8 if m <= 8 else 16, 2, 4)]
     else:
-        found = []
-    kernel, memory = "wgmma" if hopper else "multistage", SHARED_MEMORY[capability] * 1024
-    found += [Configuration(kernel, tokens, 2, group, bfloat16, sparse, memory=memory) for tokens in TILES]
-    return min((one for one in found if one.fits), key=lambda one: cost(one, m, n, k, processors))
+        tiles = [("multistage", tokens, 2, 4) for tokens in TILES]
+    memory = SHARED_MEMORY[capability] * 1024
+    found = [
+        Configuration(kernel, tokens, teams, group, bfloat16, sparse, memory=memory, columns=columns)
+        for kernel, tokens, teams, columns in tiles
+    ]
+    return min(
+        (one for one in found if one.fits and (one.kernel != "narrow" or one.tiles(m, n) <= processors)),
+        key=lambda one: cost(one, m, n, k, processors),
+    )
 
 
 def cost(configuration: Configuration, m: int, n: int, k: int, processors: int) -> float:
@@ -296,7 +297,9 @@ def cost(configuration: Configuration, m: int, n: int, k: int, processors: int) 
     shared = uneven or share > 1
     if configuration.kernel == "narrow":
         fixed, of_token = NARROW_CHUNK[configuration.columns]
-        chunk = (fixed + of_token * tokens) * (TWO_STAGES if configuration.stages == 2 else 1)
+        chunk = (fixed + of_token * tokens) * (
+            TWO_STAGES[configuration.sparse] if configuration.stages == 2 else 1
+        )
         fixed, of_token = TO_SUM_UP_NARROW
         return longest * max(chunk, memory) + shared * (fixed + of_token * tokens)
     if configuration.kernel == "stream":
