@@ -3,9 +3,8 @@
 //
 // A chunk is four pieces of 128 rows of k of 64 features, as the columns of wgmma.cu's are; here they are one or two
 // columns, and SEGMENTS of k. A warpgroup has two segments of a column, and sums for each.
-constexpr int PARTS = COLUMNS == 1 ? 2 : 1;  // warpgroups that have the same features
-constexpr int BLOCKS = 4;                    // of a cluster, at most
-constexpr int METADATA_ROW = 256 * COLUMNS;   // bytes of a step
+constexpr int HALVES = COLUMNS == 1 ? 2 : 1;  // warpgroups that have the same features
+constexpr int METADATA_ROW = 256 * COLUMNS;  // bytes of a step
 constexpr int PITCH = 128 + 16;              // of a token of a column, in what is stored together
 static_assert(TOKENS * (512 + 2 * PITCH) <= STAGES * STAGE);
 
@@ -13,12 +12,12 @@ static_assert(TOKENS * (512 + 2 * PITCH) <= STAGES * STAGE);
 // the same features: each warpgroup of these stores some of the rows of eight tokens, summed up in the order of k.
 __device__ __forceinline__ void output_narrow(const Problem& p, const Tile& tile, const float (&sums)[TOKENS / 2], u32 memory, int column, int fragment) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, blocks = cluster_size();
-  const int group = warp / 4, all = blocks * PARTS, me = cluster_rank() * PARTS + group % PARTS;
-  auto place = [&](int row, int part) { return memory + ((row * 8 + (PARTS == 2 ? part * 4 : group * 4) + warp % 4) * 32 + lane) * 16; };
+  const int group = warp / 4, all = blocks * HALVES, me = cluster_rank() * HALVES + group % HALVES;
+  auto place = [&](int row, int part) { return memory + ((row * 8 + (HALVES == 2 ? part * 4 : group * 4) + warp % 4) * 32 + lane) * 16; };
   barrier(1, 256);  // the stages are read
   if (all > 1) {
 #pragma unroll
-    for (int row = 0; row < TOKENS / 8; row++) store_shared(place(row, group % PARTS), make_float4(sums[4 * row], sums[4 * row + 1], sums[4 * row + 2], sums[4 * row + 3]));
+    for (int row = 0; row < TOKENS / 8; row++) store_shared(place(row, group % HALVES), make_float4(sums[4 * row], sums[4 * row + 1], sums[4 * row + 2], sums[4 * row + 3]));
     if (blocks > 1) cluster_barrier(); else barrier(1, 256);
   }
   float factor[2], bias[2];
@@ -39,12 +38,12 @@ __device__ __forceinline__ void output_narrow(const Problem& p, const Tile& tile
     for (int row = 0; row < TOKENS / 8; row++) finish(row, make_float4(sums[4 * row], sums[4 * row + 1], sums[4 * row + 2], sums[4 * row + 3]));
   }
   for (int row = me; all > 1 && row < TOKENS / 8; row += all) {
-    float4 v[BLOCKS * PARTS];
+    float4 v[NARROW_CLUSTER * HALVES];
 #pragma unroll
-    for (int i = 0; i < BLOCKS * PARTS; i++)
-      if (i < all) v[i] = load_of_block(place(row, i % PARTS), i / PARTS);
+    for (int i = 0; i < NARROW_CLUSTER * HALVES; i++)
+      if (i < all) v[i] = load_of_block(place(row, i % HALVES), i / HALVES);
 #pragma unroll
-    for (int i = 1; i < BLOCKS * PARTS; i++)
+    for (int i = 1; i < NARROW_CLUSTER * HALVES; i++)
       if (i < all) { v[0].x += v[i].x; v[0].y += v[i].y; v[0].z += v[i].z; v[0].w += v[i].w; }
     finish(row, v[0]);
   }

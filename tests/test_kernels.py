@@ -286,6 +286,20 @@ def test_blocks_of_the_grid() -> None:
     assert schedule(replace(MANY, sparse=True), 48, 32, 132) == (96, 0, 32, 2, 16, 0)
 
 
+@pytest.mark.parametrize("processors", [1, 16, 78, 132])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_no_more_narrow_tiles_than_processors(processors: int, sparse: bool) -> None:
+    narrow = 0
+    for m in (1, 8, 16, 33, 64, 129, 400):
+        for n in (64, 320, 64 * processors, 64 * processors + 64, 8192, 57344):
+            one = choose(m, n, 1024, 128, False, (9, 0), sparse, processors)
+            blocks = schedule(one, one.tiles(m, n), one.chunks(1024), processors)[0]
+            assert blocks <= processors and one.fits
+            narrow += one.kernel == "narrow"
+            assert one.kernel != "narrow" or one.tiles(m, n) <= processors
+    assert narrow
+
+
 @pytest.mark.parametrize(
     "tiles, chunks, blocks, share",
     [
@@ -321,14 +335,19 @@ def test_blocks_of_a_cluster(configuration, plan, at_once, expected, monkeypatch
     assert launch._cluster(loaded, 32, 32, plan) == expected
 
 
-@pytest.mark.parametrize("tiles", [1, 3, 40, 112, 131, 132, 133, 264, 300, 1792])
+@pytest.mark.parametrize(
+    "configuration, tiles",
+    [
+        (one, tiles)
+        for one in (FEW, MANY, NARROW)
+        for tiles in (1, 3, 40, 112, 131, 132, 133, 264, 300, 1792)
+        if one != NARROW or tiles <= 132
+    ],
+    ids=lambda one: getattr(one, "kernel", str(one)),
+)
 @pytest.mark.parametrize("chunks", [1, 32, 224])
-@pytest.mark.parametrize("configuration", [FEW, MANY, NARROW], ids=lambda one: one.kernel)
 def test_every_chunk_belongs_to_one_block(configuration: Configuration, tiles: int, chunks: int) -> None:
     """What csrc/tiles.cuh reads from the schedule, in Python."""
-    if configuration == NARROW and tiles > 132:
-        assert configuration not in [choose(1, 64 * tiles, 512, 128, False, (9, 0))]
-        return
     blocks, whole, run, share, each, more = schedule(configuration, tiles, chunks, 132)
     done = [tile * chunks + k for tile in range(whole * blocks) for k in range(chunks)]
 

@@ -13,7 +13,14 @@ import torch
 
 from marlin_convert.errors import KernelError
 from marlin_convert.formats import FORMATS, marlin, marlin_24
-from marlin_convert.kernels.configurations import NARROW_TILES, TILES, Configuration, choose
+from marlin_convert.kernels.configurations import (
+    NARROW_CLUSTER,
+    NARROW_TILES,
+    TILES,
+    Configuration,
+    choose,
+    schedule,
+)
 from marlin_convert.kernels.launch import Call
 from marlin_convert.quantized import QuantizedLinear
 
@@ -40,6 +47,16 @@ def layer(k: int, n: int, group_size: int, seed: int = 0) -> QuantizedLinear:
 @pytest.fixture(autouse=True)
 def _same_numbers_every_time() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["narrow", "wide"])
+def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Kernels as they are chosen, and those of layers that would have narrow tiles."""
+    choose.cache_clear()
+    if request.param == "wide":
+        monkeypatch.setattr("marlin_convert.kernels.configurations.NARROW_TILES", {})
+    yield
+    choose.cache_clear()
 
 
 def packed(one: QuantizedLinear) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,14 +131,18 @@ def test_every_edge(k: int, n: int, group_size: int, dtype: torch.dtype) -> None
             assert torch.equal(y, matmul(x, B, s, b)), "not the same twice"
 
 
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
 @pytest.mark.parametrize(
     "group_size, sparse", [*((size, False) for size in (128, 64, 32, -1)), (128, True), (-1, True)]
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_every_tile_of_hopper(dtype: torch.dtype, group_size: int, sparse: bool) -> None:
-    """Whether it would be chosen or not; a narrow one by one to four blocks."""
+    """Whether it would be chosen or not; a narrow one by any number of blocks, with more and fewer chunks."""
     from marlin_convert.kernels.matmul import reference
 
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
     tiles = [("stream", 8, 2, 4)] if sparse else [("stream", 8, 3, 4), ("stream", 16, 3, 4)]
     tiles += [("wgmma", tokens, 2, 4) for tokens in TILES]
     tiles += [("narrow", tokens, 2, columns) for columns in NARROW_TILES for tokens in NARROW_TILES[columns]]
@@ -129,7 +150,9 @@ def test_every_tile_of_hopper(dtype: torch.dtype, group_size: int, sparse: bool)
         Configuration(*tile, max(group_size, 0), dtype == torch.bfloat16, sparse, columns=columns)
         for *tile, columns in tiles
     ]
-    for k, n in ((256, 64), (1024, 320), (1536, 2432), (3072, 2560), (4096, 4160), *HALVES[1:-1]):
+    met = set()
+    shapes = (256, 64), (1024, 320), (2560, 320), (1536, 2432), (3072, 2560), (4096, 4160), *HALVES[1:-1]
+    for k, n in shapes:
         if group_size == 128 and k % 128:
             continue
         one = (sparse_layer if sparse else layer)(k, n, group_size)
@@ -139,14 +162,20 @@ def test_every_tile_of_hopper(dtype: torch.dtype, group_size: int, sparse: bool)
             x = torch.randn(m, k, device="cuda", dtype=dtype)
             expected = reference(x, one, bias)
             for configuration in every:
-                if configuration.kernel == "narrow" and configuration.tiles(m, n) > 132:
-                    continue
+                tiles_of_m = configuration.tiles(m, n)
+                if configuration.kernel == "narrow":
+                    if tiles_of_m > processors:
+                        continue
+                    plan = schedule(configuration, tiles_of_m, configuration.chunks(k), processors)
+                    met.add((configuration.columns, plan[3]))
                 answers = torch.full((2, m, n), float("nan"), device="cuda", dtype=dtype)
                 call = Call(configuration, x, weights[0], s, bias, *weights[1:])
                 for y in answers:
                     call(x.data_ptr(), y.data_ptr())
                 assert error(answers[0], expected) < tolerance(answers[0]), (k, n, m, configuration)
                 assert torch.equal(*answers), "not the same twice"
+    if processors == 132:
+        assert met == {(columns, share) for columns in (1, 2) for share in range(1, NARROW_CLUSTER + 1)}
 
 
 @pytest.mark.parametrize("group_size", [128, 64, 32, -1])
@@ -233,6 +262,7 @@ def test_what_does_not_fit_is_refused() -> None:
             matmul(*wrong)
 
 
+@pytest.mark.usefixtures("tiles")
 def test_poisoned_output_memory() -> None:
     """What the allocator hands out holds NaN: everything must be written."""
     from marlin_convert.kernels.matmul import matmul
@@ -245,6 +275,7 @@ def test_poisoned_output_memory() -> None:
         assert matmul(x, B, s).isfinite().all()
 
 
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("m", [1, 12, 40, 200])
 def test_poison_behind_the_inputs(m: int) -> None:
     """What is there of a last chunk beyond the inputs is never multiplied."""
@@ -260,6 +291,7 @@ def test_poison_behind_the_inputs(m: int) -> None:
         assert error(y, expected) < 3e-4, configuration
 
 
+@pytest.mark.usefixtures("tiles")
 def test_two_streams_at_once() -> None:
     from marlin_convert.kernels.matmul import matmul
 
@@ -352,6 +384,7 @@ def test_autocast_and_tangents(dtype: torch.dtype) -> None:
         assert error(tangent, expected) < TOLERANCE[dtype]
 
 
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("m", [1, 12, 40, 200])
 def test_the_largest_scales(m: int) -> None:
     from marlin_convert.kernels.matmul import LARGEST_SCALE, matmul, reference
@@ -421,6 +454,7 @@ def test_a_model_over_two_gpus_and_threads_on_each() -> None:
             assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("format", ["marlin", "marlin-24"])
 def test_graphs_and_compile(format: str) -> None:
     from marlin_convert.kernels.matmul import LINEARS, reference
@@ -474,12 +508,14 @@ from marlin_convert.kernels.configurations import NARROW_TILES, choose
 
 module = import_module("marlin_convert.kernels.matmul")
 matmul = module.matmul
-OTHER = None
+OTHER, narrow = None, dict(NARROW_TILES)
 module.choose = lambda *given: choose(*given[:5], OTHER or given[5], *given[6:])
-for OTHER in (None, (9, 0), (8, 6)):
-  if OTHER == (9, 0):
-      NARROW_TILES.clear()  # wgmma.cu and stream.cu, of layers that would have narrow ones
-  for k, n, groups in ((1024, 768, 8), (512, 320, 4), (192, 320, 1), (576, 768, 1)):
+LAYERS = (1024, 768, 8), (512, 320, 4), (192, 320, 1), (576, 768, 1), (4608, 320, 36), (3072, 1088, 24)
+for OTHER, tiles in ((None, narrow), (None, {}), ((8, 6), narrow)):
+  NARROW_TILES.clear()
+  NARROW_TILES.update(tiles)
+  choose.cache_clear()
+  for k, n, groups in LAYERS:
       s = torch.full((groups, n), 0.01, dtype=torch.half, device="cuda")
       B = torch.full((k // 16, 2 * n), 0x12345678, dtype=torch.int32, device="cuda")
       B_24 = torch.full((k // 32, 2 * n), 0x12345678, dtype=torch.int32, device="cuda")

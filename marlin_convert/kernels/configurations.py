@@ -6,10 +6,10 @@ A tile is 256 features by `tokens` tokens, and a chunk of it 128 rows of k, the 
 
 import math
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
-FEATURES = 256  # of a tile
-ROWS = 128  # of k, of a chunk
+FEATURES = 256  # of a tile that is not narrow
+ROWS = 128  # of k, of its chunk
 
 # KiB of shared memory that a block may have, by compute capability: CUDA's programming guide.
 SHARED_MEMORY = {
@@ -176,6 +176,7 @@ class Configuration:
             "PAIRED": int(self.paired),
             "COLUMNS": self.columns,
             "LARGEST_CLUSTER": LARGEST_CLUSTER,
+            "NARROW_CLUSTER": NARROW_CLUSTER,
             "LOADERS": 256 if self.kernel == "multistage" else 128,
             "PATTERN": self._pattern,
             "STAGES": self.stages,
@@ -243,10 +244,11 @@ NARROW_CHUNK, TO_SUM_UP_NARROW, TWO_STAGES = {1: (45, 1.25), 2: (52, 0.9)}, (150
 # What `stream` takes to sum up a tile, with what each token takes.
 TO_SUM_UP_STREAM = 54, 28
 
-# What memory takes for a chunk of each block, in the same unit: no chunk takes less than all of them.
-FROM_MEMORY = 0.55
+# What memory takes for a chunk of a block on every multiprocessor, in the same unit.
+FROM_MEMORY = 73
 
 
+@lru_cache(4096)  # a tenth of a millisecond, for each layer of a model the same
 def choose(
     m: int,
     n: int,
@@ -257,7 +259,7 @@ def choose(
     sparse: bool = False,
     processors: int = 132,
 ) -> Configuration:
-    """The configuration for m tokens of a layer with n outputs and k inputs, on so many multiprocessors.
+    """The configuration for m >= 1 tokens of a layer with n outputs and k inputs, on so many multiprocessors.
 
     From sweeps on an H100 (benchmarks/RESULTS.md), which can run all of these kernels: the one with the least
     `cost`. Where there is no Hopper up to 8 tokens, or 16 of a large layer, go to the one whose teams of
@@ -292,7 +294,8 @@ def cost(configuration: Configuration, m: int, n: int, k: int, processors: int) 
     """
     tiles, chunks = configuration.tiles(m, n), configuration.chunks(k)
     blocks, whole, run, share, each, more = schedule(configuration, tiles, chunks, processors)
-    longest, tokens, memory = whole * chunks + each + bool(more), configuration.tokens, FROM_MEMORY * blocks
+    longest, tokens = whole * chunks + each + bool(more), configuration.tokens
+    memory = FROM_MEMORY * blocks / processors  # which GPUs have in proportion to these
     uneven = bool(run) and run != chunks
     shared = uneven or share > 1
     if configuration.kernel == "narrow":

@@ -285,15 +285,15 @@ class Call:
         loaded = load(configuration, x.device.index)
         stream = torch.cuda.current_stream(x.device).cuda_stream
         parts, tickets = self._parts_and_tickets = workspace(x.device, stream, loaded, configuration.tokens)
-        columns, token_tiles = -(-n // configuration.features), -(-m // configuration.tokens)
+        across, token_tiles = -(-n // configuration.features), -(-m // configuration.tokens)
         chunks = configuration.chunks(k)
-        blocks, *plan = schedule(configuration, columns * token_tiles, chunks, loaded.processors)
+        blocks, *plan = schedule(configuration, across * token_tiles, chunks, loaded.processors)
         cluster = _cluster(loaded, blocks, chunks, plan)
         problem = ctypes.create_string_buffer(
             struct.pack(
                 "8Q11i4x", B.data_ptr(), 0, s.data_ptr(), 0 if bias is None else bias.data_ptr(), 0,
                 parts.data_ptr(), tickets.data_ptr(), 0 if B_meta is None else B_meta.data_ptr(),
-                m, n, k, columns, token_tiles, chunks, *plan,
+                m, n, k, across, token_tiles, chunks, *plan,
             ),
             112,
         )  # fmt: skip
