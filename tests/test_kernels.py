@@ -160,6 +160,7 @@ def test_every_configuration_compiles(capability: tuple[int, int]) -> None:
     else:
         # of every tile one in three; a GPU compiles what it runs
         found = [one for one in found if not (one.tokens // 16 + one.group // 32 + one.bfloat16) % 3]
+        found = [one for one in found if one.kernel != "narrow" or one.tokens in (8, 48, 128)]
         # of those for experts, which are many, each kernel in one of the groups
         found += [one for one in for_experts(capability) if one.group == (128, 0)[one.bfloat16]]
     with ThreadPoolExecutor(2) as pool:  # half the time on two processors
