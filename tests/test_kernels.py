@@ -35,7 +35,6 @@ from marlin_convert.kernels.configurations import (
     Configuration,
     choose,
     choose_for_experts,
-    chunks_of,
     schedule,
 )
 from marlin_convert.kernels.matmul import Marlin24Linear, MarlinLinear, matmul, reference
@@ -362,7 +361,7 @@ def test_every_chunk_belongs_to_one_block(configuration: Configuration, tiles: i
 
 
 def test_a_last_chunk_may_have_half_of_the_rows() -> None:
-    assert [chunks_of(k) for k in (64, 128, 192, 576, 10944)] == [1, 1, 2, 5, 86]
+    assert [MANY.chunks(k) for k in (64, 128, 192, 576, 10944)] == [1, 1, 2, 5, 86]
     assert [NARROW.chunks(k) for k in (64, 512, 576, 10944)] == [1, 1, 2, 22]
 
 

@@ -222,11 +222,6 @@ class Beside:
         return {"BF16": int(self.bfloat16), "SPARSE": 0}
 
 
-def chunks_of(k: int) -> int:
-    """The chunks of a layer with k inputs, a multiple of 64."""
-    return -(-k // ROWS)
-
-
 # Tokens of the tiles that sums in registers are of.
 TILES = (16, 32, 48, 64, 96, 128)
 
@@ -265,18 +260,17 @@ def choose(
     `cost`. Where there is no Hopper up to 8 tokens, or 16 of a large layer, go to the one whose teams of
     warps take chunks in turn: they wait least for one another.
     """
+    memory = SHARED_MEMORY[capability] * 1024
+    few = Configuration("mma", 8 if m <= 8 else 16, 2, group, bfloat16, sparse, memory=memory)
     if capability == (9, 0):
-        teams = 2 if sparse else 3
-        tiles = [("stream", 8, teams, 4)] * (m <= 8) + [("stream", 16, teams, 4)] * (
-            8 < m <= 16 and not sparse
-        )
-        tiles += [("wgmma", tokens, 2, 4) for tokens in TILES]
+        tiles = [("wgmma", tokens, 2, 4) for tokens in TILES]
         tiles += [("narrow", tokens, 2, columns) for columns, of in NARROW_TILES.items() for tokens in of]
-    elif m <= 8 or (m <= 16 and -(-n // FEATURES) * chunks_of(k) > 3000):
-        tiles = [("mma", 8 if m <= 8 else 16, 2, 4)]
+        if m <= (8 if sparse else 16):
+            tiles.append(("stream", few.tokens, 2 if sparse else 3, 4))
+    elif m <= 8 or (m <= 16 and few.tiles(m, n) * few.chunks(k) > 3000):
+        return few
     else:
         tiles = [("multistage", tokens, 2, 4) for tokens in TILES]
-    memory = SHARED_MEMORY[capability] * 1024
     found = [
         Configuration(kernel, tokens, teams, group, bfloat16, sparse, memory=memory, columns=columns)
         for kernel, tokens, teams, columns in tiles

@@ -17,7 +17,6 @@ from marlin_convert.kernels.configurations import (
     Beside,
     Configuration,
     choose_for_experts,
-    chunks_of,
 )
 from marlin_convert.kernels.launch import (
     FLOAT16,
@@ -250,8 +249,8 @@ def _product(
     (codes, scales, bias), others = addresses
     parameter = struct.pack(
         "=8Q3i4x9i4x6Q2i72s", codes, 0, scales, bias, 0, parts.data_ptr(), tickets.data_ptr(), 0,
-        m, one.n, one.k, -(-one.n // width), 0, chunks_of(one.k), 0, 0, 0, 0, 0, 0, 0, *others, 0, 0,
-        one.pitch, int(routed), route,
+        m, one.n, one.k, -(-one.n // width), 0, configuration.chunks(one.k), 0, 0, 0, 0, 0, 0, 0, *others,
+        0, 0, one.pitch, int(routed), route,
     )  # fmt: skip
     maps = []
     if configuration.on_hopper:
