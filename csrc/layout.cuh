@@ -1,12 +1,13 @@
-// What lies where in a chunk, 128 rows of k: of the MARLIN layout or, with SPARSE, of the Sparse-MARLIN layout, which
-// holds two of every four rows and which two they are. Both are in columns of 64 features; a lane has 16 bytes of each
-// column, a word of four for every fragment of 16 features.
-constexpr int STEPS = SPARSE ? 4 : 8;                   // a step is 16 rows that are held, of 32 or of 16
-constexpr int CODES = STEPS * 2048;                     // bytes of 256 features
-constexpr int METADATA = SPARSE ? 4096 : 0;             // bytes: a word for every lane and two fragments
-constexpr int GROUPS = GROUP ? 128 / GROUP : 1;         // of scales, per chunk
+// What lies where in a chunk: SEGMENTS of 128 rows of k, one but of narrow.cu's tiles, of COLUMNS of 64 features. They are
+// of the MARLIN layout or, with SPARSE, of the Sparse-MARLIN layout, which holds two of every four rows and which two they
+// are. A lane has 16 bytes of each column, a word of four for every fragment of 16 features.
+constexpr int PIECES = SEGMENTS * COLUMNS;
+constexpr int STEPS = SPARSE ? 4 : 8;                      // of a segment: 16 rows that are held, of 32 or of 16
+constexpr int CODES = STEPS * 512 * PIECES;                // bytes
+constexpr int METADATA = SPARSE ? 1024 * PIECES : 0;       // bytes: a word for every lane and two fragments
+constexpr int GROUPS = GROUP ? 128 / GROUP : 1;            // of scales, per segment
 constexpr int GROUP_STEPS = STEPS / GROUPS;
-constexpr int SCALES = GROUP ? 512 * GROUPS : 0;        // bytes of 256 features
+constexpr int SCALES = GROUP ? 128 * GROUPS * PIECES : 0;  // bytes
 
 // Which of 64 features is row `half` * 8 + lane / 4 of a fragment.
 __device__ __forceinline__ int feature_in_column(int fragment, int half, int lane) {

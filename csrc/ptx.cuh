@@ -51,6 +51,11 @@ __device__ __forceinline__ uint4 load_shared(u32 from) {
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from));
   return v;
 }
+__device__ __forceinline__ float4 load_shared_floats(u32 from) {
+  float4 v;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(from) : "memory");
+  return v;
+}
 __device__ __forceinline__ void load_shared(u32 (&v)[2], u32 from) {
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v[0]), "=r"(v[1]) : "r"(from));
 }
@@ -139,6 +144,16 @@ __device__ __forceinline__ float4 load_of_block(u32 address, int rank) {
   asm volatile("{ .reg .u32 there;\nmapa.shared::cluster.u32 there, %4, %5;\nld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n}"
                : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address), "r"(rank) : "memory");
   return v;
+}
+// The same for what no thread of another block has to see.
+__device__ __forceinline__ void cluster_meets() {
+  asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;" ::: "memory");
+}
+// 16 bytes into a block's shared memory, counted by its flag.
+__device__ __forceinline__ void send_to_block(u32 to, float4 v, u32 flag, int rank) {
+  asm volatile("{ .reg .u32 there, its;\nmapa.shared::cluster.u32 there, %0, %6;\nmapa.shared::cluster.u32 its, %5, %6;\n"
+               "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there], {%1, %2, %3, %4}, [its];\n}"
+               ::"r"(to), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(flag), "r"(rank) : "memory");
 }
 // A rectangle of a matrix, by the copy engine; what lies outside the matrix arrives as zeros.
 struct __align__(64) TensorMap { u64 opaque[16]; };

@@ -32,7 +32,7 @@ __device__ __forceinline__ void output_in_cluster(const Problem& p, const Tile& 
         }
     store_row(p, tile, ScaleAndBias(p, tile, feature, half), tile.token + i / 4 * 8, feature, sums, staging, column, half);
   }
-  cluster_barrier();
+  cluster_meets();  // none ends whose sums another reads
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1)

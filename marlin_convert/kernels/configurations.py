@@ -1,7 +1,7 @@
 """Which kernel multiplies how many tokens, with what tiles: the heuristics, and what they rest on.
 
 A tile is 256 features by `tokens` tokens, and a chunk of it 128 rows of k, the last of which may have 64
-(csrc/tiles.cuh); narrow tiles are 64 or 128 features, and their chunks 512 or 256 rows (csrc/narrow.cu).
+(csrc/tiles.cuh); narrow tiles are 64 or 128 features, and their chunks 512, 256 or 128 rows (csrc/narrow.cu).
 """
 
 import math
@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 FEATURES = 256  # of a tile that is not narrow
-ROWS = 128  # of k, of its chunk
 
 # KiB of shared memory that a block may have, by compute capability: CUDA's programming guide.
 SHARED_MEMORY = {
@@ -97,10 +96,18 @@ class Configuration:
         """Features of a tile."""
         return 64 * self.columns
 
+    @cached_property
+    def segments(self) -> int:
+        """Segments of 128 rows of k of a chunk: many if three such chunks can be in shared memory at once."""
+        if self.kernel != "narrow":
+            return 1
+        most = 4 // self.columns
+        return most if 3 * self._stage_of(most) <= self.memory - self._beside else most // 2
+
     @property
     def rows(self) -> int:
         """Rows of k of a chunk."""
-        return ROWS * FEATURES // self.features
+        return 128 * self.segments
 
     def tiles(self, m: int, n: int) -> int:
         """The tiles of m tokens of a layer with n outputs."""
@@ -127,17 +134,20 @@ class Configuration:
 
     @cached_property
     def _stage(self) -> int:
-        """Bytes of a stage: codes, activations and scales of a chunk, in whole swizzle patterns."""
-        codes = 8 * self.features * self.code_rows + (4096 if self.sparse else 0)
-        scales = 2 * self.features * self.scale_rows if self.group else 0
-        filled = codes + 2 * self.rows * self.tokens + scales
+        """Bytes of a stage."""
+        return self._stage_of(self.segments)
+
+    def _stage_of(self, segments: int) -> int:
+        """Bytes of a stage: codes, activations and scales of so many segments, in whole swizzle patterns."""
+        weights = self.columns * ((3072 if self.sparse else 4096) + (128 * 128 // self.group if self.group else 0))
+        filled = segments * (weights + 256 * self.tokens)
         return -(-filled // self._pattern) * self._pattern
 
     @property
     def _beside(self) -> int:
         """Bytes of shared memory beside the stages: sums or staging, and what alignment takes."""
         sums = 4 * self.teams * self.tokens * (FEATURES + 4)
-        beside = {"mma": sums, "stream": sums + 2048, "wgmma": 2048 * self.teams + 2048, "narrow": 1024}
+        beside = {"mma": sums, "stream": sums + 2048, "wgmma": 2048 * self.teams + 2048, "narrow": 1024 + 16}
         return beside.get(self.kernel, 0)
 
     @cached_property
@@ -175,6 +185,7 @@ class Configuration:
             "EXPERTS": int(self.experts),
             "PAIRED": int(self.paired),
             "COLUMNS": self.columns,
+            "SEGMENTS": self.segments,
             "LARGEST_CLUSTER": LARGEST_CLUSTER,
             "NARROW_CLUSTER": NARROW_CLUSTER,
             "LOADERS": 256 if self.kernel == "multistage" else 128,
@@ -232,9 +243,9 @@ NARROW_TILES = {1: (8, 16, 24, 32, 48, 64), 2: (8, 16, 24, *TILES[1:])}
 # that several blocks share, and what more if their shares are no parts of one tile alone.
 OF_A_TILE, TO_SUM_UP, UNEVEN = 65, 10, 4
 
-# The same of narrow tiles: of a chunk by their columns, and of summing up in a cluster, each with what a
-# token takes; and how many times as long a chunk takes with only two stages, dense and sparse.
-NARROW_CHUNK, TO_SUM_UP_NARROW, TWO_STAGES = {1: (45, 1.25), 2: (52, 0.9)}, (150, 1.4), (1.45, 2)
+# The same of narrow tiles: of a chunk as large as the others', by their columns, and of summing up in a cluster,
+# each with what a token takes.
+NARROW_CHUNK, TO_SUM_UP_NARROW = {1: (45, 1.25), 2: (52, 0.9)}, (150, 1.4)
 
 # What `stream` takes to sum up a tile, with what each token takes.
 TO_SUM_UP_STREAM = 54, 28
@@ -294,11 +305,9 @@ def cost(configuration: Configuration, m: int, n: int, k: int, processors: int) 
     shared = uneven or share > 1
     if configuration.kernel == "narrow":
         fixed, of_token = NARROW_CHUNK[configuration.columns]
-        chunk = (fixed + of_token * tokens) * (
-            TWO_STAGES[configuration.sparse] if configuration.stages == 2 else 1
-        )
+        chunk = max(fixed + of_token * tokens, memory) * configuration.columns * configuration.segments / 4
         fixed, of_token = TO_SUM_UP_NARROW
-        return longest * max(chunk, memory) + shared * (fixed + of_token * tokens)
+        return longest * chunk + shared * (fixed + of_token * tokens)
     if configuration.kernel == "stream":
         fixed, of_token = TO_SUM_UP_STREAM
         return longest * memory + shared * (fixed + of_token * min(m, tokens))
