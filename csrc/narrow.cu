@@ -8,8 +8,7 @@ constexpr int HALVES = COLUMNS == 1 ? 2 : 1;  // warpgroups that have the same f
 constexpr int METADATA_ROW = 256 * COLUMNS;  // bytes of a step
 constexpr int PITCH = 128 + 16;              // of a token of a column, in what is stored together
 constexpr int MOST_PARTS = NARROW_CLUSTER * HALVES;
-// Of few tokens the blocks of a cluster send each other their sums: no fence then, which takes half a microsecond.
-constexpr bool SENDS = TOKENS <= 32;
+// SENDS: the blocks of a cluster send each other their sums, so that none has to be fenced, which takes a microsecond.
 constexpr int SUMMED = TOKENS * (SENDS ? 2048 : 512);  // bytes of what is summed up in one block
 static_assert(SUMMED + 2 * TOKENS * PITCH <= STAGES * STAGE);
 

@@ -176,27 +176,29 @@ def test_every_configuration_compiles(capability: tuple[int, int]) -> None:
         assert len(code) > 1000
         if configuration.kernel in ("wgmma", "narrow") and configuration.sparse:
             sass = disassembled(code)
-            assert sass.count("HGMMA.SP") == 8, "two a step"
+            pieces = configuration.features * configuration.rows // (64 * 128)
+            assert sass.count("HGMMA.SP") == 2 * pieces, "one for four steps of half of them"
             assert not overwritten(sass)
 
 
 @pytest.mark.parametrize(
     "k, n, m, tile",
     [
-        (4096, 4096, 1, ("stream", 8, 4)),  # each with the tile that was fastest when all were tried
+        (4096, 4096, 1, ("narrow", 8, 1)),  # each with the tile that was fastest when all were tried
         (4096, 6144, 1, ("narrow", 8, 1)),
         (4096, 28672, 16, ("stream", 16, 4)),
         (8192, 8192, 16, ("narrow", 16, 1)),
         (28672, 8192, 48, ("narrow", 48, 2)),
-        (4096, 4096, 64, ("narrow", 32, 1)),
-        (4096, 6144, 64, ("narrow", 64, 2)),
-        (4096, 4096, 128, ("narrow", 64, 2)),
+        (14336, 4096, 64, ("narrow", 64, 1)),
+        (4096, 6144, 64, ("narrow", 64, 1)),
+        (4096, 4096, 128, ("narrow", 64, 1)),
         (4096, 28672, 192, ("wgmma", 96, 4)),
-        (28672, 8192, 128, ("wgmma", 128, 4)),  # two stages would not do
-        (4096, 6144, 256, ("narrow", 128, 2)),  # and do
+        (28672, 8192, 128, ("narrow", 128, 2)),
+        (4096, 6144, 256, ("narrow", 128, 2)),
+        (8192, 10240, 128, ("wgmma", 128, 4)),
         (8192, 57344, 256, ("wgmma", 128, 4)),
-        (2048, 2048, 32, ("narrow", 8, 1)),
-        (2048, 3072, 64, ("narrow", 32, 1)),
+        (2048, 1024, 8, ("narrow", 8, 1)),
+        (4096, 4096, 8, ("narrow", 8, 1)),
         (2048, 2048, 4096, ("wgmma", 128, 4)),
     ],
 )
@@ -365,6 +367,17 @@ def test_a_last_chunk_may_have_half_of_the_rows() -> None:
     assert [NARROW.chunks(k) for k in (64, 512, 576, 10944)] == [1, 1, 2, 22]
 
 
+def test_chunks_are_as_high_as_three_of_them_have_room() -> None:
+    for sparse in (False, True):
+        rows = {
+            (columns, tokens): Configuration("narrow", tokens, 2, 32, False, sparse, columns=columns).rows
+            for columns, tiles in NARROW_TILES.items()
+            for tokens in tiles
+        }
+        assert {tile for tile, high in rows.items() if high != 512 // tile[0]} == {(1, 64), (2, 128)}
+        assert rows[1, 64] == 256 and rows[2, 128] == 128
+
+
 @pytest.mark.parametrize("k", [64, 128, 192, 576])
 def test_what_the_copy_engine_brings_fills_a_stage(k: int, driver: "Driver") -> None:
     """Whole boxes, however small the matrix: a block waits for bytes that never come, and never ends."""
@@ -377,7 +390,7 @@ def test_what_the_copy_engine_brings_fills_a_stage(k: int, driver: "Driver") -> 
         x, B_meta = torch.empty(1, k).half(), torch.empty(k // 32, 512, dtype=torch.int16) if sparse else None
         driver.boxes.clear()
         launch.Call(configuration, x, B, s, None, B_meta)(x.data_ptr(), 0)
-        assert driver.boxes[B.data_ptr()] == 128 // step * 2048
+        assert driver.boxes[B.data_ptr()] == configuration.rows * configuration.features // (step // 8)
         brought = sum(size for tensor, size in driver.boxes.items() if group or tensor != s.data_ptr())
         brought += driver.boxes[x.data_ptr()] * (configuration.rows // 64 - 1)  # boxes of 64 inputs
         assert -(-brought // 1024) * 1024 == configuration._stage

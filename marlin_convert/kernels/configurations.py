@@ -32,6 +32,10 @@ NARROW_CLUSTER, IN_CLUSTERS = 4, 0.88
 # Bytes that kernels for experts have beside what is asked for: the problem, and the order of few tokens.
 STATIC = 2048
 
+# Tokens of narrow tiles of which the blocks of a cluster send each other their sums; those of more have no room
+# for what they would be sent.
+MOST_SENT = 64
+
 # Registers a thread of the loading warps keeps on Hopper; the multiplying ones get the rest.
 GIVEN = 40
 
@@ -105,6 +109,11 @@ class Configuration:
         return most if 3 * self._stage_of(most) <= self.memory - self._beside else most // 2
 
     @property
+    def sends(self) -> bool:
+        """Whether blocks that share a tile send each other sums; else each fetches them."""
+        return self.tokens <= MOST_SENT
+
+    @property
     def rows(self) -> int:
         """Rows of k of a chunk."""
         return 128 * self.segments
@@ -139,8 +148,9 @@ class Configuration:
 
     def _stage_of(self, segments: int) -> int:
         """Bytes of a stage: codes, activations and scales of so many segments, in whole swizzle patterns."""
-        weights = self.columns * ((3072 if self.sparse else 4096) + (128 * 128 // self.group if self.group else 0))
-        filled = segments * (weights + 256 * self.tokens)
+        codes = 3072 if self.sparse else 4096  # of 64 features, with metadata
+        scales = 128 * 128 // self.group if self.group else 0
+        filled = segments * (self.columns * (codes + scales) + 256 * self.tokens)
         return -(-filled // self._pattern) * self._pattern
 
     @property
@@ -188,6 +198,7 @@ class Configuration:
             "SEGMENTS": self.segments,
             "LARGEST_CLUSTER": LARGEST_CLUSTER,
             "NARROW_CLUSTER": NARROW_CLUSTER,
+            "SENDS": int(self.sends),
             "LOADERS": 256 if self.kernel == "multistage" else 128,
             "PATTERN": self._pattern,
             "STAGES": self.stages,
@@ -244,8 +255,8 @@ NARROW_TILES = {1: (8, 16, 24, 32, 48, 64), 2: (8, 16, 24, *TILES[1:])}
 OF_A_TILE, TO_SUM_UP, UNEVEN = 65, 10, 4
 
 # The same of narrow tiles: of a chunk as large as the others', by their columns, and of summing up in a cluster,
-# each with what a token takes.
-NARROW_CHUNK, TO_SUM_UP_NARROW = {1: (45, 1.25), 2: (52, 0.9)}, (150, 1.4)
+# by whether sums are sent; each with what a token takes.
+NARROW_CHUNK, TO_SUM_UP_NARROW = {1: (45, 1.25), 2: (48, 1.0)}, {True: (25, 1.4), False: (150, 1.4)}
 
 # What `stream` takes to sum up a tile, with what each token takes.
 TO_SUM_UP_STREAM = 54, 28
@@ -306,7 +317,7 @@ def cost(configuration: Configuration, m: int, n: int, k: int, processors: int) 
     if configuration.kernel == "narrow":
         fixed, of_token = NARROW_CHUNK[configuration.columns]
         chunk = max(fixed + of_token * tokens, memory) * configuration.columns * configuration.segments / 4
-        fixed, of_token = TO_SUM_UP_NARROW
+        fixed, of_token = TO_SUM_UP_NARROW[configuration.sends]
         return longest * chunk + shared * (fixed + of_token * tokens)
     if configuration.kernel == "stream":
         fixed, of_token = TO_SUM_UP_STREAM
