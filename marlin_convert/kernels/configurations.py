@@ -32,8 +32,7 @@ NARROW_CLUSTER, IN_CLUSTERS = 4, 0.88
 # Bytes that kernels for experts have beside what is asked for: the problem, and the order of few tokens.
 STATIC = 2048
 
-# Tokens of narrow tiles of which the blocks of a cluster send each other their sums; those of more have no room
-# for what they would be sent.
+# Tokens of narrow tiles of which the blocks of a cluster send each other their sums: there is no room for more.
 MOST_SENT = 64
 
 # Registers a thread of the loading warps keeps on Hopper; the multiplying ones get the rest.
@@ -254,8 +253,8 @@ NARROW_TILES = {1: (8, 16, 24, 32, 48, 64), 2: (8, 16, 24, *TILES[1:])}
 # that several blocks share, and what more if their shares are no parts of one tile alone.
 OF_A_TILE, TO_SUM_UP, UNEVEN = 65, 10, 4
 
-# The same of narrow tiles: of a chunk as large as the others', by their columns, and of summing up in a cluster,
-# by whether sums are sent; each with what a token takes.
+# The same of narrow tiles: of a chunk as large as the others', by columns, and of summing up in a cluster, by
+# whether sums are sent; each with what a token takes.
 NARROW_CHUNK, TO_SUM_UP_NARROW = {1: (45, 1.25), 2: (48, 1.0)}, {True: (25, 1.4), False: (150, 1.4)}
 
 # What `stream` takes to sum up a tile, with what each token takes.
