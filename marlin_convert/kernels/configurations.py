@@ -32,7 +32,7 @@ NARROW_CLUSTER, IN_CLUSTERS = 4, 0.88
 # Bytes that kernels for experts have beside what is asked for: the problem, and the order of few tokens.
 STATIC = 2048
 
-# Tokens of narrow tiles of which the blocks of a cluster send each other their sums: there is no room for more.
+# Tokens of narrow tiles whose sums the blocks of a cluster send each other; there is no room for more.
 MOST_SENT = 64
 
 # Registers a thread of the loading warps keeps on Hopper; the multiplying ones get the rest.
