@@ -176,7 +176,8 @@ class Ranks:
         """
         from torch import distributed
 
-        self._wait_for([distributed.all_reduce(one, async_op=True) for one in tensors])
+        if not self.alone:
+            self._wait_for([distributed.all_reduce(one, async_op=True) for one in tensors])
 
     def begin_sum(self, tensor: Tensor, owner: int) -> Callable[[], None]:
         """Begin to sum a tensor up over all ranks, in place at its owner; what is returned waits for it.

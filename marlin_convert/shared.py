@@ -7,19 +7,25 @@ from marlin_convert.conversion import Job
 from marlin_convert.errors import ConvertError
 from marlin_convert.plan import Plan
 from marlin_convert.ranks import Ranks
+from marlin_convert.tune import step_samples
 
 
 def check_shared(job: Job, plan: Plan) -> None:
     """ConvertError for a conversion that is not shared by several ranks."""
-    ranks, alone = job.ranks.count, "run it without torchrun: it is the work of one process."
-    refused = {
-        "a source that is quantized already is repacked": plan.repack,
-        "--effort high tunes": plan.tunes,
-    }
-    for what, so in refused.items():
-        if so:
-            raise ConvertError(f"{what} by one process, torchrun started {ranks}.", alone)
+    ranks, length = job.ranks.count, plan.recipe.sequence_length
+    if plan.repack:
+        raise ConvertError(
+            f"a source that is quantized already is repacked by one process, torchrun started {ranks}.",
+            "run it without torchrun: it is the work of one process.",
+        )
     check_samples(job.ranks, plan.recipe.samples)
+    samples = step_samples(length)
+    if plan.tunes and samples < ranks:
+        raise ConvertError(
+            f"--effort high takes {samples} samples of {length} tokens a step, which cannot be shared by "
+            f"{ranks} processes.",
+            f"fewer processes, or --sequence-length {length * samples // ranks} or less.",
+        )
 
 
 def check_samples(ranks: Ranks, samples: int) -> None:
@@ -27,7 +33,7 @@ def check_samples(ranks: Ranks, samples: int) -> None:
     if samples < ranks.count:
         raise ConvertError(
             f"{samples} samples of text cannot be shared by {ranks.count} processes.",
-            f"--samples {ranks.count} or more, or fewer processes.",
+            f"--samples {ranks.count} or more of a longer text, or fewer processes.",
         )
 
 

@@ -286,11 +286,8 @@ class Solve:
         sum_up(self._ranks, sums)
         found: list[Found] = []
         for some in self._solver.find([stage], [sums], self._ranks.share):
-            found += [(one.found, one.row, one.energies) for one in some]
-        of_all = {
-            row["name"]: (whole, row, energies)
-            for whole, row, energies in exchange(self._ranks, found, self._model.device)
-        }
+            found += [(one.found, one.row, one.energies, one.latents) for one in some]
+        of_all = {one[1]["name"]: one for one in exchange(self._ranks, found, self._model.device)}
         # one kind after another, as one process solves them
         every = [Solved(fate, *of_all[fate.name]) for fate in sorted(stage, key=kind_of)]
         weights = dequantized([one.found for one in every if not isinstance(one.found, Tensor)])

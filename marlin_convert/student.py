@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from marlin_convert.checkpoint.linears import Weights
 from marlin_convert.errors import SourceError
 from marlin_convert.models.blocks import Arguments, BlockModel
+from marlin_convert.ranks import Ranks
 from marlin_convert.solvers.straight_through import Adam, TunedMatrix, TunedVector, divergence
 
 
@@ -27,13 +28,23 @@ class Student:
     A GPU multiplies in bfloat16 and keeps norms and sums in float32, as training does; a CPU computes in
     float32. `matrices` (by module) are given by `add`; `norms` are found: the vectors called `weight` of
     modules that are no linears, inside of the blocks and outside, but those that text never reads. Biases and
-    the other vectors that models have are not tuned.
+    the other vectors that models have are not tuned. Of several ranks each has the same student, and takes
+    its share of the samples.
     """
 
-    def __init__(self, weights: Weights, device: torch.device, *, rate: float, trust_remote_code: bool):
+    def __init__(
+        self,
+        weights: Weights,
+        device: torch.device,
+        *,
+        rate: float,
+        trust_remote_code: bool,
+        ranks: Ranks,
+    ):
         """Load the original; `rate` is the learning rate of norms, in shares of their values."""
         self.device = device
-        self.adam = Adam()
+        self._ranks = ranks
+        self.adam = Adam(ranks.sum)
         self.model = BlockModel(
             weights, device, dtype=torch.float32, fast=False, trust_remote_code=trust_remote_code
         )
@@ -108,13 +119,14 @@ class Student:
                 target = self.model.logits(sample, p)[0]
             yield self.model.logits(sample, q, self._tensors(-1))[0], target
 
-    def learn(self, ids: Tensor, step: int, rate: float) -> float:
-        """Take a step towards the original's answers to ids (samples, length); the divergence before it.
+    def learn(self, ids: Tensor, step: int, rate: float) -> None:
+        """Take a step towards the original's answers to ids (samples, length).
 
         Of the blocks only their inputs are kept for backward, each is computed again; and of logits those of
-        one sample.
+        one sample. There is a sample at least for every rank.
         """
         self.adam.begin(step, rate)
+        tokens, ids = ids.numel(), ids[self._ranks.share.slice(len(ids))]
         with self._autocast():
             theirs = self._last_hidden(ids, tuned=False)
             hidden, calls = self.model.embed(ids)
@@ -124,25 +136,21 @@ class Student:
                     use_reentrant=False, preserve_rng_state=False,
                 )  # fmt: skip
             last = hidden.detach().requires_grad_()
-            total = torch.zeros((), device=self.device)
             for ours, target in self._pairs(ids, last, theirs):
-                loss = divergence(ours, target) / ids.numel()
-                loss.backward()
-                total += loss.detach()
+                (divergence(ours, target) / tokens).backward()
         hidden.backward(last.grad)
         for norm in self.norms.values():
             norm.step()
-        return total.item()
 
     @torch.no_grad()
     def divergence(self, ids: Tensor, batch: int) -> float:
         """KL(original || student) in nats a token over ids (samples, length), `batch` samples at a time."""
-        total = 0.0
+        total, own = 0.0, ids[self._ranks.share.slice(len(ids))]
         with self._autocast():
-            for some in ids.split(batch):
+            for some in own.split(batch) if len(own) else ():
                 hidden = [self._last_hidden(some, tuned=tuned) for tuned in (True, False)]
                 total += sum(divergence(*pair).item() for pair in self._pairs(some, *hidden))
-        return total / ids.numel()
+        return sum(self._ranks.all_say(total)) / ids.numel()
 
     def settle(self, dtypes: Mapping[str, torch.dtype]) -> None:
         """Round scales and norms to what is written, norms to the type of their name."""

@@ -18,8 +18,8 @@ from marlin_convert.sums import Sums
 T = TypeVar("T")
 
 # A layer, or a weight (n, k) that is only pruned, or some outputs of either; what the manifest says of it;
-# the energies (2,) of its error and outputs.
-Found = tuple[QuantizedLinear | Tensor, dict[str, Any], Tensor]
+# the energies (2,) of its error and outputs; where it is to be tuned, latents (n, k).
+Found = tuple[QuantizedLinear | Tensor, dict[str, Any], Tensor, Tensor | None]
 
 
 def sum_up(ranks: Ranks, sums: Sums) -> None:
@@ -30,23 +30,27 @@ def sum_up(ranks: Ranks, sums: Sums) -> None:
 def exchange(ranks: Ranks, found: Sequence[Found], device: torch.device) -> list[Found]:
     """What all ranks have found of the outputs, whole, in one order for all."""
     # fetched at once: a GPU would be waited for every time
-    of_all = torch.stack([energies for *_, energies in found]).tolist() if found else []
-    said = [(row, _named(what), energies) for (what, row, _), energies in zip(found, of_all, strict=True)]
-    tensors = [tensor for what, _, _ in found for tensor in _tensors(what)]
+    of_all = torch.stack([energies for *_, energies, _ in found]).tolist() if found else []
+    said = [
+        (row, _named(what), energies, latents is not None)
+        for (what, row, _, latents), energies in zip(found, of_all, strict=True)
+    ]
+    tensors = [tensor for what, *_, latents in found for tensor in _tensors(what, latents)]
     pieces: dict[str, list[Found]] = {}
     for words, sent in ranks.exchange(said, tensors, device):
         left = iter(sent)
-        for row, named, energies in words:
-            piece = _made(named, left), row, torch.tensor(energies, dtype=torch.float64)
+        for row, named, energies, tuned in words:
+            made, of_energies = _made(named, left), torch.tensor(energies, dtype=torch.float64)
+            piece = made, row, of_energies, next(left) if tuned else None
             pieces.setdefault(row["name"], []).append(piece)
     return [_whole(of_one) for of_one in pieces.values()]
 
 
-def _tensors(what: QuantizedLinear | Tensor) -> list[Tensor]:
+def _tensors(what: QuantizedLinear | Tensor, latents: Tensor | None) -> list[Tensor]:
     """The tensors that have to be sent of a layer or of a weight."""
     if isinstance(what, Tensor):
         return [what]
-    return [what.codes, what.scales, *([] if what.kept is None else [what.kept])]
+    return [one for one in (what.codes, what.scales, what.kept, latents) if one is not None]
 
 
 def _named(what: QuantizedLinear | Tensor) -> tuple[int, int, bool] | None:
@@ -65,10 +69,10 @@ def _made(named: tuple[int, int, bool] | None, tensors: Iterator[Tensor]) -> Qua
 
 def _whole(pieces: Sequence[Found]) -> Found:
     """A matrix of the outputs that the ranks have solved."""
-    found, (row, *_), energies = zip(*pieces, strict=True)
+    found, (row, *_), energies, latents = zip(*pieces, strict=True)
     if isinstance(found[0], Tensor):
-        return torch.cat(found), row, sum(energies)
-    return side_by_side(found), row, sum(energies)
+        return torch.cat(found), row, sum(energies), None
+    return side_by_side(found), row, sum(energies), None if latents[0] is None else torch.cat(latents)
 
 
 def packed_here(ranks: Ranks, matrices: Sequence[T], sizes: Sequence[int]) -> list[T]:

@@ -3,7 +3,8 @@
 First every block is solved (solve.py), and what is found is kept in the run's directory. Then the whole model
 learns from the original: the divergence of their answers over the whole vocabulary, on the text calibrated on
 and more. What comes of it is packed like any other codes; if it answers no nearer than the solver's on text
-held out, the solver's are.
+held out, the solver's are. Of several ranks each has the whole model, and takes its share of the samples of
+every step; the first keeps what is found, and packs it.
 """
 
 import logging
@@ -26,6 +27,7 @@ from marlin_convert.codes import Packed, Tuned, pack
 from marlin_convert.matrix import Fate
 from marlin_convert.plan import Plan
 from marlin_convert.quantized import QuantizedLinear
+from marlin_convert.ranks import Ranks
 from marlin_convert.solve import Solve
 from marlin_convert.solvers.straight_through import TunedMatrix, unsigned
 from marlin_convert.student import Student, repeatable
@@ -71,9 +73,11 @@ class Tune:
         *,
         directory: Path,
         trust_remote_code: bool,
+        ranks: Ranks,
     ):
-        """`directory` is where the run keeps what it has found."""
+        """`directory` is where the run keeps what it has found; the first rank has it."""
         self._plan, self._weights, self._text, self._device = plan, weights, text, device
+        self._ranks = ranks
         self._solved, self._tuning = directory / SOLVED, directory / TUNING
         self._trust_remote_code = trust_remote_code
         self._rates = SPARSE if plan.sparsity else DENSE
@@ -88,11 +92,15 @@ class Tune:
         solve: Solve,
         blocks: Iterable[int],
         done: int,
-        note: Callable[[int, float | None], None],
+        note: Callable[[int, float | None], None] = lambda solved, divergence: None,
     ) -> None:
         """Solve the `blocks` that are left after `done`; `note` what is kept, and how far it is off."""
-        solve.skip(done, self._weight)
+        solve.skip(done, self._weight if self._ranks.first else None)
         for number in blocks:
+            if not self._ranks.first:
+                for _ in solve.solved(number):
+                    pass
+                continue
             tensors: dict[str, Tensor] = {}
             rows = []
             for one in chain.from_iterable(solve.solved(number)):
@@ -131,7 +139,7 @@ class Tune:
         """Take the steps, from where an earlier run has kept them; then judge by the held-out text."""
         started = time.monotonic()
         ids, held_out = self._text.ids, self._text.held_out
-        batch = max(1, STEP // ids.shape[1])
+        batch = step_samples(ids.shape[1])
         order = self._order(min(batch, len(ids)))
         with repeatable():
             student = self._load()
@@ -147,7 +155,8 @@ class Tune:
                     _say(step + 1, len(order), after, time.monotonic() - started, begin)
                     if not after <= HOPELESS * before:
                         break
-                if time.monotonic() - saved > KEEP_AFTER and step + 1 < len(order):
+                old = time.monotonic() - saved > KEEP_AFTER
+                if self._ranks.first and old and step + 1 < len(order):
                     self._keep(student, before, step + 1)
                     saved = time.monotonic()
             else:
@@ -189,22 +198,32 @@ class Tune:
         """The original on the device, and the student as the solver has left it."""
         rates = self._rates
         student = Student(
-            self._weights, self._device, rate=rates.shares, trust_remote_code=self._trust_remote_code
-        )
+            self._weights, self._device, rate=rates.shares, ranks=self._ranks,
+            trust_remote_code=self._trust_remote_code,
+        )  # fmt: skip
         for number in range(self._plan.blocks):
-            tensors = kept(self._file(number))[0]
+            tensors = self._of_all(kept(self._file(number))[0] if self._ranks.first else {})
             for fate in self._plan.worked_on_in(number):
                 mask = tensors.get(f"{fate.name}.kept")
                 matrix = TunedMatrix(
-                    tensors[f"{fate.name}.latents"].to(self._device),
-                    tensors[f"{fate.name}.scales"].to(self._device),
+                    tensors[f"{fate.name}.latents"],
+                    tensors[f"{fate.name}.scales"],
                     bits=fate.layout.bits,
-                    kept=None if mask is None else mask.to(self._device).T.contiguous(),
+                    kept=None if mask is None else mask.T.contiguous(),
                     adam=student.adam,
                     rates=(rates.codes, rates.shares),
                 )
                 student.add(fate.name, matrix)
         return student
+
+    def _of_all(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of the first rank, at every rank, on its device."""
+        if self._ranks.alone:
+            return {name: tensor.to(self._device) for name, tensor in tensors.items()}
+        return {
+            name: self._ranks.given(tensors.get(name), self._device)
+            for name in self._ranks.told(list(tensors))
+        }
 
     def _keep(self, student: Student, before: float, step: int) -> None:
         """Keep all that moves, a file a block, where the disk has room for it."""
@@ -225,14 +244,15 @@ class Tune:
 
     def _resume(self, student: Student) -> tuple[float, int]:
         """Go back to where an earlier run was: the divergence it began with, and the step to go on with."""
-        if not self._tuning.is_dir():
-            return inf, 0
-        state = student.state()
-        for path in self._tuning.iterdir():
-            tensors, said = kept(path)
-            for name, tensor in tensors.items():
+        files = sorted(self._tuning.iterdir()) if self._ranks.first and self._tuning.is_dir() else []
+        state, said = student.state(), {"before": inf, "step": 0}
+        for number in range(self._ranks.told(len(files))):
+            tensors, said = kept(files[number]) if self._ranks.first else ({}, said)
+            for name, tensor in self._of_all(tensors).items():
                 state[name].copy_(tensor)
-        log.info("resuming at step %d of the tuning", said["step"])
+        said = self._ranks.told(said)
+        if said["step"]:
+            log.info("resuming at step %d of the tuning", said["step"])
         return said["before"], said["step"]
 
     # ---- writing
@@ -255,6 +275,11 @@ def kept_bytes(plan: Plan) -> int:
     return sum(
         fate.k * fate.n * ((2 if fate.layout.bits == 4 else 4) + fate.layout.sparse) for fate in plan.packed
     )
+
+
+def step_samples(length: int) -> int:
+    """How many samples of so many tokens are a step."""
+    return max(1, STEP // length)
 
 
 def _rate(step: int, steps: int) -> float:

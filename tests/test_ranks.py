@@ -73,6 +73,10 @@ def check_near(output: Path, alone: Path, same_codes: float = 0.998, later_codes
     ours, theirs = (json.loads((path / "marlin_convert.json").read_text()) for path in (output, alone))
     assert ours.pop("ranks") > 1 and "ranks" not in theirs
     assert ours.pop("divergence") == pytest.approx(theirs.pop("divergence"), rel=0.03)
+    if "tuning" in ours:
+        held_out, others = (one["tuning"].pop("held_out_divergence") for one in (ours, theirs))
+        assert held_out == pytest.approx(others, rel=0.03)
+        assert held_out["tuned"] < held_out["solved"]
     errors = []
     for one, other in zip(ours["matrices"], theirs["matrices"], strict=True):
         if "error" in one:  # what is left dense has none
@@ -253,6 +257,31 @@ def test_a_rank_that_fails_says_why_and_nobody_else_does(
     assert not any(tmp_path.iterdir())
 
 
+def test_tuning_is_shared_and_goes_on_where_a_rank_was_killed(
+    start: StartRanks, start_alone: Start, words: list[object], tmp_path: Path
+) -> None:
+    """Steps of three samples; a rank is killed as it solves, the first as it tunes."""
+    # of eight samples, four a rank, sums come out as one process adds them up
+    command = [*words, "--effort", "high", "--samples", 8]
+    constants = {"marlin_convert.tune:STEP": 384, "marlin_convert.tune:KEEP_AFTER": 0.0}
+    status, log = start_alone(*command, "-o", tmp_path / "alone", constants=constants)
+    assert status == 0, log
+    status, log = start(2, *command, "-o", tmp_path / "whole", constants=constants)
+    assert status == 0 and log.count("steps, held-out divergence") == 1, log
+    check_near(tmp_path / "whole", tmp_path / "alone", later_codes=0.9)
+    resumed: list[object] = []
+    for stop in (
+        (1, "marlin_convert.models.hidden:HiddenStates.divergence", 2, "kill"),
+        (0, "marlin_convert.student:Student.learn", 2, "kill"),
+    ):
+        status, log = start(2, *command, "-o", tmp_path / "out", *resumed, stop=stop, constants=constants)
+        assert status == 1 and "has ended without a word" in log, log
+        resumed = ["--resume"]
+    status, log = start(2, *command, "-o", tmp_path / "out", "--resume", constants=constants)
+    assert status == 0 and "resuming at step" in log, log
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 def test_a_full_disk_stops_all(start: StartRanks, words: list[object], tmp_path: Path) -> None:
     """Only the first rank writes."""
     output = tmp_path / "out"
@@ -267,7 +296,7 @@ def test_a_full_disk_stops_all(start: StartRanks, words: list[object], tmp_path:
     ("more", "said"),
     [
         (("--samples", 1), "1 samples of text cannot be shared by 2 processes."),
-        (("--effort", "high"), "--effort high tunes by one process, torchrun started 2."),
+        (("--effort", "high"), "1 samples of 128 tokens a step, which cannot be shared by 2 processes"),
         (("--device", "cuda:0"), "is one device, torchrun started 2 processes"),
         (("--nonsense",), "No such option"),
     ],
@@ -275,7 +304,8 @@ def test_a_full_disk_stops_all(start: StartRanks, words: list[object], tmp_path:
 def test_what_is_not_shared_is_refused_once(
     more: tuple[object, ...], said: str, start: StartRanks, words: list[object], tmp_path: Path
 ) -> None:
-    status, log = start(2, *words, "-o", tmp_path / "out", *more)
+    constants = {"marlin_convert.tune:STEP": 255}
+    status, log = start(2, *words, "-o", tmp_path / "out", *more, constants=constants)
     assert status == 1
     assert log.count(said) == 1 and log.count("Error: ") == 1, log
     assert partial(tmp_path / "out").exists() is False

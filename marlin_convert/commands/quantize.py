@@ -39,7 +39,7 @@ from marlin_convert.plan import Plan, make_plan
 from marlin_convert.remote import RemoteFile, fetched_ahead
 from marlin_convert.repack import Repack
 from marlin_convert.room import check_room
-from marlin_convert.shared import check_alike, check_shared
+from marlin_convert.shared import check_alike, check_samples, check_shared
 from marlin_convert.solve import Solve
 from marlin_convert.tune import HELD_OUT, TOKENS, Tune
 
@@ -161,7 +161,7 @@ def _quantize(
     try:
         if manifest is None:
             run.begin(settings, done)
-            job.ranks.told(done["blocks"])
+            job.ranks.told((done["blocks"], done["solved"]))
             files, found, codes = _convert(job, plan, weights, calibration, settings, done, progress)
             replayed, tuned = codes.replayed, codes.tuned.seconds if codes.tuned else 0.0
             manifest = assemble(job, plan, weights, settings, found, files)
@@ -196,16 +196,26 @@ def _solve_along(
     """What the ranks do that do not write: solve with the first what is left, and wait for the output."""
     done = job.ranks.told()
     replayed = 0
-    if isinstance(done, int):
-        if calibration is not None and done < plan.blocks:
-            codes = _solve(job, plan, weights, calibration)
-            codes.skip(done)
-            for number in range(done, plan.blocks):
-                for _ in codes.block(number):
-                    raise AssertionError("only the first rank is given what is packed")
-            replayed = codes.replayed
+    if isinstance(done, tuple):
+        blocks, solved = done
+        if calibration is not None and blocks < plan.blocks:
+            replayed = _codes_along(job, plan, weights, calibration, blocks, solved).replayed
         done = job.ranks.told()
     return Report(done, plan, time.monotonic() - started, replayed)
+
+
+def _codes_along(
+    job: Job, plan: Plan, weights: Weights, calibration: Calibration, blocks: int, solved: int
+) -> Codes:
+    """Solve, or solve and tune, with the first rank what is left after so many finished blocks."""
+    if plan.tunes:
+        return _tuned(job, plan, weights, calibration, solved, range(solved, plan.blocks))
+    codes = _solve(job, plan, weights, calibration)
+    codes.skip(blocks)
+    for number in range(blocks, plan.blocks):
+        for _ in codes.block(number):
+            raise AssertionError("only the first rank is given what is packed")
+    return codes
 
 
 def _disk_error(job: Job, error: OSError) -> ConvertError:
@@ -241,7 +251,10 @@ def _convert(
         writer.resume(done["tensors"])
         codes: Codes
         if calibration is not None and calibration.tuning is not None and todo:
-            codes, walk = _tuned(job, plan, weights, calibration, settings, done, progress), todo
+            solved = done["solved"]
+            blocks = progress(range(solved, plan.blocks), plan.blocks)
+            note = partial(_note, job, settings, done)
+            codes, walk = _tuned(job, plan, weights, calibration, solved, blocks, note), todo
         elif calibration is not None and todo:
             codes = _solve(job, plan, weights, calibration)
             codes.skip(done["blocks"], partial(_written, plan, writer))
@@ -299,27 +312,32 @@ def _tuned(
     plan: Plan,
     weights: Weights,
     calibration: Calibration,
-    settings: dict[str, Any],
-    done: dict[str, Any],
-    progress: Callable[[range, int], Iterable[int]],
+    solved: int,
+    blocks: Iterable[int],
+    note: Callable[[int, float | None], None] = lambda solved, divergence: None,
 ) -> Tune:
-    """The codes that tuning makes of the solver's: those of all blocks, before the first is written."""
+    """The codes that tuning makes of the solver's: those of all blocks, before the first is written.
+
+    Of the `blocks` that are left after those that were `solved` before, `note` is told.
+    """
     assert calibration.tuning is not None
     codes = Tune(
         plan, weights, calibration.tuning, job.device,
-        directory=job.run.directory, trust_remote_code=job.trust_remote_code,
+        directory=job.run.directory, trust_remote_code=job.trust_remote_code, ranks=job.ranks,
     )  # fmt: skip
-    if done["solved"] < plan.blocks:
-
-        def note(solved: int, divergence: float | None) -> None:
-            done["solved"] = solved
-            done["divergence"].append(divergence)
-            job.run.save(settings, {key: value for key, value in done.items() if key != "tensors"}, 0)
-
-        blocks = progress(range(done["solved"], plan.blocks), plan.blocks)
-        codes.solve(_solve(job, plan, weights, calibration), blocks, done["solved"], note)
+    if solved < plan.blocks:
+        codes.solve(_solve(job, plan, weights, calibration), blocks, solved, note)
     codes.tune()
     return codes
+
+
+def _note(
+    job: Job, settings: dict[str, Any], done: dict[str, Any], solved: int, divergence: float | None
+) -> None:
+    """Keep in mind that so many blocks are solved, the last of them so far off."""
+    done["solved"] = solved
+    done["divergence"].append(divergence)
+    job.run.save(settings, {key: value for key, value in done.items() if key != "tensors"}, 0)
 
 
 def _dense(weights: Weights, plan: Plan, codes: Codes, name: str) -> Tensor:
@@ -355,6 +373,7 @@ def _calibration(job: Job, plan: Plan) -> Calibration:
             tokenizer, recipe.calibration, samples=recipe.samples, length=recipe.sequence_length,
             seed=recipe.seed, tokens=TOKENS, held_out=HELD_OUT,
         )  # fmt: skip
+        check_samples(job.ranks, len(text.ids))
         calibration = replace(calibration, tuning=text)
     return calibration
 
@@ -387,7 +406,8 @@ def _check_output(job: Job) -> None:
 
 def _check_memory(job: Job, plan: Plan) -> None:
     """ConvertError for a model that cannot be tuned as a whole in the memory there is."""
-    needed, free = tuning_memory(plan, job.device), free_memory(job.device)
+    sharing = job.ranks.count if job.device.type == "cpu" else 1
+    needed, free = sharing * tuning_memory(plan, job.device), free_memory(job.device)
     if needed > free:
         raise ConvertError(
             f"--effort high takes {needed / 1e9:.1f} GB of memory on {job.device}, for the model twice and "

@@ -5,6 +5,7 @@ nearest integer is the code: gradients pass through the rounding as if it were n
 once it has gone half a step the code changes. With what Adam keeps a weight takes six bytes (4 bits).
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -77,8 +78,10 @@ def residual_latents(
 class Adam:
     """The steps of Adam, whose moments others hold; `begin` each step with its rate."""
 
-    def __init__(self) -> None:
+    def __init__(self, sum_up: Callable[[Sequence[Tensor]], None] = lambda gradients: None) -> None:
+        """`sum_up` makes gradients, in place, those of all processes that share the steps."""
         self.step, self.rate = 0, 0.0
+        self._sum_up = sum_up
 
     def begin(self, step: int, rate: float) -> None:
         """The step is counted from 0; `rate` multiplies every learning rate."""
@@ -89,6 +92,7 @@ class Adam:
 
         They may be of a narrower type: what is computed with them is float32.
         """
+        self._sum_up([gradient])
         one, two = DECAYS
         mean = first.float().lerp(gradient, 1 - one)
         square = second.float().mul(two).addcmul_(gradient, gradient, value=1 - two)
