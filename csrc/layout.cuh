@@ -1,6 +1,6 @@
-// What lies where in a chunk: SEGMENTS of 128 rows of k, one but of narrow.cu's tiles, of COLUMNS of 64 features. They are
-// of the MARLIN layout or, with SPARSE, of the Sparse-MARLIN layout, which holds two of every four rows and which two they
-// are. A lane has 16 bytes of each column, a word of four for every fragment of 16 features.
+// What lies where in a chunk: COLUMNS of 64 features by SEGMENTS of 128 rows of k, of which only narrow.cu's chunks have
+// more than one. It is of the MARLIN layout or, with SPARSE, of the Sparse-MARLIN layout, which holds two of every four rows
+// and which two they are. A lane has 16 bytes of each column, a word of four for every fragment of 16 features.
 constexpr int PIECES = SEGMENTS * COLUMNS;
 constexpr int STEPS = SPARSE ? 4 : 8;                      // of a segment: 16 rows that are held, of 32 or of 16
 constexpr int CODES = STEPS * 512 * PIECES;                // bytes

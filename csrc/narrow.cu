@@ -1,15 +1,16 @@
 // W4A16 for few tokens on Hopper, where a tile of 256 features would be shared by many blocks: tiles of 64 or 128, that one
 // block or those of a cluster multiply by all of k, and no other tile. The copy engine loads, two warpgroups multiply by wgmma.
 //
-// A chunk is four pieces of 128 rows of k of 64 features, as the columns of wgmma.cu's are, or two; here they are one or two
-// columns, and SEGMENTS of k. A warpgroup has PARTS of the segments of a column, and sums for each.
-constexpr int PARTS = PIECES / 2;
+// A chunk is four pieces of 128 rows of k of 64 features, as the columns of wgmma.cu's are, or two where three chunks of four
+// find no room; here they are one or two columns, and SEGMENTS of k. A warpgroup has OWN of the segments of a column, and sums
+// for each.
+constexpr int OWN = PIECES / 2;
 constexpr int HALVES = COLUMNS == 1 ? 2 : 1;  // warpgroups that have the same features
 constexpr int METADATA_ROW = 256 * COLUMNS;  // bytes of a step
 constexpr int PITCH = 128 + 16;              // of a token of a column, in what is stored together
-constexpr int MOST_PARTS = NARROW_CLUSTER * HALVES;
+constexpr int MOST_PARTS = NARROW_CLUSTER * HALVES;  // that a row of eight tokens is summed up of
 // SENDS: the blocks of a cluster send each other their sums, so that none has to be fenced, which takes a microsecond.
-constexpr int SUMMED = TOKENS * (SENDS ? 2048 : 512);  // bytes of what is summed up in one block
+constexpr int SUMMED = TOKENS * 256 * COLUMNS * (SENDS ? MOST_PARTS : HALVES);  // bytes of a block
 static_assert(SUMMED + 2 * TOKENS * PITCH <= STAGES * STAGE);
 
 // The sums of its segments become output, with those of the other warpgroup and of the other blocks of a cluster that have
@@ -20,14 +21,14 @@ __device__ __forceinline__ void output_narrow(const Problem& p, const Tile& tile
   const int group = warp / 4, all = blocks * HALVES, me = cluster_rank() * HALVES + group % HALVES;
   const bool sends = SENDS && blocks > 1;
   auto place = [&](int row, int part) {
-    return memory + (((row * (sends ? MOST_PARTS : HALVES) + part) * (3 - HALVES) + (HALVES == 1 ? group : 0)) * 128 + threadIdx.x % 128) * 16;
+    return memory + (((row * (sends ? MOST_PARTS : HALVES) + part) * COLUMNS + (COLUMNS == 2 ? group : 0)) * 128 + threadIdx.x % 128) * 16;
   };
   auto of_row = [&](int row) { return make_float4(sums[4 * row], sums[4 * row + 1], sums[4 * row + 2], sums[4 * row + 3]); };
   if (sends) cluster_meets(); else barrier(1, 256);  // the stages are read
 #pragma unroll
   for (int row = 0; all > 1 && row < TOKENS / 8; row++) {
     const int owner = row % all;
-    if (sends) send_to_block(place(row, me), of_row(row), flag + 8 * (HALVES == 1 ? group : owner % 2), owner / HALVES);
+    if (sends) send_to_block(place(row, me), of_row(row), flag + 8 * (column + owner % HALVES), owner / HALVES);
     else store_shared(place(row, group % HALVES), of_row(row));
   }
   if (all > 1 && !sends) {
@@ -50,7 +51,7 @@ __device__ __forceinline__ void output_narrow(const Problem& p, const Tile& tile
 #pragma unroll
     for (int row = 0; row < TOKENS / 8; row++) finish(row, of_row(row));
   }
-  if (sends) flag_wait(flag + 8 * group, 0);
+  if (sends) flag_wait(flag + 8 * group, 0);  // what is sent is in this block's memory, past no cache
   for (int row = me; all > 1 && row < TOKENS / 8; row += all) {
     float4 v[MOST_PARTS];
 #pragma unroll
@@ -112,10 +113,10 @@ marlin_narrow(const __grid_constant__ Problem p, const __grid_constant__ TensorM
   }
   take_registers<TAKE>();
   // Which fragment of 16 features a lane has depends on its row too: so the words of a warp are in 32 different banks.
-  const int group = warp / 4, column = COLUMNS == 2 ? group : 0, segment = COLUMNS == 2 ? 0 : PARTS * group;
+  const int group = warp / 4, column = COLUMNS == 2 ? group : 0, segment = COLUMNS == 2 ? 0 : OWN * group;
   const int fragment = (warp + lane / 8) % 4;
-  u32 which[PARTS][STEPS] = {};  // rows of four the codes of a step are
-  float acc[PARTS][TOKENS / 2] = {};
+  u32 which[OWN][STEPS] = {};  // rows of four the codes of a step are
+  float acc[OWN][TOKENS / 2] = {};
   const Tile tile = Position(p.plan, 0).tile;
   u32 done = 0;  // the flag of the stage before, which the tensor cores still read
   wait_for_previous_kernel();
@@ -127,19 +128,19 @@ marlin_narrow(const __grid_constant__ Problem p, const __grid_constant__ TensorM
     const u32 metas = stage + CODES + segment * STEPS * METADATA_ROW + column * 256 + fragment / 2 * 128 + ((lane & ~2) | fragment % 2 * 2) * 4;
     const u32 tokens = uniform(matrix(stage + WEIGHTS + segment * TOKENS * 256));
     flag_wait(full + s * 8, phase);
-    u32 words[PARTS][STEPS], a[2][PARTS][4];
-    Factor factor[PARTS][2];
+    u32 words[OWN][STEPS], a[2][OWN][4];
+    Factor factor[OWN][2];
 #pragma unroll
     for (int r = 0; r < STEPS; r++)
 #pragma unroll
-      for (int j = 0; j < PARTS; j++) {
+      for (int j = 0; j < OWN; j++) {
         words[j][r] = load_shared_word(codes + (j * STEPS + r) * CODES_ROW);
         if (SPARSE && r < STEPS - 1) which[j][r] = load_shared_word(metas + (j * STEPS + r) * METADATA_ROW);
       }
 #pragma unroll
     for (int r = 0; r < STEPS; r++) {
 #pragma unroll
-      for (int j = 0; j < PARTS; j++) {
+      for (int j = 0; j < OWN; j++) {
         if (GROUP && r % GROUP_STEPS == 0) factors(load_shared_word(scale + (j * GROUPS + r / GROUP_STEPS) * SCALES_ROW), factor[j]);
         unpack(words[j][r], a[r % 2][j]);
         if (GROUP) multiply_by(factor[j], a[r % 2][j]);
@@ -148,13 +149,13 @@ marlin_narrow(const __grid_constant__ Problem p, const __grid_constant__ TensorM
       const u32 rows = tokens + (r / PER_ROWS * (TOKENS * 128) + r % PER_ROWS * (128 / PER_ROWS)) / 16;
       wgmma_fence();
 #pragma unroll
-      for (int j = 0; j < PARTS; j++) wgmma<0>(acc[j], a[r % 2][j], which[j][r], rows + j * TOKENS * 256 / 16);
+      for (int j = 0; j < OWN; j++) wgmma<0>(acc[j], a[r % 2][j], which[j][r], rows + j * TOKENS * 256 / 16);
       wgmma_commit();
       wgmma_wait<1>();
       // not before: the tensor cores read a register of metadata while they multiply (wgmma.cu)
       if (SPARSE && r == 0)
 #pragma unroll
-        for (int j = 0; j < PARTS; j++) which[j][STEPS - 1] = load_shared_word(metas + (j * STEPS + STEPS - 1) * METADATA_ROW);
+        for (int j = 0; j < OWN; j++) which[j][STEPS - 1] = load_shared_word(metas + (j * STEPS + STEPS - 1) * METADATA_ROW);
       if (r == 0 && done && lane == 0) flag_arrive(done);
     }
     done = empty + s * 8;
@@ -163,6 +164,6 @@ marlin_narrow(const __grid_constant__ Problem p, const __grid_constant__ TensorM
   wgmma_wait<0>();
   float sums[TOKENS / 2];
 #pragma unroll
-  for (int k = 0; k < TOKENS / 2; k++) sums[k] = PARTS == 2 ? acc[0][k] + acc[PARTS - 1][k] : acc[0][k];
+  for (int k = 0; k < TOKENS / 2; k++) sums[k] = OWN == 2 ? acc[0][k] + acc[OWN - 1][k] : acc[0][k];
   output_narrow(p, tile, sums, stages, sent, column, fragment);
 }

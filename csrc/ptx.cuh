@@ -145,7 +145,8 @@ __device__ __forceinline__ float4 load_of_block(u32 address, int rank) {
                : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address), "r"(rank) : "memory");
   return v;
 }
-// The same for what no thread of another block has to see.
+// A barrier that makes nothing seen: before it nothing was written that another block reads, and what was read has come, as
+// it was used. It spares a fence of the whole GPU.
 __device__ __forceinline__ void cluster_meets() {
   asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;" ::: "memory");
 }

@@ -1,7 +1,7 @@
 // Which block of the grid computes what, and how the parts of a tile become its output.
 //
-// A tile is 256 features x TOKENS tokens; its work is chunks of 128 rows of k, of which the last may have 64 (those of
-// narrow.cu may be two or four times as high, and its tiles are as narrow; a cluster sums them up). Every block
+// A tile is 256 features x TOKENS tokens; its work is chunks of 128 rows of k, of which the last may have 64 (narrow.cu's
+// tiles are of 64 or 128 features, and their chunks of up to four times the rows; a cluster sums them up). Every block
 // first computes the same number of tiles alone. The chunks of the tiles that are left stand in one row; every block takes
 // an equal run of them, or as many blocks each share a tile of their own. Here a tile that more than one block worked on is
 // summed by the block that comes last; in registers.cuh each part by who comes last to that, in wgmma.cu perhaps by a

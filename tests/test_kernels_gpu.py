@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -151,7 +152,8 @@ def test_every_tile_of_hopper(dtype: torch.dtype, group_size: int, sparse: bool)
         for *tile, columns in tiles
     ]
     met = set()
-    shapes = (256, 64), (1024, 320), (2560, 320), (1536, 2432), (3072, 2560), (4096, 4160), *HALVES[1:-1]
+    shapes = (128, 64), (256, 64), (1024, 320), (2560, 320), (1536, 2432), (3072, 2560), (4096, 4160)
+    shapes += tuple(HALVES[1:-1])
     for k, n in shapes:
         if group_size == 128 and k % 128:
             continue
@@ -167,7 +169,7 @@ def test_every_tile_of_hopper(dtype: torch.dtype, group_size: int, sparse: bool)
                     if tiles_of_m > processors:
                         continue
                     plan = schedule(configuration, tiles_of_m, configuration.chunks(k), processors)
-                    met.add((configuration.columns, plan[3]))
+                    met.add((configuration.columns, configuration.tokens, plan[3]))
                 answers = torch.full((2, m, n), float("nan"), device="cuda", dtype=dtype)
                 call = Call(configuration, x, weights[0], s, bias, *weights[1:])
                 for y in answers:
@@ -175,7 +177,10 @@ def test_every_tile_of_hopper(dtype: torch.dtype, group_size: int, sparse: bool)
                 assert error(answers[0], expected) < tolerance(answers[0]), (k, n, m, configuration)
                 assert torch.equal(*answers), "not the same twice"
     if processors == 132:
-        assert met == {(columns, share) for columns in (1, 2) for share in range(1, NARROW_CLUSTER + 1)}
+        shares = range(1, NARROW_CLUSTER + 1)
+        assert met == {
+            (columns, *one) for columns in (1, 2) for one in product(NARROW_TILES[columns], shares)
+        }
 
 
 @pytest.mark.parametrize("group_size", [128, 64, 32, -1])
@@ -504,7 +509,8 @@ def test_vllm_multiplies_the_same_bytes(group_size: int) -> None:
 PRODUCTS = """
 from importlib import import_module
 import torch
-from marlin_convert.kernels.configurations import NARROW_TILES, choose
+from marlin_convert.kernels.configurations import NARROW_TILES, Configuration, choose
+from marlin_convert.kernels.launch import Call
 
 module = import_module("marlin_convert.kernels.matmul")
 matmul = module.matmul
@@ -524,6 +530,17 @@ for OTHER, tiles in ((None, narrow), (None, {}), ((8, 6), narrow)):
           x = torch.ones(m, k, dtype=torch.half, device="cuda")
           matmul(x, B, s)
           matmul(x, B_24, s, None, B_meta)
+if torch.cuda.get_device_capability() == (9, 0):  # tiles that none of these chooses, by one to four blocks
+  for columns, tokens in ((1, 64), (2, 64), (2, 96), (2, 128)):
+    for k, n in ((128, 320), (1024, 5120), (3072, 2560), (1024, 320)):
+      s = torch.full((1, n), 0.01, dtype=torch.half, device="cuda")
+      B = torch.full((k // 16, 2 * n), 0x12345678, dtype=torch.int32, device="cuda")
+      B_24, B_meta = B[: k // 32], torch.full((k // 32, 2 * n), 0x4444, dtype=torch.int16, device="cuda")
+      x = torch.ones(tokens - 1, k, dtype=torch.half, device="cuda")
+      y = torch.empty(tokens - 1, n, dtype=torch.half, device="cuda")
+      for sparse in (False, True):
+          one = Configuration("narrow", tokens, 2, 0, False, sparse, columns=columns)
+          Call(one, x, *((B_24, s, None, B_meta) if sparse else (B, s, None)))(x.data_ptr(), y.data_ptr())
 torch.cuda.synchronize()
 """
 

@@ -32,7 +32,8 @@ NARROW_CLUSTER, IN_CLUSTERS = 4, 0.88
 # Bytes that kernels for experts have beside what is asked for: the problem, and the order of few tokens.
 STATIC = 2048
 
-# Tokens of narrow tiles whose sums the blocks of a cluster send each other; there is no room for more.
+# Tokens of narrow tiles whose sums the blocks of a cluster send each other: those of more have no room at the
+# other for all rows, and with places for its own alone it took longer than to fetch them.
 MOST_SENT = 64
 
 # Registers a thread of the loading warps keeps on Hopper; the multiplying ones get the rest.
@@ -105,7 +106,7 @@ class Configuration:
         if self.kernel != "narrow":
             return 1
         most = 4 // self.columns
-        return most if 3 * self._stage_of(most) <= self.memory - self._beside else most // 2
+        return most if 3 * (self._stage_of(most) + 16) <= self.memory - self._beside else most // 2
 
     @property
     def sends(self) -> bool:
@@ -154,7 +155,7 @@ class Configuration:
 
     @property
     def _beside(self) -> int:
-        """Bytes of shared memory beside the stages: sums or staging, and what alignment takes."""
+        """Bytes of shared memory beside the stages: sums, staging or flags, and what alignment takes."""
         sums = 4 * self.teams * self.tokens * (FEATURES + 4)
         beside = {"mma": sums, "stream": sums + 2048, "wgmma": 2048 * self.teams + 2048, "narrow": 1024 + 16}
         return beside.get(self.kernel, 0)
