@@ -144,7 +144,7 @@ def test_killed_while_it_replaces_an_output_the_new_one_comes_in_the_end(
     check_finished(output, whole)
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.faults)])
 def test_killed_at_random_moments_again_and_again(
     kills: int, words: list[object], quantized: Callable[[str], Path], tmp_path: Path
 ) -> None:
