@@ -7,7 +7,7 @@ from marlin_convert.conversion import Job
 from marlin_convert.errors import ConvertError
 from marlin_convert.plan import Plan
 from marlin_convert.ranks import Ranks
-from marlin_convert.tune import step_samples
+from marlin_convert.tune import STEP, step_samples
 
 
 def check_shared(job: Job, plan: Plan) -> None:
@@ -24,7 +24,7 @@ def check_shared(job: Job, plan: Plan) -> None:
         raise ConvertError(
             f"--effort high takes {samples} samples of {length} tokens a step, which cannot be shared by "
             f"{ranks} processes.",
-            f"fewer processes, or --sequence-length {length * samples // ranks} or less.",
+            f"fewer processes, or --sequence-length {STEP // ranks} or less.",
         )
 
 
@@ -33,7 +33,7 @@ def check_samples(ranks: Ranks, samples: int) -> None:
     if samples < ranks.count:
         raise ConvertError(
             f"{samples} samples of text cannot be shared by {ranks.count} processes.",
-            f"--samples {ranks.count} or more of a longer text, or fewer processes.",
+            f"--samples {ranks.count} or more, of a longer text where some is held out, or fewer processes.",
         )
 
 

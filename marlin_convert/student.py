@@ -138,7 +138,10 @@ class Student:
             last = hidden.detach().requires_grad_()
             for ours, target in self._pairs(ids, last, theirs):
                 (divergence(ours, target) / tokens).backward()
-        hidden.backward(last.grad)
+        # of several ranks in this thread, on a GPU too, where it has one of its own: what sums gradients up
+        # heeds signals, and says who was lost
+        with torch.autograd.set_multithreading_enabled(self._ranks.alone):
+            hidden.backward(last.grad)
         for norm in self.norms.values():
             norm.step()
 

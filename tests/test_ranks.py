@@ -269,6 +269,12 @@ def test_tuning_is_shared_and_goes_on_where_a_rank_was_killed(
     status, log = start(2, *command, "-o", tmp_path / "whole", constants=constants)
     assert status == 0 and log.count("steps, held-out divergence") == 1, log
     check_near(tmp_path / "whole", tmp_path / "alone", later_codes=0.9)
+    source, one, two = (
+        load_file(path / "model.safetensors") for path in (words[1], tmp_path / "alone", tmp_path / "whole")
+    )
+    for name in (name for name in one if "norm" in name):  # the gradients were those of all samples
+        moved, apart = (one[name] - source[name]).float().norm(), (one[name] - two[name]).float().norm()
+        assert moved > 0 and apart < 0.05 * moved, (name, apart / moved)
     resumed: list[object] = []
     for stop in (
         (1, "marlin_convert.models.hidden:HiddenStates.divergence", 2, "kill"),
@@ -472,17 +478,26 @@ def test_one_gpu_of_several_says_how_to_use_all(
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
         monkeypatch.setenv("WORLD_SIZE", str(ranks))
     with caplog.at_level("INFO", "marlin_convert"):
-        advise(device, torch.device("cpu" if device == "cpu" else "cuda:0"))
-    command = "torchrun --nproc-per-node 4 -m marlin_convert quantize MODEL -o 'my model'"
-    assert caplog.messages == [f"one of 4 GPUs is used; all of them: {command}"] * told
+        for most in (None, 2):
+            advise(device, torch.device("cpu" if device == "cpu" else "cuda:0"), most)
+    command = "-m marlin_convert quantize MODEL -o 'my model'"
+    assert (
+        caplog.messages
+        == [
+            f"one of 4 GPUs is used; all of them: torchrun --nproc-per-node 4 {command}",
+            f"one of 4 GPUs is used; 2 of them: torchrun --nproc-per-node 2 {command}",
+        ]
+        * told
+    )
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("kind", ["dense", "mixture", "sparse"])
+@pytest.mark.parametrize("kind", ["dense", "mixture", "sparse", "tuned"])
 def test_two_gpus(kind: str, words: list[object], tmp_path: Path) -> None:
     """As on a CPU: the same bytes twice, near to those of one; each process takes its own."""
-    command = [*words, "--device", "cuda", *(("--sparsity", "2:4") if kind == "sparse" else ())]
+    more = {"sparse": ("--sparsity", "2:4"), "tuned": ("--effort", "high")}
+    command = [*words, "--device", "cuda", *more.get(kind, ())]
     if kind == "mixture":
         model = diverse_models.build("qwen3_moe", vocab_size=4096, num_hidden_layers=2)
         command[1] = tiny_models.save(model, tmp_path / "source")
@@ -493,4 +508,5 @@ def test_two_gpus(kind: str, words: list[object], tmp_path: Path) -> None:
     assert contents(tmp_path / "one") == contents(tmp_path / "other")
     # 0.9913: products in 16 bits; 0.58 where another mask changes all codes after it
     later = 0.5 if kind == "sparse" else 0.6
-    check_near(tmp_path / "one", tmp_path / "alone", same_codes=0.98, later_codes=later)
+    if kind != "tuned":  # five samples are few: what is held out differs by a tenth on a CPU already
+        check_near(tmp_path / "one", tmp_path / "alone", same_codes=0.98, later_codes=later)

@@ -79,6 +79,7 @@ def quantize(
     with imports():
         from marlin_convert.commands import quantize as story
         from marlin_convert.conversion import make_job
+        from marlin_convert.tune import step_samples
 
     with torchrun.ranks() as ranks:
         size, bits = settings["group_size"], settings["bits"]
@@ -90,7 +91,7 @@ def quantize(
             requantize=requantize, resume=resume, overwrite=overwrite, trust_remote_code=trust_remote_code,
             report=report, ranks=ranks,
         )  # fmt: skip
-        if job.recipe.effort != "high":  # which is not shared
-            torchrun.advise(device, job.device)
+        tunes = job.recipe.effort == "high"
+        torchrun.advise(device, job.device, step_samples(job.recipe.sequence_length) if tunes else None)
         said = {"dry_run": dry_run, "as_json": as_json, "quiet": quiet, "verbose": bool(verbose)}
         convert(job, story.plan_job, story.quantize, **said)

@@ -117,14 +117,18 @@ def device(said: str) -> str:
     return f"cuda:{number}"
 
 
-def advise(said: str, device: Any) -> None:
-    """Say how to use all GPUs of this machine, where one of several is used and --device chose none."""
+def advise(said: str, device: Any, most: int | None = None) -> None:
+    """Say how to use all GPUs of this machine, where one of several is used and --device chose none.
+
+    No more than `most` processes can share the work, if that is given.
+    """
     import torch
 
     one_of_several = device.type == "cuda" and said in ("auto", "cuda") and count() == 1
     gpus = torch.cuda.device_count() if one_of_several else 1
-    if gpus > 1:
+    used = min(gpus, most or gpus)
+    if used > 1:
         logging.getLogger("marlin_convert").info(
-            "one of %d GPUs is used; all of them: torchrun --nproc-per-node %d -m marlin_convert %s",
-            gpus, gpus, shlex.join(sys.argv[1:]),
+            "one of %d GPUs is used; %s of them: torchrun --nproc-per-node %d -m marlin_convert %s",
+            gpus, "all" if used == gpus else used, used, shlex.join(sys.argv[1:]),
         )  # fmt: skip

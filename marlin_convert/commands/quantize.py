@@ -409,8 +409,10 @@ def _check_memory(job: Job, plan: Plan) -> None:
     sharing = job.ranks.count if job.device.type == "cpu" else 1
     needed, free = sharing * tuning_memory(plan, job.device), free_memory(job.device)
     if needed > free:
+        of_each = f" in each of {sharing} processes" if sharing > 1 else ""
         raise ConvertError(
             f"--effort high takes {needed / 1e9:.1f} GB of memory on {job.device}, for the model twice and "
-            f"what it learns; {free / 1e9:.1f} GB are free.",
-            "--effort default needs one block at a time; or use a device with more memory.",
+            f"what it learns{of_each}; {free / 1e9:.1f} GB are free.",
+            f"{'fewer processes, or ' * bool(of_each)}--effort default, which needs one block at a time; or use "
+            "a device with more memory.",
         )
