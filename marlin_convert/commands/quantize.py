@@ -413,6 +413,6 @@ def _check_memory(job: Job, plan: Plan) -> None:
         raise ConvertError(
             f"--effort high takes {needed / 1e9:.1f} GB of memory on {job.device}, for the model twice and "
             f"what it learns{of_each}; {free / 1e9:.1f} GB are free.",
-            f"{'fewer processes, or ' * bool(of_each)}--effort default, which needs one block at a time; or use "
-            "a device with more memory.",
+            f"{'fewer processes, or ' * bool(of_each)}--effort default, which needs one block at a time; or "
+            "use a device with more memory.",
         )
