@@ -208,6 +208,9 @@ class Ranks:
 
     def given(self, tensor: Tensor | None, device: torch.device) -> Tensor:
         """The first rank's tensor, at every rank, on its device."""
+        if self.alone:
+            assert tensor is not None
+            return tensor.to(device)
         ((_, (found,)),) = self._broadcast(
             None, [] if tensor is None else [tensor.to(device)], device, senders=[0]
         )

@@ -88,10 +88,8 @@ class Solve:
             if self._original:
                 self._go_through(self._original, block, number)
             for fate in plan.worked_on_in(number):
-                found = None if weight is None else weight(fate).to(self._model.dtype)
-                if not ranks.alone:
-                    found = ranks.given(found, self._model.device)
-                assert found is not None
+                own = None if weight is None else weight(fate).to(self._model.dtype)
+                found = ranks.given(own, self._model.device)
                 if self._has(fate):
                     self._model.replace(fate.name, found)
             self._go_through(self._hidden, block, number)

@@ -92,7 +92,7 @@ class Tune:
         solve: Solve,
         blocks: Iterable[int],
         done: int,
-        note: Callable[[int, float | None], None] = lambda solved, divergence: None,
+        note: Callable[[int, float | None], None],
     ) -> None:
         """Solve the `blocks` that are left after `done`; `note` what is kept, and how far it is off."""
         solve.skip(done, self._weight if self._ranks.first else None)
@@ -218,8 +218,6 @@ class Tune:
 
     def _of_all(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors of the first rank, at every rank, on its device."""
-        if self._ranks.alone:
-            return {name: tensor.to(self._device) for name, tensor in tensors.items()}
         return {
             name: self._ranks.given(tensors.get(name), self._device)
             for name in self._ranks.told(list(tensors))

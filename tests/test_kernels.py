@@ -184,7 +184,7 @@ def test_every_configuration_compiles(capability: tuple[int, int]) -> None:
 @pytest.mark.parametrize(
     "k, n, m, tile",
     [
-        (4096, 4096, 1, ("narrow", 8, 1)),  # each with the tile that was fastest when all were tried
+        (4096, 4096, 1, ("narrow", 8, 1)),  # each with the tile that was fastest, or within 1 % of it
         (4096, 6144, 1, ("narrow", 8, 1)),
         (4096, 28672, 16, ("stream", 16, 4)),
         (8192, 8192, 16, ("narrow", 16, 1)),

@@ -5,7 +5,6 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -152,9 +151,8 @@ def test_every_tile_of_hopper(dtype: torch.dtype, group_size: int, sparse: bool)
         for *tile, columns in tiles
     ]
     met = set()
-    shapes = (128, 64), (256, 64), (1024, 320), (2560, 320), (1536, 2432), (3072, 2560), (4096, 4160)
-    shapes += tuple(HALVES[1:-1])
-    for k, n in shapes:
+    shapes = [(128, 64), (256, 64), (1024, 320), (2560, 320), (1536, 2432), (3072, 2560), (4096, 4160)]
+    for k, n in shapes + HALVES[1:-1]:
         if group_size == 128 and k % 128:
             continue
         one = (sparse_layer if sparse else layer)(k, n, group_size)
@@ -177,9 +175,11 @@ def test_every_tile_of_hopper(dtype: torch.dtype, group_size: int, sparse: bool)
                 assert error(answers[0], expected) < tolerance(answers[0]), (k, n, m, configuration)
                 assert torch.equal(*answers), "not the same twice"
     if processors == 132:
-        shares = range(1, NARROW_CLUSTER + 1)
         assert met == {
-            (columns, *one) for columns in (1, 2) for one in product(NARROW_TILES[columns], shares)
+            (columns, tokens, share)
+            for columns, tiles_of in NARROW_TILES.items()
+            for tokens in tiles_of
+            for share in range(1, NARROW_CLUSTER + 1)
         }
 
 
@@ -516,26 +516,27 @@ module = import_module("marlin_convert.kernels.matmul")
 matmul = module.matmul
 OTHER, narrow = None, dict(NARROW_TILES)
 module.choose = lambda *given: choose(*given[:5], OTHER or given[5], *given[6:])
+def tensors(k, n, groups):
+    s = torch.full((groups, n), 0.01, dtype=torch.half, device="cuda")
+    B = torch.full((k // 16, 2 * n), 0x12345678, dtype=torch.int32, device="cuda")
+    B_24 = torch.full((k // 32, 2 * n), 0x12345678, dtype=torch.int32, device="cuda")
+    return s, B, B_24, torch.full((k // 32, 2 * n), 0x4444, dtype=torch.int16, device="cuda")
+
 LAYERS = (1024, 768, 8), (512, 320, 4), (192, 320, 1), (576, 768, 1), (4608, 320, 36), (3072, 1088, 24)
 for OTHER, tiles in ((None, narrow), (None, {}), ((8, 6), narrow)):
   NARROW_TILES.clear()
   NARROW_TILES.update(tiles)
   choose.cache_clear()
   for k, n, groups in LAYERS:
-      s = torch.full((groups, n), 0.01, dtype=torch.half, device="cuda")
-      B = torch.full((k // 16, 2 * n), 0x12345678, dtype=torch.int32, device="cuda")
-      B_24 = torch.full((k // 32, 2 * n), 0x12345678, dtype=torch.int32, device="cuda")
-      B_meta = torch.full((k // 32, 2 * n), 0x4444, dtype=torch.int16, device="cuda")
+      s, B, B_24, B_meta = tensors(k, n, groups)
       for m in (1, 16, 17, 65, 200):
           x = torch.ones(m, k, dtype=torch.half, device="cuda")
           matmul(x, B, s)
           matmul(x, B_24, s, None, B_meta)
-if torch.cuda.get_device_capability() == (9, 0):  # tiles that none of these chooses, by one to four blocks
+if torch.cuda.get_device_capability() == (9, 0):  # tiles that none chooses, by one, two and four blocks
   for columns, tokens in ((1, 64), (2, 64), (2, 96), (2, 128)):
     for k, n in ((128, 320), (1024, 5120), (3072, 2560), (1024, 320)):
-      s = torch.full((1, n), 0.01, dtype=torch.half, device="cuda")
-      B = torch.full((k // 16, 2 * n), 0x12345678, dtype=torch.int32, device="cuda")
-      B_24, B_meta = B[: k // 32], torch.full((k // 32, 2 * n), 0x4444, dtype=torch.int16, device="cuda")
+      s, B, B_24, B_meta = tensors(k, n, 1)
       x = torch.ones(tokens - 1, k, dtype=torch.half, device="cuda")
       y = torch.empty(tokens - 1, n, dtype=torch.half, device="cuda")
       for sparse in (False, True):

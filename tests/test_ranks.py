@@ -481,14 +481,9 @@ def test_one_gpu_of_several_says_how_to_use_all(
         for most in (None, 2):
             advise(device, torch.device("cpu" if device == "cpu" else "cuda:0"), most)
     command = "-m marlin_convert quantize MODEL -o 'my model'"
-    assert (
-        caplog.messages
-        == [
-            f"one of 4 GPUs is used; all of them: torchrun --nproc-per-node 4 {command}",
-            f"one of 4 GPUs is used; 2 of them: torchrun --nproc-per-node 2 {command}",
-        ]
-        * told
-    )
+    every = f"one of 4 GPUs is used; all of them: torchrun --nproc-per-node 4 {command}"
+    some = f"one of 4 GPUs is used; 2 of them: torchrun --nproc-per-node 2 {command}"
+    assert caplog.messages == [every, some] * told
 
 
 @pytest.mark.gpu
