@@ -153,7 +153,7 @@ def test_every_tile_of_hopper(dtype: torch.dtype, group_size: int, sparse: bool)
     met = set()
     shapes = [(128, 64), (256, 64), (1024, 320), (2560, 320), (1536, 2432), (3072, 2560), (4096, 4160)]
     for k, n in shapes + HALVES[1:-1]:
-        if group_size == 128 and k % 128:
+        if group_size == 128 and (k % 128 or k == 128):  # an only group is stored as one for all rows is
             continue
         one = (sparse_layer if sparse else layer)(k, n, group_size)
         *weights, s = (tensor.cuda() for tensor in (marlin_24 if sparse else marlin).pack(one).values())
