@@ -1,14 +1,17 @@
 """A decode step in vLLM: how long the GPU is busy with it, and the clock, of several checkpoints in turn.
 
     python benchmarks/vllm_decode.py WORK fp16=DIR gptq=DIR gptq-marlin=DIR,linear_backend=marlin marlin=DIR
+    python benchmarks/vllm_decode.py WORK marlin=DIR early=DIR,TORCHINDUCTOR_ENABLE_PDL=1
 
 The checkpoints are of one model, the first of them is what the others are compared with; settings of vLLM's
-LLM may follow a directory. 64 random tokens in; CUDA graphs and torch.compile as vLLM has them, an engine in
-a process of its own for each. Busy is what the kernels of 32 steps take together, overlaps counted once, by
-torch's profiler: of 41 tokens less those of 9. The clock is 65 tokens less one, the second best of four.
+LLM may follow a directory, and variables of the environment in capitals. 64 random tokens in; CUDA graphs
+and torch.compile as vLLM has them, an engine in a process of its own for each. Busy is what the kernels of 32
+steps take together, overlaps counted once, by torch's profiler: of 41 tokens less those of 9. The clock is 65
+tokens less one, the second best of four. Equal digests of answers are equal answers.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
@@ -76,19 +79,24 @@ def measure(name: str, directory: str, settings: dict[str, str], out: Path) -> N
         ids = torch.randint(5, 4000, (batch, PROMPT), generator=generator).tolist()
         prompts = [{"prompt_token_ids": one} for one in ids]
 
-        def run(tokens: int, prompts: list[dict[str, list[int]]] = prompts) -> object:
+        def run(tokens: int, prompts: list[dict[str, list[int]]] = prompts) -> Any:
             greedy = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
             return engine.generate(prompts, greedy, use_tqdm=False)
 
         run(8)
-        run(64)
+        answers = [list(one.outputs[0].token_ids) for one in run(64)]
         clock = (seconds(run, 65) - seconds(run, 1)) / 64
         (short, few), (long, many) = (profiled(run, tokens) for tokens in (9, 41))
         many.subtract(few)
         largest = [(kernel[:60], round(us / 32, 1)) for kernel, us in many.most_common(6)]
-        row = {"batch": batch, "busy_us": (long - short) / 32, "clock_us": clock * 1e6, "largest": largest}
+        digest = hashlib.sha256(json.dumps(answers).encode()).hexdigest()[:8]
+        row = {
+            "batch": batch, "busy_us": (long - short) / 32, "clock_us": clock * 1e6, "largest": largest,
+            "answers": digest,
+        }  # fmt: skip
         rows.append(row)
-        print(f"{name}, batch {batch}: busy {row['busy_us']:.0f} us, clock {row['clock_us']:.0f}", flush=True)
+        times = f"busy {row['busy_us']:.0f} us, clock {row['clock_us']:.0f}"
+        print(f"{name}, batch {batch}: {times}, answers {digest}", flush=True)
     out.write_text(json.dumps(rows, indent=1))
     os._exit(0)  # there is nothing left to tidy up, and vLLM may fail to
 
@@ -123,13 +131,15 @@ def main() -> None:
     chosen.work.mkdir(parents=True, exist_ok=True)
     found = {}
     for checkpoint in chosen.checkpoints:
-        name, _, said = checkpoint.partition("=")
-        directory, *settings = said.split(",")
+        name, _, rest = checkpoint.partition("=")
+        directory, *settings = rest.split(",")
+        said = dict(one.split("=", 1) for one in settings)
         out = chosen.work / f"{name}.json"
         if chosen.here:
-            measure(name, directory, dict(one.split("=", 1) for one in settings), out)
+            measure(name, directory, {key: value for key, value in said.items() if not key.isupper()}, out)
         # the profiler sees the kernels of its own process only
         environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        environment |= {key: value for key, value in said.items() if key.isupper()}
         words = [sys.executable, __file__, str(chosen.work), checkpoint, "--here"]
         subprocess.run(words, env=environment, check=True)
         found[name] = json.loads(out.read_text())

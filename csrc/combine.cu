@@ -10,8 +10,8 @@ struct Combining {
 
 extern "C" __global__ void __launch_bounds__(128) marlin_combine(const __grid_constant__ Combining c) {
   const int token = blockIdx.x / c.blocks, feature = (blockIdx.x % c.blocks * 128 + threadIdx.x) * 8;
-  let_next_kernel_start();
   wait_for_previous_kernel();
+  let_next_kernel_start();
   if (feature >= c.n) return;
   float sums[8] = {};
   for (int first = 0; first < c.choices; first += 8) {  // eight at a time are on their way

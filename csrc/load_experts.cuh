@@ -42,8 +42,8 @@ __device__ __forceinline__ void load_experts(const Problem& p, int count, u32 st
   const int ahead = min(count, STAGES);
   if (thread == 0)
     for (int i = 0; i < ahead; i++, at.advance(plan, 1)) load(at, i);
-  let_next_kernel_start();
   wait_for_previous_kernel();
+  let_next_kernel_start();
   for (int i = 0; i < ahead; i++, at_x.advance(plan, 1)) load_x(at_x, i);
   for (int i = STAGES, s = 0, phase = 0; i < count; i++, at_x.advance(plan, 1)) {
     flag_wait(empty + s * 8, phase);

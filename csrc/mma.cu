@@ -83,10 +83,10 @@ marlin_mma(const Problem p) {
   Sums acc;
   clear(acc);
   Chunk a, b;
-  let_next_kernel_start();
   Position at(plan, team);
   if (at.i < count) load(a, at);
   wait_for_previous_kernel();
+  let_next_kernel_start();
   if (at.i < count) load_x(0, at);
   int buffer = 0;
   // one chunk: the next one is on its way while this one is multiplied

@@ -147,7 +147,6 @@ marlin_multistage(const Problem p) {
     }
   };
 
-  let_next_kernel_start();
   if (count) aim();
 #pragma unroll
   for (int s = 0; s < STAGES - 1; s++) {
@@ -157,6 +156,7 @@ marlin_multistage(const Problem p) {
     advance();
   }
   wait_for_previous_kernel();
+  let_next_kernel_start();
   ahead = Position(plan, 0);
   if (count) aim();
 #pragma unroll

@@ -102,8 +102,8 @@ marlin_narrow(const __grid_constant__ Problem p, const __grid_constant__ TensorM
       if (SPARSE) copy_tile(stage + CODES, &metadata, first.tile.feature, 4 * k, flag);
       if (GROUP) copy_tile(stage + WEIGHTS + ACTIVATIONS, &scales, first.tile.feature, GROUPS * k, flag);
       if (i == 0) {
-        let_next_kernel_start();
         wait_for_previous_kernel();
+        let_next_kernel_start();
       }
 #pragma unroll
       for (int b = 0; b < 2 * SEGMENTS; b++) copy_tile(stage + WEIGHTS + b * TOKENS * 128, &x, 128 * k + 64 * b, first.tile.token, flag);

@@ -46,10 +46,10 @@ extern "C" __global__ void __launch_bounds__(1024, 1) marlin_route(const __grid_
   extern __shared__ int of_warps[];  // (WARPS, count)
   const int thread = threadIdx.x;
   int* const mine = of_warps + thread / 32 * r.count;
-  let_next_kernel_start();
   for (int i = thread; i < WARPS * r.count; i += 1024) of_warps[i] = 0;
   __syncthreads();
   wait_for_previous_kernel();
+  let_next_kernel_start();
   pass_through_part<false>(r, mine);
   __syncthreads();
   int here[WARPS], rows = 0;

@@ -51,8 +51,8 @@ marlin_stream(const __grid_constant__ Problem p, const __grid_constant__ TensorM
     Position at(plan, 0), at_x(plan, 0);
     const int ahead = min(count, STAGES);
     for (int i = 0; i < ahead; i++, at.advance(plan, 1)) load(at, i);
-    let_next_kernel_start();
     wait_for_previous_kernel();
+    let_next_kernel_start();
     for (int i = 0; i < ahead; i++, at_x.advance(plan, 1)) load_x(at_x, i);
     for (int i = STAGES, s = 0, phase = 0; i < count; i++, at.advance(plan, 1)) {
       flag_wait(empty + s * 8, phase);

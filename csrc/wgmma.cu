@@ -72,8 +72,8 @@ marlin_wgmma(const __grid_constant__ Problem p, const __grid_constant__ TensorMa
       if (SPARSE) copy_tile(stage + CODES, &metadata, at.tile.feature, 4 * at.k, flag);
       if (GROUP) copy_tile(stage + WEIGHTS + TOKENS * 256, &scales, at.tile.feature, GROUPS * at.k, flag);
       if (at.i == 0) {
-        let_next_kernel_start();
         wait_for_previous_kernel();
+        let_next_kernel_start();
       }
       copy_tile(stage + WEIGHTS, &x, 128 * at.k, at.tile.token, flag);
       copy_tile(stage + WEIGHTS + TOKENS * 128, &x, 128 * at.k + 64, at.tile.token, flag);

@@ -151,7 +151,16 @@ def test_every_tile_of_hopper(dtype: torch.dtype, group_size: int, sparse: bool)
         for *tile, columns in tiles
     ]
     met = set()
-    shapes = [(128, 64), (256, 64), (1024, 320), (2560, 320), (1536, 2432), (3072, 2560), (4096, 4160)]
+    shapes = [
+        (128, 64),
+        (256, 64),
+        (1024, 320),
+        (2560, 320),
+        (1536, 2432),
+        (3072, 2560),
+        (4096, 4160),
+        (256, 8640),
+    ]
     for k, n in shapes + HALVES[1:-1]:
         if group_size == 128 and (k % 128 or k == 128):  # an only group is stored as one for all rows is
             continue
