@@ -1,6 +1,7 @@
 """Seconds per layer of one conversion that torchrun shares among GPUs, beside those of one process.
 
 usage: python benchmarks/quantize_ranks.py [--ranks 1,2] [--shapes 8b,qwen3-30b] [--layers 6] [--parts 2]
+       python benchmarks/quantize_ranks.py --shapes 8b --layers 2 --effort high
 
 Every conversion is a process for each rank, 256 x 2048 tokens. What a layer costs is the median over all but
 the first, in which kernels are compiled (of one layer that one is given), beside the quickest, the slowest
@@ -8,7 +9,8 @@ and the whole conversion. Codes are compared with those of the first number of r
 numbers of ranks the model is converted once more, with every part of the work timed at every rank, and the
 bytes of both conversions are compared. Models are made on the first GPU, 0.44 and 1.3 GB a layer, in a
 directory inside of `--directory` that is removed at the end. `--shapes tiny` is for a CPU, `deepseek-v3`
-(64 x 2048 tokens) has 23 GB a layer. `--tokens` tries micro-batches of other sizes than ours.
+(64 x 2048 tokens) has 23 GB a layer. `--tokens` tries micro-batches of other sizes than ours. With
+`--effort high` the text of the calibration alone is tuned on, and a step's median is in place of a layer's.
 """
 
 import argparse
@@ -29,7 +31,7 @@ import quantize_mixture
 import torch
 from safetensors import safe_open
 
-from marlin_convert import recipe
+from marlin_convert import recipe, student
 from marlin_convert.checkpoint.manifest import MANIFEST
 from marlin_convert.cli import torchrun
 from marlin_convert.hub import Source
@@ -83,10 +85,30 @@ def same_codes(one: Path, other: Path) -> float:
     return alike / total
 
 
-def one_of_ranks(shape: str, model: Path, output: Path, *, in_parts: bool, micro_batch: int) -> None:
+def steps_timed(device: torch.device) -> list[float]:
+    """Where the seconds of every step of the tuning will be."""
+    parts.story.TOKENS = 0
+    learn, taken = student.Student.learn, list[float]()
+
+    def timed(model: student.Student, ids: torch.Tensor, step: int, rate: float) -> None:
+        started = time.perf_counter()
+        learn(model, ids, step, rate)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        taken.append(time.perf_counter() - started)
+
+    student.Student.learn = timed  # type: ignore[method-assign]
+    return taken
+
+
+def one_of_ranks(
+    shape: str, model: Path, output: Path, *, effort: str, in_parts: bool, micro_batch: int
+) -> None:
     """Be one of the processes of a conversion; the first prints a table of the parts, or JSON."""
     samples, length = tokens(shape)
-    settings = {"samples": samples, "sequence_length": length, "format": "compressed-tensors"}
+    settings = {
+        "samples": samples, "sequence_length": length, "format": "compressed-tensors", "effort": effort,
+    }  # fmt: skip
     chosen = recipe.load(recipe.DEFAULT).changed(settings)
     with torchrun.ranks() as ranks:
         device = pick_device(torchrun.device("auto"))
@@ -98,13 +120,14 @@ def one_of_ranks(shape: str, model: Path, output: Path, *, in_parts: bool, micro
             if ranks.first:
                 print(parts.table_of_ranks(found))
             return
+        steps = steps_timed(device) if effort == "high" else []
         started = time.perf_counter()
         layers = parts.seconds(job)
         whole = time.perf_counter() - started
         of_gpu = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
         memory = ranks.all_say((of_gpu, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
         if ranks.first:
-            print(json.dumps({"layers": layers, "whole": whole, "memory": memory}))
+            print(json.dumps({"layers": steps or layers, "whole": whole, "memory": memory}))
 
 
 def main() -> None:
@@ -116,12 +139,16 @@ def main() -> None:
     parser.add_argument("--shapes", default="8b,qwen3-30b")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--directory", type=Path, help="where models and checkpoints are put for the while")
+    parser.add_argument("--effort", default="default")
     parser.add_argument("--parts", default="", help="numbers of ranks")
     parser.add_argument("--tokens", type=int, default=0, help="of a micro-batch")
     parser.add_argument("--one", nargs=2, type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.one:
-        one_of_ranks(chosen.shapes, *chosen.one, in_parts=bool(chosen.parts), micro_batch=chosen.tokens)
+        one_of_ranks(
+            chosen.shapes, *chosen.one,
+            effort=chosen.effort, in_parts=bool(chosen.parts), micro_batch=chosen.tokens,
+        )  # fmt: skip
         return
     counts = [int(count) for count in chosen.ranks.split(",")]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
@@ -134,7 +161,8 @@ def main() -> None:
             medians: dict[int, float] = {}
             for ranks in counts:
                 output = here / f"out-{ranks}"
-                words = [__file__, "--shapes", shape, "--tokens", chosen.tokens, "--one", model]
+                words = [__file__, "--shapes", shape, "--tokens", chosen.tokens, "--effort", chosen.effort]
+                words += ["--one", model]
                 found = json.loads(run(ranks, *words, output).splitlines()[-1])
                 timed = sorted(found["layers"][1:] or found["layers"])
                 medians[ranks] = median(timed)
@@ -154,9 +182,10 @@ def main() -> None:
                         "bytes of both conversions: " + ("the same" if same else "NOT the same"), flush=True
                     )
                     shutil.rmtree(here / "again")
+    what = "step" if chosen.effort == "high" else "layer"
     print(
-        f"\n| shape | ranks | seconds a layer | from, to | times as fast as {counts[0]} | whole | same codes "
-        "| GPU, GB | host, GB |\n" + "|---" * 9 + "|"
+        f"\n| shape | ranks | seconds a {what} | from, to | times as fast as {counts[0]} | whole "
+        "| same codes | GPU, GB | host, GB |\n" + "|---" * 9 + "|"
     )
     print("\n".join(table))
 

@@ -505,3 +505,24 @@ def test_two_gpus(kind: str, words: list[object], tmp_path: Path) -> None:
     later = 0.5 if kind == "sparse" else 0.6
     if kind != "tuned":  # five samples are few: what is held out differs by a tenth on a CPU already
         check_near(tmp_path / "one", tmp_path / "alone", same_codes=0.98, later_codes=later)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_rank_killed_beside_another_gpu(start: StartRanks, words: list[object], tmp_path: Path) -> None:
+    """NCCL's sums end with it too: as a rank solves, and as it tunes."""
+    command = [*words, "--device", "cuda", "--effort", "high", "--samples", 8]
+    constants = {"marlin_convert.tune:STEP": 384, "marlin_convert.tune:KEEP_AFTER": 0.0}
+    status, log = start(2, *command, "-o", tmp_path / "whole", constants=constants)
+    assert status == 0, log
+    resumed: list[object] = []
+    for stop in (
+        (1, "marlin_convert.models.hidden:HiddenStates.divergence", 2, "kill"),
+        (1, "marlin_convert.student:Student.learn", 2, "kill"),
+    ):
+        status, log = start(2, *command, "-o", tmp_path / "out", *resumed, stop=stop, constants=constants)
+        assert status == 1 and "has ended without a word" in log, log
+        resumed = ["--resume"]
+    status, log = start(2, *command, "-o", tmp_path / "out", "--resume", constants=constants)
+    assert status == 0, log
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
