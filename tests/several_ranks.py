@@ -96,7 +96,8 @@ class StartRanks(Protocol):
 def ranks_starter(directory: Path, **environment: str) -> Iterator[StartRanks]:
     """A process that starts ranks for every command line; `directory` is for its log."""
     log = directory / "log.txt"
-    with forks(STARTER, **environment) as status:
+    # to ask for GPUs in another way would forbid what is forked to use them
+    with forks(STARTER, PYTORCH_NVML_BASED_CUDA_CHECK="1", **environment) as status:
 
         def start(
             ranks: int,
