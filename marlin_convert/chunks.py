@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
 from marlin_convert.checkpoint.kept import keep, kept
 from marlin_convert.codes import Packed
@@ -117,7 +116,7 @@ class Chunks:
         tensors = {name: tensor for one, _ in self._new for name, tensor in one.items()}
         try:
             keep(self._file(self._count()), tensors, [row for _, row in self._new])
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             log.warning("%d matrices are not kept (%s): a run that is stopped now solves them again",
                         len(self._new), error)  # fmt: skip
         else:

@@ -65,12 +65,12 @@ class Share:
 class Ranks:
     """This process among the `count` that share one command; alone, it has nobody to wait for."""
 
-    def __init__(self, rank: int = 0, count: int = 1, store: Any = None, on_this_machine: int = 0):
+    def __init__(self, rank: int = 0, count: int = 1, store: Any = None, of_machine: Share | None = None):
         self.rank = rank
         self.count = count
         self._store = store
         self._pulse = None if store is None else pulse.Pulse(store.clone(), rank, count)
-        self._on_this_machine = on_this_machine
+        self._of_machine = of_machine or Share(rank, count)
 
     @classmethod
     def join(cls) -> "Ranks":
@@ -84,7 +84,8 @@ class Ranks:
             store=distributed.PrefixStore("group", store), rank=rank, world_size=count, timeout=PATIENCE,
         )  # fmt: skip
         own_store = distributed.PrefixStore("marlin_convert", store)
-        return cls(rank, count, own_store, int(os.environ["LOCAL_RANK"]))
+        of_machine = Share(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
+        return cls(rank, count, own_store, of_machine)
 
     @property
     def alone(self) -> bool:
@@ -99,7 +100,12 @@ class Ranks:
     @property
     def first_here(self) -> bool:
         """Whether this is the first rank of its machine, which does what all there need once."""
-        return self._on_this_machine == 0
+        return self._of_machine.index == 0
+
+    @property
+    def count_here(self) -> int:
+        """How many ranks its machine has."""
+        return self._of_machine.of
 
     @property
     def share(self) -> Share:

@@ -1,5 +1,6 @@
 """--effort high: what it makes is nearer to the original; a run that is stopped goes on to the same bytes."""
 
+import resource
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,6 +28,7 @@ from marlin_convert.estimate import tuning_memory
 from marlin_convert.hub import Source
 from marlin_convert.models.blocks import BlockModel
 from marlin_convert.plan import make_plan
+from marlin_convert.ranks import Ranks, Share
 from marlin_convert.recipe import Recipe
 from marlin_convert.report import plan_text, summary_text
 from marlin_convert.student import Student
@@ -190,6 +192,27 @@ def test_stopped_while_it_solves_tunes_and_writes_it_goes_on_to_the_same_bytes(
     assert not partial(one.output).exists() and done.tuned
 
 
+def test_a_disk_that_takes_no_more_stops_it_with_a_word(
+    made: Callable[..., tuple[Path, Report]], llama: Path, text: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """As it keeps what is solved, and what is tuned, which takes more: a limit on file size stands for it."""
+    monkeypatch.setattr(tune, "KEEP_AFTER", 0.0)
+    one = job(llama, tmp_path / "out", text)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for most, kept in ((16_384, []), (400_000, ["0.safetensors", "1.safetensors"])):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, limit[1]))
+        try:
+            with pytest.raises(ConvertError, match=r"no space left for .*out' \(File too large\)") as error:
+                story.quantize(replace(one, resume=bool(kept)))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        assert error.value.hint == "free some and continue with --resume."
+        assert sorted(path.name for path in (partial(one.output) / "solved").glob("*.safetensors")) == kept
+    story.quantize(replace(one, resume=True))
+    assert contents(one.output) == contents(made()[0])
+
+
 def test_an_abandoned_run_leaves_nothing_to_the_next(
     made: Callable[..., tuple[Path, Report]], llama: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -227,6 +250,10 @@ def test_a_model_that_does_not_fit_is_refused_before_work(
     with pytest.raises(ConvertError, match=r"--effort high takes 0\.\d GB of memory on cpu") as refusal:
         story.plan_job(job(llama, tmp_path / "out", text))
     assert "--effort default" in str(refusal.value.hint)
+    for here, said in ((2, " in each of 2 processes; "), (1, "what it learns; ")):  # memory is a machine's
+        ranks = Ranks(0, 2, of_machine=Share(0, here))
+        with pytest.raises(ConvertError, match=said):
+            story.plan_job(replace(job(llama, tmp_path / "out", text), ranks=ranks))
     assert list(tmp_path.iterdir()) == []
     story.plan_job(job(llama, tmp_path / "out", text, effort="default"))
 

@@ -2,25 +2,32 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 
 def keep(path: Path, tensors: Mapping[str, Tensor], said: Any) -> None:
-    """Put tensors, and what is said of them (JSON), in a safetensors file."""
+    """Put tensors, and what is said of them (JSON), in a safetensors file; OSError for a disk that is full."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    save_file(
-        {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
-        temporary,
-        metadata={"said": json.dumps(said)},
-    )
+    try:
+        save_file(
+            {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
+            temporary,
+            metadata={"said": json.dumps(said)},
+        )
+    except SafetensorError as error:  # which has what the system said in words alone
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     temporary.replace(path)

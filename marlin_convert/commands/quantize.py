@@ -406,7 +406,7 @@ def _check_output(job: Job) -> None:
 
 def _check_memory(job: Job, plan: Plan) -> None:
     """ConvertError for a model that cannot be tuned as a whole in the memory there is."""
-    sharing = job.ranks.count if job.device.type == "cpu" else 1
+    sharing = job.ranks.count_here if job.device.type == "cpu" else 1
     needed, free = sharing * tuning_memory(plan, job.device), free_memory(job.device)
     if needed > free:
         of_each = f" in each of {sharing} processes" if sharing > 1 else ""
