@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def keep(path: Path, tensors: Mapping[str, Tensor], said: Any) -> None:
-    """Put tensors, and what is said of them (JSON), in a safetensors file; OSError for a disk that is full."""
+    """Put tensors, and what is said of them (JSON), in a safetensors file; OSError for a full disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
