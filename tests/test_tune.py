@@ -13,6 +13,7 @@ import tiny_models
 import torch
 from click.testing import Result
 from runs import contents, partial
+from safetensors.torch import save
 from transformers import LlamaConfig
 
 from marlin_convert import tune
@@ -211,6 +212,25 @@ def test_a_disk_that_takes_no_more_stops_it_with_a_word(
         assert sorted(path.name for path in (partial(one.output) / "solved").glob("*.safetensors")) == kept
     story.quantize(replace(one, resume=True))
     assert contents(one.output) == contents(made()[0])
+
+
+def test_what_is_kept_and_damaged_is_not_gone_on_from(llama: Path, text: Path, tmp_path: Path) -> None:
+    one = job(llama, tmp_path / "out", text)
+    with pytest.MonkeyPatch.context() as patch:
+        stop(patch, tune, "keep", 2)
+        with pytest.raises(KeyboardInterrupt):
+            story.quantize(one)
+    kept = partial(one.output) / "solved" / "0.safetensors"
+    data = kept.read_bytes()
+    for damaged in (None, b"", data[:-1], b"x" * 8 + data[8:], save({"latents": torch.zeros(1)})):
+        kept.unlink(missing_ok=True)
+        if damaged is not None:
+            kept.write_bytes(damaged)
+        with pytest.raises(ConvertError, match=r"0\.safetensors' is not as it was kept \(.+\)") as error:
+            story.quantize(replace(one, resume=True))
+        assert "remove the unfinished directory" in str(error.value.hint)
+    kept.write_bytes(data)
+    story.quantize(replace(one, resume=True))
 
 
 def test_an_abandoned_run_leaves_nothing_to_the_next(

@@ -12,6 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from marlin_convert.checkpoint.writer import fsync
+from marlin_convert.errors import ConvertError
+
 
 def keep(path: Path, tensors: Mapping[str, Tensor], said: Any) -> None:
     """Put tensors, and what is said of them (JSON), in a safetensors file; OSError for a full disk."""
@@ -28,16 +31,22 @@ def keep(path: Path, tensors: Mapping[str, Tensor], said: Any) -> None:
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
+    fsync(temporary)
     temporary.replace(path)
+    fsync(path.parent)
 
 
 def kept(path: Path) -> tuple[dict[str, Tensor], Any]:
-    """The tensors of a file of `keep`, and what is said of them."""
-    with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
-        return tensors, json.loads(file.metadata()["said"])
+    """The tensors of a file of `keep`, and what is said of them; ConvertError for one damaged or gone."""
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
+            return tensors, json.loads(file.metadata()["said"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ConvertError(
+            f"cannot resume: '{path}' is not as it was kept ({error}).",
+            "remove the unfinished directory and start again.",
+        ) from error
 
 
 def keep_all(directory: Path, files: Iterable[tuple[str, Mapping[str, Tensor]]], said: Any) -> None:

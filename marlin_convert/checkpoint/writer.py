@@ -160,7 +160,7 @@ class ShardWriter:
         def sync() -> None:
             if self._file is not None:
                 os.fsync(self._file.fileno())
-            _fsync(self.directory)
+            fsync(self.directory)
             durable(count)
 
         self._submit(sync)
@@ -215,7 +215,7 @@ class ShardWriter:
             }
             write_json(self.directory / INDEX, index)
             files[INDEX] = hashlib.sha256((self.directory / INDEX).read_bytes()).hexdigest()
-        _fsync(self.directory)
+        fsync(self.directory)
         return files
 
     def _leave(self) -> None:
@@ -335,7 +335,7 @@ def write_text(path: Path, text: str) -> None:
         with suppress(OSError):
             temporary.unlink()
         raise
-    _fsync(path.parent)
+    fsync(path.parent)
 
 
 def check_report(path: Path, about: Path) -> None:
@@ -432,8 +432,8 @@ def publish(partial: Path, output: Path, overwrite: bool) -> None:
     """
     for folder, _, files in os.walk(partial):
         for name in files:
-            _fsync(Path(folder, name))
-        _fsync(Path(folder))
+            fsync(Path(folder, name))
+        fsync(Path(folder))
     if not overwrite or not os.path.lexists(output):
         try:
             partial.rename(output)
@@ -449,7 +449,7 @@ def publish(partial: Path, output: Path, overwrite: bool) -> None:
         except OSError:
             aside.rename(output)
             raise
-    _fsync(output.parent)
+    fsync(output.parent)
 
 
 def _layout(specs: list[TensorSpec], max_shard_size: int, on_disk: Callable[[str], str]) -> list[_Shard]:
@@ -500,7 +500,8 @@ def _exchange(one: Path, other: Path) -> bool:
     raise OSError(code, os.strerror(code), str(one), None, str(other))
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Make a file, or the names in a directory, durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
