@@ -87,7 +87,6 @@ def same_codes(one: Path, other: Path) -> float:
 
 def steps_timed(device: torch.device) -> list[float]:
     """Where the seconds of every step of the tuning will be."""
-    parts.story.TOKENS = 0
     learn, taken = student.Student.learn, list[float]()
 
     def timed(model: student.Student, ids: torch.Tensor, step: int, rate: float) -> None:
@@ -114,13 +113,14 @@ def one_of_ranks(
         device = pick_device(torchrun.device("auto"))
         if micro_batch:
             hidden.TOKENS[device.type] = micro_batch
+        parts.story.TOKENS = 0  # to tune on beyond the calibration's
         job = parts.story.Job(Source(model, model.name, None), output, chosen, device, ranks=ranks)
         if in_parts:
             found = ranks.all_say(parts.convert(job))
             if ranks.first:
                 print(parts.table_of_ranks(found))
             return
-        steps = steps_timed(device) if effort == "high" else []
+        steps = steps_timed(device)
         started = time.perf_counter()
         layers = parts.seconds(job)
         whole = time.perf_counter() - started

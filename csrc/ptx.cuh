@@ -101,8 +101,8 @@ template <int count> __device__ __forceinline__ void store_matrices(u32 to, cons
 }
 #endif
 
-// A kernel waits before it lets the next one start: that one may read, without waiting, what kernels further
-// back wrote, as those that torch.compile makes with TORCHINDUCTOR_ENABLE_PDL do.
+// A kernel waits before it lets the next one start, so that what comes before it is complete for that one even
+// where it does not wait.
 #if __CUDA_ARCH__ >= 900
 __device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }

@@ -224,7 +224,7 @@ class Tune:
         }
 
     def _keep(self, student: Student, before: float, step: int) -> None:
-        """Keep all that moves, a file a block, where the disk has room for it."""
+        """Keep all that moves, where the disk has room for it."""
         needed = sum(tensor.nbytes for tensor in student.state().values())
         free = shutil.disk_usage(self._solved).free
         if needed > free:
@@ -234,18 +234,22 @@ class Tune:
                 step, f"{needed:,}", f"{free:,}",
             )  # fmt: skip
             return
+        keep_all(self._tuning, self._files(student).items(), {"step": step, "before": before})
+
+    def _files(self, student: Student) -> dict[str, dict[str, Tensor]]:
+        """All that moves, by the names of the files that keep it: one a block, one for what is in none."""
         files: dict[str, dict[str, Tensor]] = {}
         for name, tensor in student.state().items():
             number = self._plan.structure.block_of(name.partition(":")[0])
             files.setdefault(f"{number}.safetensors", {})[name] = tensor
-        keep_all(self._tuning, files.items(), {"step": step, "before": before})
+        return files
 
     def _resume(self, student: Student) -> tuple[float, int]:
         """Go back to where an earlier run was: the divergence it began with, and the step to go on with."""
-        files = sorted(self._tuning.iterdir()) if self._ranks.first and self._tuning.is_dir() else []
-        state, said = student.state(), {"before": inf, "step": 0}
-        for number in range(self._ranks.told(len(files))):
-            tensors, said = kept(files[number]) if self._ranks.first else ({}, said)
+        said = {"before": inf, "step": 0}
+        files = self._files(student) if self._ranks.told(self._tuning.is_dir()) else {}
+        for file, state in files.items():
+            tensors, said = kept(self._tuning / file) if self._ranks.first else ({}, said)
             for name, tensor in self._of_all(tensors).items():
                 state[name].copy_(tensor)
         said = self._ranks.told(said)

@@ -96,7 +96,7 @@ class StartRanks(Protocol):
 def ranks_starter(directory: Path, **environment: str) -> Iterator[StartRanks]:
     """A process that starts ranks for every command line; `directory` is for its log."""
     log = directory / "log.txt"
-    # to ask for GPUs in another way would forbid what is forked to use them
+    # counting GPUs through CUDA would initialize it here, and forked processes could not use it
     with forks(STARTER, PYTORCH_NVML_BASED_CUDA_CHECK="1", **environment) as status:
 
         def start(

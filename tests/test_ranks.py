@@ -520,8 +520,10 @@ def test_a_rank_killed_beside_another_gpu(start: StartRanks, words: list[object]
         (1, "marlin_convert.models.hidden:HiddenStates.divergence", 2, "kill"),
         (1, "marlin_convert.student:Student.learn", 2, "kill"),
     ):
+        began = time.monotonic()
         status, log = start(2, *command, "-o", tmp_path / "out", *resumed, stop=stop, constants=constants)
         assert status == 1 and "has ended without a word" in log, log
+        assert time.monotonic() - began < 60
         resumed = ["--resume"]
     status, log = start(2, *command, "-o", tmp_path / "out", "--resume", constants=constants)
     assert status == 0, log

@@ -13,7 +13,6 @@ import tiny_models
 import torch
 from click.testing import Result
 from runs import contents, partial
-from safetensors.torch import save
 from transformers import LlamaConfig
 
 from marlin_convert import tune
@@ -214,23 +213,53 @@ def test_a_disk_that_takes_no_more_stops_it_with_a_word(
     assert contents(one.output) == contents(made()[0])
 
 
-def test_what_is_kept_and_damaged_is_not_gone_on_from(llama: Path, text: Path, tmp_path: Path) -> None:
+def test_what_is_kept_and_damaged_or_gone_is_not_gone_on_from(
+    made: Callable[..., tuple[Path, Report]], llama: Path, text: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Each file of what is solved, and of what is tuned; the run goes on when it is there again."""
+    monkeypatch.setattr(tune, "KEEP_AFTER", 0.0)
     one = job(llama, tmp_path / "out", text)
     with pytest.MonkeyPatch.context() as patch:
-        stop(patch, tune, "keep", 2)
+        stop(patch, Student, "learn", 8)
         with pytest.raises(KeyboardInterrupt):
             story.quantize(one)
-    kept = partial(one.output) / "solved" / "0.safetensors"
-    data = kept.read_bytes()
-    for damaged in (None, b"", data[:-1], b"x" * 8 + data[8:], save({"latents": torch.zeros(1)})):
-        kept.unlink(missing_ok=True)
-        if damaged is not None:
-            kept.write_bytes(damaged)
-        with pytest.raises(ConvertError, match=r"0\.safetensors' is not as it was kept \(.+\)") as error:
-            story.quantize(replace(one, resume=True))
-        assert "remove the unfinished directory" in str(error.value.hint)
-    kept.write_bytes(data)
+    files = [path for name in ("solved", "tuning") for path in (partial(one.output) / name).iterdir()]
+    assert len(files) == 5  # two blocks, and what is in none
+    for file in files:
+        data = file.read_bytes()
+        for damaged in (None, data[:-1], b"x" * 8 + data[8:]):
+            file.unlink()
+            if damaged is not None:
+                file.write_bytes(damaged)
+            with pytest.raises(ConvertError, match=f"{file.name}', .* is damaged or gone") as error:
+                story.quantize(replace(one, resume=True))
+            assert error.value.hint == "remove the unfinished directory and start again."
+            file.write_bytes(data)
     story.quantize(replace(one, resume=True))
+    assert contents(one.output) == contents(made()[0])
+
+
+def test_it_is_whole_or_not_there_wherever_it_is_stopped(
+    made: Callable[..., tuple[Path, Report]], llama: Path, text: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """What is tuned, when what was kept before is being removed."""
+    monkeypatch.setattr(tune, "KEEP_AFTER", 0.0)
+    one = job(llama, tmp_path / "out", text)
+    with pytest.MonkeyPatch.context() as patch:
+
+        def interrupted(path: Path, **options: Any) -> None:
+            if path.is_dir():
+                next(path.iterdir()).unlink()
+                raise KeyboardInterrupt
+
+        patch.setattr(shutil, "rmtree", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            story.quantize(one)
+    assert len(list((partial(one.output) / "tuning").iterdir())) == 3
+    story.quantize(replace(one, resume=True))
+    assert contents(one.output) == contents(made()[0])
 
 
 def test_an_abandoned_run_leaves_nothing_to_the_next(

@@ -271,10 +271,12 @@ def main() -> None:
     groups["refused"] = [name for name in found if not any(name in names for names in groups.values())]
     total = ", ".join(f"{len(names)} {kind}" for kind, names in groups.items())
     print(f"\n{len(found)} types of transformers {transformers.__version__}: {total}")
-    print(f"{(time.monotonic() - started) / 60:.0f} min on {asked.workers} processors")
+    took = f"{(time.monotonic() - started) / 60:.0f} min on {asked.workers} processors"
+    print(took)
     if asked.write:
         rows = [f"| {name} | {said(one).replace('|', '/')} |" for name, one in found.items()]
-        head = f"transformers {transformers.__version__}: {total}."
+        today = time.strftime("%Y-%m-%d")
+        head = f"transformers {transformers.__version__}: {total} ({today}, {took}).\n{NOT_BUILT}"
         asked.write.write_text("\n".join([TITLE, "", head, "", "| type | |", "|---|---|", *rows, ""]))
     sys.exit(1 if groups["failed"] else 0)
 
@@ -285,6 +287,7 @@ Every type of transformers' causal and image-text-to-text models, tiny and with 
 archs` found it: converted, verified, and read by plain transformers over weights dequantized by the formulas
 of the formats alone, whose logits are those of our walk. `packed` are the matrices that are quantized,
 `dense` those left as they are, towers included."""
+NOT_BUILT = "Not built are types whose tiny model is beyond the script, or wants packages that are not here."
 
 
 if __name__ == "__main__":

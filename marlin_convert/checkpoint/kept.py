@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,30 +22,38 @@ def keep(path: Path, tensors: Mapping[str, Tensor], said: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
-        save_file(
-            {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
-            temporary,
-            metadata={"said": json.dumps(said)},
-        )
+        _save(tensors, temporary, said)
+        fsync(temporary)
+        temporary.replace(path)
+        fsync(path.parent)
+    except BaseException:
+        for file in (temporary, path):
+            with suppress(OSError):
+                file.unlink()
+        raise
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path, said: Any) -> None:
+    contents = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(contents, path, metadata={"said": json.dumps(said)})
     except SafetensorError as error:  # which has what the system said in words alone
         number = re.search(r"\(os error (\d+)\)", str(error))
         if number is None:
             raise
-        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
-    fsync(temporary)
-    temporary.replace(path)
-    fsync(path.parent)
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def kept(path: Path) -> tuple[dict[str, Tensor], Any]:
     """The tensors of a file of `keep`, and what is said of them; ConvertError for one damaged or gone."""
     try:
+        path.open("rb").close()  # safetensors finds no file, whatever the system said
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
             return tensors, json.loads(file.metadata()["said"])
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (FileNotFoundError, SafetensorError) as error:
         raise ConvertError(
-            f"cannot resume: '{path}' is not as it was kept ({error}).",
+            f"'{path}', which the unfinished run has kept, is damaged or gone.",
             "remove the unfinished directory and start again.",
         ) from error
 
@@ -52,12 +61,17 @@ def kept(path: Path) -> tuple[dict[str, Tensor], Any]:
 def keep_all(directory: Path, files: Iterable[tuple[str, Mapping[str, Tensor]]], said: Any) -> None:
     """Put files of tensors in a directory, in the place of those that an earlier call put there.
 
-    One after another is made and written, so that no memory need hold them all.
+    One after another is made and written, so that no memory need hold them all. Wherever it is stopped, the
+    directory is whole or not there.
     """
-    begun = directory.with_name(directory.name + ".tmp")
+    begun, before = (directory.with_name(directory.name + end) for end in (".tmp", ".old"))
     shutil.rmtree(begun, ignore_errors=True)
+    shutil.rmtree(before, ignore_errors=True)
     begun.mkdir()
     for name, tensors in files:
         keep(begun / name, tensors, said)
-    shutil.rmtree(directory, ignore_errors=True)
+    if directory.exists():
+        directory.replace(before)
     begun.replace(directory)
+    fsync(directory.parent)
+    shutil.rmtree(before, ignore_errors=True)

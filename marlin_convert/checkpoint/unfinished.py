@@ -80,8 +80,8 @@ class UnfinishedRun:
             names = {path.name for path in self.directory.iterdir()}
         known = {LOCK, PROGRESS + ".tmp"}
         if PROGRESS in names:
-            known |= {PROGRESS, self.staging.name, REPLACED, HIDDEN_STATES, SOLVED, TUNING, TUNING + ".tmp"}
-            known |= {CHUNKS, CHUNKS + ".tmp"}
+            known |= {PROGRESS, self.staging.name, REPLACED, HIDDEN_STATES, SOLVED, CHUNKS, CHUNKS + ".tmp"}
+            known |= {TUNING, TUNING + ".tmp", TUNING + ".old"}
             try:
                 noted = json_file(self.directory, PROGRESS)
             except SourceError as error:
