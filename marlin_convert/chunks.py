@@ -93,13 +93,13 @@ class Chunks:
         return self._directory / f"{number}.safetensors"
 
     def _count(self) -> int:
-        number = 0
-        while self._file(number).exists():
-            number += 1
-        return number
+        return len(list(self._directory.glob("*.safetensors")))
 
     def earlier(self) -> Iterator[Packed]:
-        """What there is on disk, of a run that was stopped, in the order in which it was solved."""
+        """What there is on disk, of a run that was stopped, in the order in which it was solved.
+
+        ConvertError where one of the files is damaged or gone.
+        """
         for number in range(self._count()):
             tensors, rows = kept(self._file(number))
             of: dict[str, dict[str, torch.Tensor]] = {row["name"]: {} for row in rows}

@@ -17,6 +17,7 @@ from runs import Start, blocks_done, contents, partial, starter
 
 from marlin_convert import chunks, room
 from marlin_convert.commands.quantize import Job, plan_job
+from marlin_convert.errors import ConvertError
 from marlin_convert.hub import Source
 from marlin_convert.recipe import Recipe
 
@@ -222,6 +223,16 @@ def test_a_disk_that_takes_no_more_is_warned_of(tmp_path: Path, monkeypatch, cap
     for (tensors, _), (expected, _) in zip(again, (one, two), strict=True):
         assert tensors.keys() == expected.keys()
         assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
+
+
+def test_a_file_that_is_gone_is_not_passed_over(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(chunks, "KEEP_AFTER", 0.0)
+    found = chunks.Chunks(tmp_path / "3")
+    for name in ("a", "b"):
+        found.add([({f"{name}.weight": torch.ones(4)}, {"name": name})])
+    (tmp_path / "3" / "0.safetensors").unlink()
+    with pytest.raises(ConvertError, match="0.safetensors', .* is damaged or gone"):
+        list(chunks.Chunks(tmp_path / "3").earlier())
 
 
 def test_the_plan_knows_what_it_takes_on_the_disk(source: Path, tmp_path: Path, monkeypatch) -> None:
