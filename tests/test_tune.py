@@ -166,6 +166,15 @@ def stop(monkeypatch: pytest.MonkeyPatch, holder: Any, name: str, call: int) -> 
     monkeypatch.setattr(holder, name, counted)
 
 
+def interrupt(one: story.Job, holder: Any, name: str, call: int) -> None:
+    """Run until the `call`-th call of a function, and keep all that is found until then."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tune, "KEEP_AFTER", 0.0)
+        stop(patch, holder, name, call)
+        with pytest.raises(KeyboardInterrupt):
+            story.quantize(one)
+
+
 def test_stopped_while_it_solves_tunes_and_writes_it_goes_on_to_the_same_bytes(
     made: Callable[..., tuple[Path, Report]], llama: Path, text: Path, tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -178,11 +187,7 @@ def test_stopped_while_it_solves_tunes_and_writes_it_goes_on_to_the_same_bytes(
         (Student, "learn", 8, "resuming at block 1"),
         (ShardWriter, "write", 9, "resuming at step 7 of the tuning"),
     ):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tune, "KEEP_AFTER", 0.0)
-            stop(patch, holder, name, call)
-            with pytest.raises(KeyboardInterrupt):
-                story.quantize(replace(one, resume=bool(log)))
+        interrupt(replace(one, resume=bool(log)), holder, name, call)
         assert log in caplog.text
         assert partial(one.output).is_dir() and not one.output.exists()
     with pytest.raises(ConvertError, match="2 blocks"):
@@ -214,16 +219,11 @@ def test_a_disk_that_takes_no_more_stops_it_with_a_word(
 
 
 def test_what_is_kept_and_damaged_or_gone_is_not_gone_on_from(
-    made: Callable[..., tuple[Path, Report]], llama: Path, text: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    made: Callable[..., tuple[Path, Report]], llama: Path, text: Path, tmp_path: Path
+) -> None:
     """Each file of what is solved, and of what is tuned; the run goes on when it is there again."""
-    monkeypatch.setattr(tune, "KEEP_AFTER", 0.0)
     one = job(llama, tmp_path / "out", text)
-    with pytest.MonkeyPatch.context() as patch:
-        stop(patch, Student, "learn", 8)
-        with pytest.raises(KeyboardInterrupt):
-            story.quantize(one)
+    interrupt(one, Student, "learn", 8)
     files = [path for name in ("solved", "tuning") for path in (partial(one.output) / name).iterdir()]
     assert len(files) == 5  # two blocks, and what is in none
     for file in files:
@@ -266,11 +266,7 @@ def test_an_abandoned_run_leaves_nothing_to_the_next(
     made: Callable[..., tuple[Path, Report]], llama: Path, text: Path, tmp_path: Path
 ) -> None:
     one = job(llama, tmp_path / "out", text)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tune, "KEEP_AFTER", 0.0)
-        stop(patch, Student, "learn", 4)
-        with pytest.raises(KeyboardInterrupt):
-            story.quantize(replace(one, recipe=one.recipe.changed({"seed": 5})))
+    interrupt(replace(one, recipe=one.recipe.changed({"seed": 5})), Student, "learn", 4)
     with pytest.raises(ConvertError, match="seed"):
         story.quantize(replace(one, resume=True))
     story.quantize(replace(one, overwrite=True))

@@ -13,23 +13,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from marlin_convert.checkpoint.writer import fsync
+from marlin_convert.checkpoint.writer import fsync, whole
 from marlin_convert.errors import ConvertError
 
 
 def keep(path: Path, tensors: Mapping[str, Tensor], said: Any) -> None:
     """Put tensors, and what is said of them (JSON), in a safetensors file; OSError for a full disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        _save(tensors, temporary, said)
-        fsync(temporary)
-        temporary.replace(path)
-        fsync(path.parent)
-    except BaseException:
-        for file in (temporary, path):
-            with suppress(OSError):
-                file.unlink()
+        with whole(path) as temporary:
+            _save(tensors, temporary, said)
+    except BaseException:  # what is not said to be kept is not there
+        with suppress(OSError):
+            path.unlink()
         raise
 
 

@@ -10,9 +10,9 @@ import json
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -323,13 +323,18 @@ def to_json(obj: Any) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Put `text` at `path` whole or not at all."""
+    with whole(path) as temporary, temporary.open("x", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A name to write a file by, which is at `path` when the context ends, and durable; or there is none."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.unlink(missing_ok=True)  # it may be a link, left there to be followed
     try:
-        with temporary.open("x", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        fsync(temporary)
         temporary.replace(path)
     except BaseException:
         with suppress(OSError):
