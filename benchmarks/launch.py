@@ -2,32 +2,29 @@
 
     python benchmarks/launch.py
 
-A hundred launches, then a synchronization; the median of fifteen such rounds.
+A hundred launches, then a synchronization, of all in turn: a host's clock changes from one second to the
+next. Medians of forty-five such rounds, of the microseconds and of what part of torch.matmul's they are.
 """
 
-import statistics
 import time
 from collections.abc import Callable
+from statistics import median
 
 import torch
 
 from marlin_convert.kernels.matmul import MarlinLinear, matmul
 
 LAUNCHES = 100
-ROUNDS = 15
+ROUNDS = 45
 
 
 def host(call: Callable[[], object]) -> float:
-    """Microseconds a call."""
-    call()
-    rounds = []
-    for _ in range(ROUNDS):
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        for _ in range(LAUNCHES):
-            call()
-        rounds.append((time.perf_counter() - begin) / LAUNCHES * 1e6)
-    return statistics.median(rounds)
+    """Microseconds a call, in one round."""
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(LAUNCHES):
+        call()
+    return (time.perf_counter() - begin) / LAUNCHES * 1e6
 
 
 def main() -> None:
@@ -39,17 +36,18 @@ def main() -> None:
     weight = torch.randn(n, k, dtype=torch.half, device="cuda")
     module, linear = MarlinLinear(B, s), torch.nn.Linear(k, n, False, "cuda", torch.half)
     operator = torch.ops.marlin_convert.matmul.default
+    calls = {
+        "torch.matmul": lambda: torch.matmul(x, weight.t()),
+        "matmul": lambda: matmul(x, B, s),
+        "the operator": lambda: operator(x, B, s),
+        "nn.Linear": lambda: linear(x),
+        "MarlinLinear": lambda: module(x),
+    }
     with torch.inference_mode():
-        yardstick = host(lambda: torch.matmul(x, weight.t()))
-        for name, call in {
-            "torch.matmul": lambda: torch.matmul(x, weight.t()),
-            "matmul": lambda: matmul(x, B, s),
-            "the operator": lambda: operator(x, B, s),
-            "nn.Linear": lambda: linear(x),
-            "MarlinLinear": lambda: module(x),
-        }.items():
-            us = host(call)
-            print(f"{name:14}{us:7.2f} us  {us / yardstick:.2f}")
+        rounds = [{name: host(call) for name, call in calls.items()} for _ in range(1 + ROUNDS)][1:]
+    for name in calls:
+        share = median(one[name] / one["torch.matmul"] for one in rounds)
+        print(f"{name:14}{median(one[name] for one in rounds):7.2f} us  {share:.2f}")
 
 
 if __name__ == "__main__":

@@ -637,6 +637,7 @@ class Driver:
     def __init__(self) -> None:
         self.launches: list[tuple[int, int]] = []
         self.matrix: list[int] = []
+        self.activations: list[int] = []
         self.boxes: dict[int, int] = {}  # bytes of one, by the address of the matrix
 
     def cuTensorMapEncodeTiled(self, place, kind, dimensions, address, sizes, strides, box, *rest) -> int:
@@ -649,6 +650,7 @@ class Driver:
         self.launches.append((word(pointers[0] + 8).value, word(pointers[0] + 32).value))
         if len(pointers) > 1:
             self.matrix.append(word(pointers[1]).value)
+            self.activations.append(word(pointers[4]).value)
         return 0
 
 
@@ -701,6 +703,7 @@ def test_threads_that_launch_at_once_launch_what_they_asked_for(driver: Driver, 
         sys.setswitchinterval(before)
     asked = Counter((start + i % 5000,) * 2 for start in starts for i in range(count))
     assert Counter(driver.launches) == asked
+    assert driver.activations in ([], [x for x, _ in driver.launches])
 
 
 def test_without_the_interpreter_s_lock_nothing_is_launched(monkeypatch) -> None:

@@ -279,9 +279,12 @@ class Call:
     ):
         """Prepare y (m, n) of x (m, k) on the current stream of x's device, which is the current device.
 
-        All tensors are contiguous, on one device, and aligned to 16 bytes; the parameters outlive the call.
+        `shape` and `strides` are those of y. All tensors are contiguous, on one device, and aligned to 16
+        bytes; the parameters outlive the call.
         """
         m, k, n = x.numel() // x.shape[-1], x.shape[-1], s.shape[1]
+        self.shape = *x.shape[:-1], n
+        self.strides = torch.empty(self.shape, device="meta").stride()
         loaded = load(configuration, x.device.index)
         stream = torch.cuda.current_stream(x.device).cuda_stream
         parts, tickets = self._parts_and_tickets = workspace(x.device, stream, loaded, configuration.tokens)
@@ -301,6 +304,7 @@ class Call:
         arguments = [addressof(problem)]
         maps: list[tuple[int, ctypes.Array[c_char]]] = []
         self._tiles: tuple[int, int, int, tuple[int, int]] | None = None
+        self._memory: ctypes.Array[c_char] | None = None  # of the map of activations
         if configuration.on_hopper:
             kind = BFLOAT16 if x.dtype == torch.bfloat16 else FLOAT16
             self._tiles = kind, m, k, (configuration.tokens, 64)
@@ -325,9 +329,10 @@ class Call:
     def __call__(self, x: int, y: int) -> None:
         """Launch for activations and an output at these addresses, on the current device."""
         with self._lock:  # from setting the addresses until the driver has copied them
-            self._x.value, self._y.value = x, y
-            if self._tiles is not None:
-                place, _memory = _map_of_activations(x, *self._tiles)
-                self._pointers[4] = place
+            self._y.value = y
+            if self._x.value != x:  # those of the launch before stay, and their map
+                self._x.value = x
+                if self._tiles is not None:
+                    self._pointers[4], self._memory = _map_of_activations(x, *self._tiles)
             status = self._driver(self._launch, self._handle, self._pointers, None)
         _check(status, "launching a kernel")

@@ -8,6 +8,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 from torch._C import _len_torch_dispatch_stack
+from torch._C._dynamo.guards import _empty_strided_cuda  # type: ignore[attr-defined]
 from torch.autograd import forward_ad
 
 from marlin_convert.errors import KernelError
@@ -34,7 +35,7 @@ def matmul(
     KernelError when shapes, dtypes or devices do not fit, or there is no kernel for the GPU.
     """
     kind = "cuda" if x.is_cuda else "cpu"
-    if torch.is_autocast_enabled(kind):
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         x, bias = _cast(x, dtype), None if bias is None else _cast(bias, dtype)
     if (
@@ -198,8 +199,9 @@ class _Layer:
     """Prepared launches of one layer, by shape and dtype of the activations and stream."""
 
     def __init__(self, B: Tensor, s: Tensor, bias: Tensor | None, B_meta: Tensor | None):
-        self._tensors = [_nothing if one is None else ref(one) for one in (B, s, bias, B_meta)]
-        self._addresses = _addresses(B, s, bias, B_meta)
+        tensors = (B, s, bias, B_meta)
+        self._tensors = [_nothing if one is None else ref(one) for one in tensors]
+        self._addresses = [0 if one is None else one.data_ptr() for one in tensors]
         self.k, self.n, groups = shape_of(B, s, B_meta)
         self.group = 0 if groups == 1 else self.k // groups
         self.device = B.device.index
@@ -208,26 +210,21 @@ class _Layer:
     def is_of(self, B: Tensor, s: Tensor, bias: Tensor | None, B_meta: Tensor | None) -> bool:
         """Whether these are the tensors, and in the same place."""
         one, two, three, four = self._tensors
+        codes, scales, of_bias, of_meta = self._addresses
         return (
             one() is B
             and two() is s
             and three() is bias
             and four() is B_meta
-            and self._addresses == _addresses(B, s, bias, B_meta)
+            and B.data_ptr() == codes
+            and s.data_ptr() == scales
+            and (bias is None or bias.data_ptr() == of_bias)
+            and (B_meta is None or B_meta.data_ptr() == of_meta)
         )
 
 
 def _nothing() -> None:
     return None
-
-
-def _addresses(B: Tensor, s: Tensor, bias: Tensor | None, B_meta: Tensor | None) -> tuple[int, int, int, int]:
-    return (
-        B.data_ptr(),
-        s.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        0 if B_meta is None else B_meta.data_ptr(),
-    )
 
 
 # By the identity of B. As many as the layers of a large model, some times over.
@@ -258,7 +255,7 @@ def _launched(x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None, B_meta: Tens
         if call is not None and x.is_contiguous() and not torch._C._cuda_isCurrentStreamCapturing():
             address = x.data_ptr()
             if not address % 16 and x.get_device() == device:
-                y = x.new_empty((*shape[:-1], layer.n))
+                y = _empty_strided_cuda(call.shape, call.strides, x.dtype)
                 call(address, y.data_ptr())
                 return y
     return _prepare(x, B, s, bias, B_meta)
