@@ -161,6 +161,14 @@ def test_vllm_serves_right_answers(format, quantized, deviation, tmp_path):
     assert deviation(answers, quantized(format)) < TOLERANCE
 
 
+def tolerance(format: str) -> float:
+    """Twice as much of 2:4: its plain weights were seen 0.0123 off too, to the bit what packed ones were.
+
+    A group that is lost, or 8 outputs in the places of others, is 0.8 and more.
+    """
+    return (2 if format == "marlin-24" else 1) * TOLERANCE
+
+
 @pytest.mark.parametrize("ranks", [2, 1])
 @pytest.mark.parametrize("format", ["marlin", "marlin-24"])
 def test_vllm_with_the_plugin_answers_right(format, ranks, plugin, quantized, deviation, tmp_path):
@@ -168,7 +176,7 @@ def test_vllm_with_the_plugin_answers_right(format, ranks, plugin, quantized, de
     answers, _ = answer(
         "vllm", "vllm_generate.py", quantized(format), tmp_path, options=options, **plugin, **cores
     )
-    assert deviation(answers, quantized(format)) < TOLERANCE
+    assert deviation(answers, quantized(format)) < tolerance(format)
 
 
 @pytest.mark.parametrize("name", ["marlin", "marlin-24-channel"])
@@ -218,7 +226,7 @@ def test_vllm_with_the_plugin_knows_older_names(format, name, plugin, quantized,
         quantized(format), packed_models.gptq_config(group_size=128, **name), tmp_path / "old"
     )
     answers, _ = answer("vllm", "vllm_generate.py", checkpoint, tmp_path, **plugin)
-    assert deviation(answers, checkpoint) < TOLERANCE
+    assert deviation(answers, checkpoint) < tolerance(format)
 
 
 def test_vllm_with_the_plugin_answers_right_to_a_mixture(plugin, mixed, deviation, tmp_path):
@@ -230,7 +238,7 @@ def test_vllm_with_the_plugin_answers_right_to_a_mixture(plugin, mixed, deviatio
 def test_vllm_with_the_plugin_serves_right_answers(format, plugin, quantized, deviation, tmp_path):
     with vllm_serve(quantized(format), tmp_path / "server.log", **plugin) as address:
         answers = complete(address, quantized(format))
-    assert deviation(answers, quantized(format)) < TOLERANCE
+    assert deviation(answers, quantized(format)) < tolerance(format)
 
 
 def test_vllm_with_the_plugin_runs_bfloat16(plugin, quantized, deviation, tmp_path):
