@@ -34,6 +34,10 @@ needs_avx512 = pytest.mark.skipif(
     "avx512f" not in Path("/proc/cpuinfo").read_text(),
     reason="vLLM's CPU build has int4 products (cpu_gemm_wna16) for AVX-512 only",
 )
+needs_amx = pytest.mark.skipif(
+    "amx_tile" not in Path("/proc/cpuinfo").read_text(),
+    reason="vLLM's CPU build has int4 experts (CPUExpertsInt4) for AMX only",
+)
 
 
 def run(*command: object, **environment: str) -> subprocess.CompletedProcess:

@@ -13,7 +13,17 @@ from pathlib import Path
 import pytest
 import served_models
 import torch
-from engine_programs import PROMPTS, TOLERANCE, TWO_RANKS, Answers, answer, needs_avx512, programs, run
+from engine_programs import (
+    PROMPTS,
+    TOLERANCE,
+    TWO_RANKS,
+    Answers,
+    answer,
+    needs_amx,
+    needs_avx512,
+    programs,
+    run,
+)
 from transformers import AutoTokenizer
 
 pytestmark = [pytest.mark.engines, needs_avx512]
@@ -94,7 +104,10 @@ def test_vllm_answers_right_of_a_type(model_type, format, source, plugin, deviat
     assert deviation(answers, checkpoint) < tolerance(model_type)
 
 
-@pytest.mark.parametrize("format", ["gptq", "compressed-tensors", "marlin"])
+@pytest.mark.parametrize(
+    "format",
+    [*(pytest.param(one, marks=needs_amx) for one in ("gptq", "compressed-tensors")), "marlin"],
+)
 @pytest.mark.parametrize("model_type", EXPERTS)
 def test_vllm_answers_right_of_a_mixture(model_type, format, source, plugin, deviation, tmp_path):
     checkpoint = convert(source(model_type), tmp_path / format, format=format)
