@@ -32,13 +32,13 @@ def plugin(tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def plain(tmp_path_factory) -> Callable[[Path], Path]:
-    """A checkpoint with its codes written out as float16 weights."""
+def plain(tmp_path_factory) -> Callable[..., Path]:
+    """A checkpoint with its codes written out as weights, in the type that they are to be computed with."""
 
     @cache
-    def write(checkpoint: Path) -> Path:
+    def write(checkpoint: Path, dtype: torch.dtype = torch.float16) -> Path:
         directory = tmp_path_factory.mktemp("plain") / checkpoint.name
-        return packed_models.dequantize(checkpoint, directory, torch.float16)
+        return packed_models.dequantize(checkpoint, directory, dtype)
 
     return write
 

@@ -141,7 +141,7 @@ def test_vllm_with_the_plugin_answers_right_of_grouped_routing(source, plugin, p
     prompts = AutoTokenizer.from_pretrained(checkpoint)(PROMPTS).input_ids
     text: Answers = [{"prompt": prompt[:1], "tokens": prompt[1:]} for prompt in prompts]
     one = ask(checkpoint, "deepseek_v3", tmp_path, answers=text, **plugin)
-    other = ask(plain(checkpoint), "deepseek_v3", tmp_path, answers=text)
+    other = ask(plain(checkpoint, torch.bfloat16), "deepseek_v3", tmp_path, answers=text)
     thought = (torch.tensor([p for at in answers for p in at["logprobs"]]) for answers in (one, other))
     off = (next(thought) - next(thought)).abs().sort().values
     assert off.isfinite().all()
