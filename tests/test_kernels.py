@@ -703,7 +703,7 @@ def test_threads_that_launch_at_once_launch_what_they_asked_for(driver: Driver, 
         sys.setswitchinterval(before)
     asked = Counter((start + i % 5000,) * 2 for start in starts for i in range(count))
     assert Counter(driver.launches) == asked
-    assert driver.activations in ([], [x for x, _ in driver.launches])
+    assert driver.activations == [x for x, _ in driver.launches if configuration.on_hopper]
 
 
 def test_without_the_interpreter_s_lock_nothing_is_launched(monkeypatch) -> None:
